@@ -1,0 +1,3 @@
+"""Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
+
+__version__ = "0.1.0"

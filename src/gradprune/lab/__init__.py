@@ -1,0 +1,1 @@
+"""What only the chapters use: data, models, training, figures, sliders, claims. Nothing in gradprune imports it."""
