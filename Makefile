@@ -1,0 +1,38 @@
+# `make book` and `make test` are all that most people need; `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install book test notebooks lint clean clean-all serve
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1   /p' $(MAKEFILE_LIST)
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) book/install.py
+
+install: .venv/.installed ## make .venv and install everything into it
+
+book: .venv/.installed ## run the chapters and build the pages; prints where to open them
+	@$(BIN)/python book/build.py
+
+lint: .venv/.installed ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint book ## everything: lint, types, unit tests, notebooks, links, pages in a browser
+	@$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests chapters
+
+notebooks: .venv/.installed ## run the notebooks in place and clean what must not be committed
+	@$(BIN)/python book/notebooks.py
+
+serve: book ## serve the built book on http://localhost:8000 (it also opens from disk)
+	@$(BIN)/python -m http.server --directory book/_build/html --bind 127.0.0.1 8000
+
+clean: ## remove what was built
+	@rm -rf book/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+clean-all: clean ## remove also .venv and the fetched JavaScript
+	@rm -rf .venv book/_vendor src/*.egg-info

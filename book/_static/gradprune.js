@@ -1,0 +1,40 @@
+// What the vendored scripts leave undone for the book's sliders: names and values for assistive technology, and formulas
+// inside widgets. The widget manager calls MathJax 2's queue; this passes the call on to MathJax 3.
+"use strict";
+
+window.MathJax = window.MathJax || {};
+window.MathJax.Hub = {
+  Queue: (...calls) => {
+    for (const [what, , element] of calls) {
+      if (what === "Typeset" && window.MathJax.typesetPromise && element?.textContent.match(/\$|\\\(/)) {
+        window.MathJax.startup.promise.then(() => window.MathJax.typesetPromise([element]));
+      }
+    }
+  },
+};
+
+const visibleFrame = (explorer) =>
+  [...explorer.querySelectorAll(".gp-frame")].find((frame) => frame.getClientRects().length > 0);
+
+function describe(explorer) {
+  const setting = visibleFrame(explorer)?.dataset.setting;
+  for (const slider of explorer.querySelectorAll(".widget-slider")) {
+    const handle = slider.querySelector("[role=slider]");
+    const label = slider.querySelector(".widget-label")?.textContent;
+    if (handle && label) {
+      handle.setAttribute("aria-label", label);
+      if (setting) handle.setAttribute("aria-valuetext", setting);
+    }
+  }
+  for (const words of explorer.querySelectorAll(".gp-words")) words.setAttribute("aria-live", "polite");
+}
+
+// Explorers appear when the widget manager has drawn them, and frames when they are first shown.
+new MutationObserver(() => {
+  for (const explorer of document.querySelectorAll(".gp-explore")) describe(explorer);
+}).observe(document.documentElement, {
+  childList: true,
+  subtree: true,
+  attributes: true,
+  attributeFilter: ["aria-valuenow", "style"],
+});

@@ -1,0 +1,100 @@
+"""How does a long experiment survive a kill, and how does its result say where it came from?"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from gradprune.lab.setup import repository
+
+Row = dict[str, Any]
+
+
+def run(
+    path: Path, cells: Iterable[Row], measure: Callable[[Row], Row], *, seeds: Sequence[int], about: str = ""
+) -> list[Row]:
+    """Measure each cell that `path` does not hold yet, save after each, and return all rows in the order of `cells`.
+
+    A cell is what identifies a row (JSON values only); `measure(cell)` returns what was measured of it. The file is
+    JSON: `about`, `command`, `seeds`, `versions`, `machine`, `date`, `rows`. A run that was killed goes on where it
+    stopped; a file of another torch version, or of other seeds, is measured anew from the start.
+    """
+    cells = list(cells)
+    head = provenance(seeds) | {"about": about}
+    done = {_key(row, cells): row for row in _saved(path, head)}
+    for cell in tqdm(cells, desc=path.stem):
+        if _key(cell, cells) not in done:
+            done[_key(cell, cells)] = cell | measure(cell)
+            save(path, head | {"rows": [done[_key(c, cells)] for c in cells if _key(c, cells) in done]})
+    return [done[_key(cell, cells)] for cell in cells]
+
+
+def provenance(seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the command, the seeds, the versions, the machine and the day of this run; no path and no host name."""
+    return {
+        "command": shlex.join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+        "seeds": list(seeds),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def machine() -> str:
+    """Return the processor's name and the number of cores this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write `result` as JSON beside `path`, then rename it, so that a kill never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    os.replace(file.name, path)
+    os.chmod(path, 0o644)
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return the result `name` from `chapters/results`.
+
+    Raises FileNotFoundError with the command that makes it.
+    """
+    path = repository() / "chapters" / "results" / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name}; `python chapters/experiments/{name}.py` measures and writes it")
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def _saved(path: Path, head: dict[str, Any]) -> list[Row]:
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    same = old["versions"]["torch"] == head["versions"]["torch"] and old["seeds"] == head["seeds"]
+    return list(old["rows"]) if same else []
+
+
+def _key(row: Row, cells: Sequence[Row]) -> str:
+    return json.dumps({name: row.get(name) for name in sorted(cells[0])})
+
+
+def _relative(path: str) -> str:
+    full = Path(path).resolve()
+    return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else full.name

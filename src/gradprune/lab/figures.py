@@ -1,0 +1,156 @@
+"""How does every figure of the book look, and what does it say to a reader who cannot see it?
+
+Two outputs from one drawing. In a notebook a figure is a PNG on white. In the built page (`GRADPRUNE_FIGURES=svg`) it
+is an inline SVG whose ink is the page's own text colour, so that it is legible on light and on dark. Both carry the
+same alternative text.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import re
+from collections.abc import Iterable, Sequence
+from itertools import count
+from typing import Any
+
+import matplotlib as mpl
+from cycler import cycler
+from IPython.display import display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# One colour, one meaning, in every chapter. Each has a contrast of at least 3 to 1 against white and against the dark
+# page.
+COLOURS = {
+    "dense": "#0077bb",
+    "pruned": "#cc5500",
+    "corrected": "#00875f",
+    "random": "#808080",
+    "predicted": "#808080",
+    "sigmoid": "#cc5500",
+    "tanh": "#0077bb",
+    "relu": "#00875f",
+    "gelu": "#b0488c",
+    "linear": "#808080",
+}
+PAGE_BACKGROUNDS = ("#ffffff", "#14181e")  # of the theme, light and dark
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_serial = count()
+
+_STYLE = {
+    "axes.edgecolor": _INK,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.prop_cycle": cycler(color=["#0077bb", "#cc5500", "#00875f", "#b0488c", "#808080"]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titlecolor": _INK,
+    "figure.facecolor": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "grid.alpha": 0.18,
+    "grid.color": _INK,
+    "legend.frameon": False,
+    "legend.labelcolor": _INK,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gradprune",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def new(width: float = 6.8, height: float = 3.4, *, columns: int = 1, **subplot_options: Any) -> tuple[Figure, Any]:
+    """Return a figure in the book's style and its axes (an array of them where `columns` > 1). Sizes are in inches.
+
+    Never touches pyplot, so that nothing is shown twice and nothing is left open.
+    """
+    mpl.rcParams.update(_STYLE)  # not only here: what is added to the axes later takes its ink from it too
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, **subplot_options)
+
+
+def to_svg(figure: Figure, alt: str, *, prefix: str | None = None) -> str:
+    """Return `figure` as `<figure role="img">` around an inline SVG in the page's ink.
+
+    `prefix` starts the ids inside the SVG; left out, it is one that no other figure of this process has.
+    """
+    _require_alt(alt)
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = svg.replace(_INK, "currentColor")
+    svg = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), svg)
+    prefix = f"gp{next(_serial)}-" if prefix is None else prefix
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    return f'<figure role="img" class="gp-figure" aria-label="{html.escape(alt, quote=True)}">{svg}</figure>'
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return `figure` as a PNG in black on white."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def for_page() -> bool:
+    """Whether the figures are for the built page, where they are inline SVG."""
+    return os.environ.get("GRADPRUNE_FIGURES") == "svg"
+
+
+def show(figure: Figure, *, alt: str) -> None:
+    """Display `figure` with its alternative text `alt`, which says what the figure shows, not that it is one.
+
+    Raises ValueError where `alt` is empty.
+    """
+    _require_alt(alt)
+    if for_page():
+        bundle = {"text/html": to_svg(figure, alt), "text/plain": alt}
+        display(bundle, raw=True)
+    else:
+        png = base64.b64encode(to_png(figure)).decode()
+        display({"image/png": png, "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, digits: int = 2) -> None:
+    """Print what a figure plots as aligned columns; floats have `digits` significant digits.
+
+    The numbers under a figure are what a screen reader reads and what the tests compare, since pictures are not
+    compared.
+    Raises ValueError where a row is not as long as the header.
+    """
+    lines = [[_cell(value, digits) for value in row] for row in rows]
+    for line in lines:
+        if len(line) != len(header):
+            raise ValueError(f"a row of {len(line)} cells under a header of {len(header)}: {line}")
+    widths = [max(len(cell) for cell in column) for column in zip(header, *lines, strict=True)]
+    for line in [list(header), *lines]:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def _cell(value: Any, digits: int) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _require_alt(alt: str) -> None:
+    if not alt.strip():
+        raise ValueError("a figure needs alt text: one sentence that says what it shows")

@@ -1,0 +1,141 @@
+"""Which networks do the chapters train?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "linear": nn.Identity,
+}
+NORMALISATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda width: nn.Identity(),
+    "batch": nn.BatchNorm1d,
+    "layer": nn.LayerNorm,
+}
+
+
+class Layer(nn.Module):
+    """Linear, normalisation, activation; with `skip`, added to its own input where the widths allow it."""
+
+    def __init__(self, inputs: int, outputs: int, activation: str, normalise: str, skip: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.normalise = NORMALISATIONS[normalise](outputs)
+        self.activation = ACTIVATIONS[activation]()
+        self.skip = skip and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (examples, inputs) to (examples, outputs)."""
+        out: Tensor = self.activation(self.normalise(self.linear(x)))
+        return x + out if self.skip else out
+
+
+def mlp(
+    widths: Sequence[int],
+    activation: str = "relu",
+    *,
+    init: str = "torch",
+    gain: float | None = None,
+    bias_std: float = 0.0,
+    normalise: str = "none",
+    skip: bool = False,
+) -> nn.Sequential:
+    """Return a perceptron of the given `widths`, input first, class scores last; the last layer is linear.
+
+    `activation`: "sigmoid", "tanh", "relu", "gelu" or "linear". `normalise`: "none", "batch" or "layer".
+    `init`, the distribution of a weight with `fan_in` inputs and `fan_out` outputs:
+    "torch" (uniform, variance 1 / (3 fan_in), what `nn.Linear` does), "lecun" (normal, variance 1 / fan_in),
+    "xavier" (2 / (fan_in + fan_out), Glorot and Bengio 2010), "he" (2 / fan_in, He et al. 2015), "orthogonal".
+    `gain` multiplies the standard deviation; given a gain, "lecun" is the mean-field setting with sigma_w = gain, and
+    `bias_std` is its sigma_b. All but "torch" start with zero biases unless `bias_std` is given.
+
+    Raises ValueError for an unknown activation, normalisation or init, and for fewer than two widths.
+    """
+    if len(widths) < 2:
+        raise ValueError(f"a perceptron needs at least an input and an output width, not {list(widths)}")
+    _known("activation", activation, ACTIVATIONS)
+    _known("normalise", normalise, NORMALISATIONS)
+    hidden = [Layer(a, b, activation, normalise, skip) for a, b in itertools.pairwise(widths[:-1])]
+    model = nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
+    initialise_(model, init, gain=gain, bias_std=bias_std)
+    return model
+
+
+def initialise_(model: nn.Module, init: str, *, gain: float | None = None, bias_std: float = 0.0) -> None:
+    """Draw the weights of every linear layer of `model` anew; see :func:`mlp` for `init`, `gain` and `bias_std`."""
+    _known("init", init, _STD)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            _initialise_linear_(module, init, 1.0 if gain is None else gain, bias_std)
+
+
+def _initialise_linear_(layer: nn.Linear, init: str, gain: float, bias_std: float) -> None:
+    fan_out, fan_in = layer.weight.shape
+    with torch.no_grad():
+        if init == "torch":
+            layer.reset_parameters()
+            layer.weight.mul_(gain)
+        elif init == "orthogonal":
+            nn.init.orthogonal_(layer.weight, gain)
+        else:
+            layer.weight.normal_(0.0, gain * _STD[init](fan_in, fan_out))
+        if bias_std or init != "torch":
+            layer.bias.normal_(0.0, bias_std) if bias_std else layer.bias.zero_()
+
+
+_STD: dict[str, Callable[[int, int], float]] = {
+    "torch": lambda fan_in, fan_out: math.sqrt(1 / (3 * fan_in)),
+    "lecun": lambda fan_in, fan_out: math.sqrt(1 / fan_in),
+    "xavier": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
+    "he": lambda fan_in, fan_out: math.sqrt(2 / fan_in),
+    "orthogonal": lambda fan_in, fan_out: math.sqrt(1 / fan_in),
+}
+
+
+class Recurrent(nn.Module):
+    """A recurrent cell read over a sequence, and a linear layer on its last state.
+
+    `cell`: "rnn" (tanh), "gru" or "lstm". Maps (examples, steps, inputs) to (examples, classes).
+    """
+
+    def __init__(self, cell: str, inputs: int, width: int, classes: int) -> None:
+        super().__init__()
+        _known("cell", cell, _CELLS)
+        self.cell = _CELLS[cell](inputs, width)
+        self.width = width
+        self.head = nn.Linear(width, classes)
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """Return the state after each step, each of shape (examples, width), every one a node of the graph."""
+        state: Tensor | tuple[Tensor, Tensor] = x.new_zeros(len(x), self.width)
+        if isinstance(self.cell, nn.LSTMCell):
+            state = (x.new_zeros(len(x), self.width), x.new_zeros(len(x), self.width))
+        seen = []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            seen.append(state[1] if isinstance(state, tuple) else state)
+        self.last = state[0] if isinstance(state, tuple) else state
+        return seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores after the last step."""
+        self.states(x)
+        scores: Tensor = self.head(self.last)
+        return scores
+
+
+_CELLS: dict[str, Callable[[int, int], nn.Module]] = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+
+
+def _known(what: str, name: str, table: Mapping[str, Callable[..., object]]) -> None:
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; known are {', '.join(map(repr, table))}")

@@ -1,0 +1,121 @@
+"""How does a reader move a number and see what happens, in a page with no kernel behind it?"""
+
+from __future__ import annotations
+
+import base64
+import html
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+from matplotlib.figure import Figure
+
+from gradprune.lab import figures
+
+Draw = Callable[..., tuple[Figure, str]]
+
+
+class Explorer:
+    """Pictures of one drawing at every value of one or two sliders; displays as the sliders over the picture.
+
+    Every picture is drawn beforehand, and the link from slider to picture runs in the browser, so that the same object
+    works in a notebook and in a static page. Where widgets are not shown, the picture in the middle is.
+    """
+
+    def __init__(
+        self, widget: widgets.Widget, words: dict[tuple[Any, ...], str], names: list[str], middle: bytes
+    ) -> None:
+        self.widget = widget
+        self.words = words
+        self.names = names
+        self._middle = middle
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        bundle = self.widget._repr_mimebundle_() or {}
+        lines = [f"{', '.join(self.names)} = {', '.join(map(str, key))}: {text}" for key, text in self.words.items()]
+        bundle["text/plain"] = "\n".join(lines)
+        bundle["image/png"] = base64.b64encode(self._middle).decode()
+        return dict(bundle)
+
+
+def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
+    """Draw a picture at each value of one slider, or of each pair of values of two, and return them under sliders.
+
+    `draw(name=value)` returns a figure and one sentence of what it shows there, which stands beside the slider in words
+    and is the picture's alternative text. Each keyword of `explore` is a slider: its name (underscores become spaces)
+    and its values in order. A slider starts in its middle.
+
+    Raises ValueError where there is no slider, there are more than two, or one has no values, and RuntimeError where
+    `draw` fails, naming the values at which it did.
+
+    Example: ``explore(draw, threshold=[0.0, 0.1, 0.2])`` (every chapter has one).
+    """
+    _check(sliders)
+    names = list(sliders)
+    frames: dict[tuple[Any, ...], widgets.HTML] = {}
+    words: dict[tuple[Any, ...], str] = {}
+    middle_key = tuple(values[len(values) // 2] for values in sliders.values())
+    middle = b""
+    for key in itertools.product(*sliders.values()):
+        try:
+            figure, text = draw(**dict(zip(names, key, strict=True)))
+        except Exception as error:
+            raise RuntimeError(f"drawing the picture for {_setting(names, key)} failed: {error}") from error
+        words[key] = text
+        frames[key] = widgets.HTML(_frame(figure, text, _setting(names, key)))
+        if key == middle_key:
+            middle = figures.to_png(figure)
+    controls = [_slider(name, values) for name, values in sliders.items()]
+    pictures = _stacks(frames, list(sliders.values()), controls)
+    box = widgets.VBox([*controls, pictures])
+    box.add_class("gp-explore")
+    return Explorer(box, words, [_label(name) for name in names], middle)
+
+
+def _check(sliders: dict[str, Sequence[Any]]) -> None:
+    if not 1 <= len(sliders) <= 2:
+        raise ValueError(f"explore wants one or two sliders, each a keyword with its values; {len(sliders)} given")
+    for name, values in sliders.items():
+        if len(values) == 0:
+            raise ValueError(f"slider {name!r} has no values to show")
+
+
+def _slider(name: str, values: Sequence[Any]) -> widgets.IntSlider:
+    return widgets.IntSlider(
+        value=len(values) // 2,
+        min=0,
+        max=max(len(values) - 1, 1),
+        description=_label(name),
+        readout=False,
+        disabled=len(values) == 1,
+        style={"description_width": "initial"},
+        layout={"width": "auto", "max_width": "34rem"},
+    )
+
+
+def _stacks(
+    frames: dict[tuple[Any, ...], widgets.HTML], values: list[Sequence[Any]], controls: list[widgets.IntSlider]
+) -> widgets.Stack:
+    """One stack for one slider; for two, a stack of stacks, the inner ones all linked to the second slider."""
+    control, rest = controls[0], controls[1:]
+    if not rest:
+        stack = widgets.Stack([frames[(value,)] for value in values[0]], selected_index=control.value)
+    else:
+        rows = [{key[1:]: frame for key, frame in frames.items() if key[0] == value} for value in values[0]]
+        stack = widgets.Stack([_stacks(row, values[1:], rest) for row in rows], selected_index=control.value)
+    widgets.jslink((control, "value"), (stack, "selected_index"))
+    return stack
+
+
+def _frame(figure: Figure, text: str, setting: str) -> str:
+    words = f'<p class="gp-words"><strong>{html.escape(setting)}</strong> {html.escape(text)}</p>'
+    return f'<div class="gp-frame" data-setting="{html.escape(setting)}">{words}{figures.to_svg(figure, text)}</div>'
+
+
+def _setting(names: list[str], key: tuple[Any, ...]) -> str:
+    return ", ".join(f"{_label(name)} {value}" for name, value in zip(names, key, strict=True))
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ")

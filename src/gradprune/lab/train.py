@@ -1,0 +1,93 @@
+"""How is a network trained here, so that two of them can be compared?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from gradprune.lab.data import Dataset, Split
+from gradprune.lab.setup import progress_wanted
+
+
+@dataclass
+class History:
+    """What one run saw: the training loss at every step, the validation accuracy after every epoch."""
+
+    losses: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int = 128,
+    seed: int = 0,
+    watch: bool = True,
+    after_backward: Callable[[int], object] | None = None,
+) -> History:
+    """Train `model` on the training part of `data` for `steps` steps of cross-entropy and return what was seen.
+
+    Batches are drawn without replacement, shuffled each epoch by a generator of their own seeded with `seed`, so that
+    two models with one seed see the same batches whatever else draws random numbers. `after_backward(step)` is called
+    between `backward` and the step. `watch` computes the validation accuracy after every epoch. The test part is never
+    read.
+
+    Raises ValueError for a number of steps or a batch size below 1.
+    """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, not {steps} and {batch_size}")
+    history = History()
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    x, y = data.train.x.to(device), data.train.y.to(device)
+    order: list[Tensor] = []
+    for step in tqdm(range(steps), desc="training", leave=False, disable=not progress_wanted()):
+        if not order:
+            order = list(torch.randperm(len(y), generator=generator).split(batch_size))
+        batch = order.pop(0)
+        model.train()
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x[batch]), y[batch])
+        loss.backward()
+        if after_backward is not None:
+            after_backward(step)
+        optimizer.step()
+        history.losses.append(loss.item())
+        if watch and not order:
+            history.validation.append(accuracy(model, data.validation))
+    return history
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split) -> float:
+    """Return the share of `split` that `model` classifies correctly, 0 to 1; the model keeps its mode."""
+    training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        right: Tensor = (model(split.x.to(device)).argmax(1) == split.y.to(device)).float().mean()
+    finally:
+        model.train(training)
+    return float(right)
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return the mean of `values` and the ends of its interval by Student's t; for seeds, not for examples.
+
+    Raises ValueError for fewer than two values, of which no interval can be had.
+    """
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least two values, not {len(values)}")
+    mean = float(np.mean(values))
+    half = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * stats.sem(values))
+    return mean, mean - half, mean + half
