@@ -1,5 +1,6 @@
 """Run one notebook from its first cell to its last, in the folder it stands in."""
 
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -7,8 +8,6 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 CELL_TIMEOUT = 300  # seconds
-# Sockets in the file system rather than TCP ports: nobody else on the machine can talk to the kernel.
-CONFIG = Config({"KernelManager": {"transport": "ipc"}})
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, *, widget_state: bool) -> None:
@@ -16,10 +15,13 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, *, widget_state: bool
 
     Raises nbclient's CellExecutionError, which shows the cell, where one raises, and CellTimeoutError.
     """
-    NotebookClient(
-        notebook,
-        timeout=CELL_TIMEOUT,
-        store_widget_state=widget_state,
-        resources={"metadata": {"path": str(folder)}},
-        config=CONFIG,
-    ).execute()
+    # Sockets in a folder of our own rather than TCP ports: nobody else on the machine can talk to the kernel. The path
+    # is absolute because kernel and client work in different folders.
+    with tempfile.TemporaryDirectory(prefix="gradprune-") as private:
+        NotebookClient(
+            notebook,
+            timeout=CELL_TIMEOUT,
+            store_widget_state=widget_state,
+            resources={"metadata": {"path": str(folder)}},
+            config=Config({"KernelManager": {"transport": "ipc", "ip": str(Path(private) / "kernel")}}),
+        ).execute()

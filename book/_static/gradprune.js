@@ -38,3 +38,14 @@ new MutationObserver(() => {
   attributes: true,
   attributeFilter: ["aria-valuenow", "style"],
 });
+
+// Names and roles that the theme and docutils leave out.
+document.addEventListener("DOMContentLoaded", () => {
+  // The arrows that unfold the contents at the side have no text.
+  for (const arrow of document.querySelectorAll("nav li > details > summary")) {
+    const entry = arrow.closest("li").querySelector("a")?.textContent.trim();
+    arrow.setAttribute("aria-label", `Pages under ${entry}`);
+  }
+  // The role of an entry in a bibliography is no longer part of ARIA, and hides that it stands in a list.
+  for (const entry of document.querySelectorAll(".citation-list > .citation")) entry.setAttribute("role", "listitem");
+});

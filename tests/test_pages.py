@@ -1,0 +1,242 @@
+"""Does every page work for every reader: opened from disk with no network, in light and dark, on a phone, by keyboard?
+
+Each page is opened once and looked at by all tests; the switch to dark happens in the open page, as the reader's does.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from conftest import CHAPTERS, HTML, NOT_BUILT, built_pages, page_name, soup
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, sync_playwright
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+STANDARD = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+LOCAL = ("file:", "data:", "blob:", "about:")
+WIDE, NARROW = {"width": 1300, "height": 900}, {"width": 400, "height": 800}
+SLOW = 20_000  # milliseconds
+
+# Formulas typeset, every slider drawn and named.
+READY = """async (sliders) => {
+  if (document.querySelector('.math')) await window.MathJax.startup.promise;
+  return document.querySelectorAll('.gp-explore').length >= sliders
+    && [...document.querySelectorAll('.gp-explore')].every((box) =>
+      box.querySelector('.gp-frame') && box.querySelector('[role=slider][aria-valuetext]'));
+}"""
+
+# The text a reader sees that is neither code nor typeset.
+PROSE = """() => {
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const parts = [];
+  while (walker.nextNode()) {
+    const inside = walker.currentNode.parentElement.closest('code, pre, script, style, noscript, mjx-container, kbd');
+    if (!inside) parts.push(walker.currentNode.data);
+  }
+  return parts.join('\\n');
+}"""
+
+# What stands out of the window and does not scroll by itself.
+TOO_WIDE = """() => {
+  const scrolls = (element) => ['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(element).overflowX);
+  const contained = (element) => {
+    for (let up = element.parentElement; up && up !== document.body; up = up.parentElement)
+      if (scrolls(up) && up.getBoundingClientRect().right <= innerWidth + 1) return true;
+    return false;
+  };
+  return [...document.querySelectorAll('.bd-article-container *, main footer *')]
+    .filter((e) => e.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
+    .filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !contained(e))
+    .map((e) => e.outerHTML.slice(0, 120));
+}"""
+
+PICTURES_WITHOUT_WORDS = """() => {
+  const fileName = /\\.(png|svg|jpe?g|gif|webp)$|^[0-9a-f_-]{8,}$/i;
+  const wordless = (text) => !text?.trim() || fileName.test(text.trim());
+  const name = (e) =>
+    e.getAttribute('aria-label') ?? document.getElementById(e.getAttribute('aria-labelledby'))?.textContent;
+  const described = (e) => e.closest('[aria-hidden=true], mjx-container, [role=img], button');
+  return [
+    ...[...document.images].filter((e) => wordless(e.alt)),
+    ...[...document.querySelectorAll('[role=img]:not(mjx-container, mjx-container *)')]
+      .filter((e) => wordless(name(e)) && !e.closest('[aria-hidden=true]')),
+    ...[...document.querySelectorAll('main svg, main canvas')].filter((e) => !described(e)),
+  ].map((e) => e.outerHTML.slice(0, 160));
+}"""
+
+
+@dataclass
+class Visit:
+    """An open page, and what went wrong while it was."""
+
+    path: Path
+    page: Page
+    wrong: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not (HTML / "index.html").exists():
+        pytest.fail(NOT_BUILT)
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        pytest.fail(f"no browser found ({', '.join(BROWSERS)}): on Debian and Ubuntu, `apt-get install chromium`")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+
+
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A browser without a network. Reduced motion, so that no colour is measured half-way through a fade."""
+    with browser.new_context(offline=True, viewport=WIDE, reduced_motion="reduce", color_scheme="light") as context:
+        context.set_default_timeout(SLOW)
+        context.route(lambda url: not url.startswith(LOCAL), lambda route: route.abort())
+        yield context
+
+
+def visit(context: BrowserContext, path: Path, query: str = "") -> Visit:
+    """Open a page, note what goes wrong from the first byte on, wait until it is ready, unfold what is folded."""
+    visit = Visit(path, context.new_page())
+    note = visit.wrong.append
+    page = visit.page
+    page.on("request", lambda r: None if r.url.startswith(LOCAL) else note(f"asked another host for {r.url}"))
+    page.on("requestfailed", lambda r: note(f"did not get {r.url}: {r.failure}"))
+    page.on("pageerror", lambda error: note(f"script error: {error}"))
+    page.on("console", lambda message: note(f"console: {message.text}") if message.type == "error" else None)
+    page.goto(path.as_uri() + query)
+    page.wait_for_function(READY, arg=len(widgets_in(path)))
+    page.evaluate("document.querySelectorAll('main details').forEach((fold) => { fold.open = true; })")
+    page.evaluate("document.querySelectorAll('main .toggle-hidden button').forEach((fold) => fold.click())")
+    return visit
+
+
+def widgets_in(path: Path) -> list[object]:
+    return soup(path).find_all("script", type="application/vnd.jupyter.widget-view+json")
+
+
+@pytest.fixture(scope="module", params=built_pages(), ids=page_name)
+def opened(context: BrowserContext, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    opened = visit(context, request.param)
+    yield opened
+    opened.page.close()
+
+
+def test_every_request_is_answered_from_disk_and_no_script_fails(opened: Visit) -> None:
+    assert opened.wrong == []
+
+
+def test_every_formula_is_typeset(opened: Visit) -> None:
+    formulas = len(soup(opened.path).select("span.math, div.math"))
+    typeset = opened.page.locator(".math mjx-container")
+    assert typeset.count() >= formulas, "formulas of the source are missing from the page"
+    assert opened.page.locator("[data-mml-node=merror]").count() == 0, "MathJax could not read a formula"
+    left = re.findall(r"\\[(\[].{0,40}|\$\$.{0,40}|\$[^$\s\d][^$\n]{0,60}\$", opened.page.evaluate(PROSE))
+    assert left == [], "formulas left as they were typed"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_reports_nothing(opened: Visit, theme: str) -> None:
+    opened.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+    opened.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
+    # Code is coloured by one stylesheet, whose contrast is measured on the chapters; the source listings, with
+    # thousands of coloured words, are left out of it for time.
+    listing = "_modules" in opened.path.parts
+    where = {"exclude": [[".highlight pre span:not(.viewcode-block)"]]} if listing else None
+    report = Axe().run(opened.page, where, {"runOnly": {"type": "tag", "values": STANDARD}})
+    faults = report.response["violations"]
+    assert [f"{f['id']}: {n['target']} {n['failureSummary']}" for f in faults for n in f["nodes"]] == []
+
+
+def test_nothing_scrolls_sideways_at_400_pixels(opened: Visit) -> None:
+    opened.page.set_viewport_size(NARROW)
+    try:
+        assert opened.page.evaluate(TOO_WIDE) == [], "cut off at the right edge"
+        width = opened.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= NARROW["width"], f"the page is {width} px wide"
+    finally:
+        opened.page.set_viewport_size(WIDE)
+
+
+def test_every_picture_has_words(opened: Visit) -> None:
+    assert opened.page.evaluate(PICTURES_WITHOUT_WORDS) == []
+
+
+def with_sliders() -> list[Path]:
+    return [path for path in built_pages() if path.exists() and widgets_in(path)] or [HTML / "index.html"]
+
+
+@pytest.mark.parametrize("path", with_sliders(), ids=page_name)
+def test_every_slider_changes_picture_and_words_by_keyboard(context: BrowserContext, path: Path) -> None:
+    seen = visit(context, path)
+    explorers = seen.page.locator(".gp-explore").all()
+    assert len(explorers) == len(widgets_in(path)) > 0, "not every slider of the source is on the page"
+    for explorer in explorers:
+        for handle in explorer.get_by_role("slider").all():
+            walk(explorer, handle)
+    assert seen.wrong == []
+    seen.page.close()
+
+
+def walk(explorer: Locator, handle: Locator) -> None:
+    """Take one slider from its first to its last value by keys, and compare picture, words and announcement each time."""
+    name = handle.get_attribute("aria-label")
+    assert name, "a slider has no accessible name"
+    steps = int(float(handle.get_attribute("aria-valuemax"))) - int(float(handle.get_attribute("aria-valuemin")))
+    handle.focus()
+    handle.press("Home")
+    states = [state(explorer, handle, name)]
+    for _ in range(steps):
+        handle.press("ArrowRight")
+        states.append(state(explorer, handle, name))
+    assert len({words for words, _ in states}) == steps + 1, f"{name}: two of its values have the same words"
+    pictures = [picture for _, picture in states]
+    same = [words for (words, _), a, b in zip(states, pictures, pictures[1:]) if a == b]
+    assert not same, f"{name}: the picture stays as it is after {same}"
+
+
+def state(explorer: Locator, handle: Locator, name: str) -> tuple[str, str]:
+    """Return the words and the picture that are to be seen; the words must agree with what a screen reader says."""
+    frame = explorer.locator(".gp-frame:visible")
+    assert frame.count() == 1, f"{name}: {frame.count()} pictures at once"
+    setting = handle.get_attribute("aria-valuetext")
+    assert setting, f"{name}: no value in words"
+    assert name in setting, f"{name}: announced as {setting!r}, which does not say of what"
+    words = frame.locator(".gp-words").inner_text()
+    assert words.startswith(setting), f"{name}: announced as {setting!r} beside the words {words!r}"
+    picture = frame.locator("figure[role=img] svg")
+    box = picture.bounding_box()
+    assert box, f"{name}: no picture"
+    assert min(box["width"], box["height"]) > 50, f"{name}: a picture of {box}"
+    drawn = re.sub(r"gp\d+-", "", picture.inner_html())  # the prefix that keeps ids apart
+    return words, drawn
+
+
+def test_search_finds_each_chapter_by_its_title(context: BrowserContext) -> None:
+    for notebook in CHAPTERS:
+        path = HTML / "chapters" / f"{notebook.stem}.html"
+        title = re.sub(r"[\d.#]", "", soup(path).h1.get_text()).strip()
+        seen = visit(context, HTML / "search.html", "?q=" + title.replace(" ", "+"))
+        results = seen.page.locator("#search-results li a")
+        results.first.wait_for()
+        found = [link.get_attribute("href") for link in results.all()]
+        assert any(path.name in str(address) for address in found), f"{title!r} finds only {found}"
+        assert seen.wrong == []
+        seen.page.close()
+
+
+def test_search_opens_by_keyboard_and_finds_a_term_of_the_package(context: BrowserContext) -> None:
+    seen = visit(context, HTML / "book" / "start.html")
+    seen.page.keyboard.press("Control+k")
+    seen.page.keyboard.type("jacobian")
+    seen.page.keyboard.press("Enter")
+    seen.page.wait_for_url("**/search.html?q=jacobian*")
+    results = seen.page.locator("#search-results li a")
+    results.first.wait_for()
+    assert any("probe" in str(link.get_attribute("href")) for link in results.all())
+    assert seen.wrong == []
+    seen.page.close()
