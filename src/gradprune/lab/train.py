@@ -72,7 +72,7 @@ def fit(
 def accuracy(model: nn.Module, split: Split) -> float:
     """Return the share of `split` that `model` classifies correctly, 0 to 1; every module keeps its mode."""
     modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
+    device = next(model.parameters(), split.x).device
     model.eval()
     try:
         right: Tensor = (model(split.x.to(device)).argmax(1) == split.y.to(device)).float().mean()
