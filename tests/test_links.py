@@ -37,7 +37,9 @@ def test_external_links_are_well_formed_https(page: Path) -> None:
     assert [address for address in addresses if not well_formed(address)] == []
 
 
-@pytest.mark.parametrize("path", sorted(HTML.rglob("*.css")) or [HTML / "_static" / "gradprune.css"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(HTML.rglob("*.css")) or [HTML / "_static" / "gradprune.css"], ids=lambda p: p.name
+)
 def test_stylesheets_take_nothing_from_another_host(path: Path) -> None:
     addresses = [a or b for a, b in IN_STYLE.findall(path.read_text(encoding="utf-8"))]
     assert [a for a in addresses if a.startswith(("http:", "https:", "//"))] == []
@@ -70,7 +72,9 @@ def resolves(page: Path, address: str) -> bool:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    return {tag["id"] for tag in soup(page).find_all(id=True)} | {tag["name"] for tag in soup(page).find_all("a", {"name": True})}
+    return {tag["id"] for tag in soup(page).find_all(id=True)} | {
+        tag["name"] for tag in soup(page).find_all("a", {"name": True})
+    }
 
 
 def assets(page: Path) -> list[str]:
