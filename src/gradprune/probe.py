@@ -50,17 +50,33 @@ def _gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor, by one fused call where all are dense."""
+    """The 2-norm of each tensor, right also where its square has no number in float32."""
     dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
-    return list(torch._foreach_norm(dense))
+    if all(tensor.is_cuda for tensor in dense):
+        return list(torch._foreach_norm(dense, 2.0, dtype=torch.float64))  # costs nothing there, and no round trip
+    norms = list(torch._foreach_norm(dense, 2.0))
+    return [norm if 1e-15 < norm < 1e15 else _scaled_norm(tensor) for norm, tensor in zip(norms, dense, strict=True)]
+
+
+def _scaled_norm(tensor: Tensor) -> Tensor:
+    """The 2-norm of a tensor whose squared entries may underflow or overflow: largest entry times a norm near one."""
+    if not tensor.numel():
+        return tensor.new_zeros(())
+    largest = tensor.abs().max()
+    if largest == 0 or not torch.isfinite(largest):
+        return largest
+    wide = largest.device.type != "mps"  # which has no float64
+    norm = torch.linalg.vector_norm((tensor / largest).float())
+    return largest.double() * norm if wide else largest.float() * norm
 
 
 def _to_floats(scalars: dict[str, Tensor]) -> dict[str, float]:
     """Read scalars with one transfer a device instead of one a scalar."""
     floats: dict[str, float] = {}
     for device in {scalar.device for scalar in scalars.values()}:
-        here = {name: scalar for name, scalar in scalars.items() if scalar.device == device}
-        floats |= dict(zip(here, torch.stack([s.detach().float() for s in here.values()]).tolist(), strict=True))
+        here = {name: scalar.detach() for name, scalar in scalars.items() if scalar.device == device}
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        floats |= dict(zip(here, torch.stack([scalar.to(dtype) for scalar in here.values()]).tolist(), strict=True))
     return {name: floats[name] for name in scalars}
 
 

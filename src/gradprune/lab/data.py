@@ -72,6 +72,27 @@ def load(name: str, *, seed: int = 0, validation: float = 0.2) -> Dataset:
     )
 
 
+def recall(steps: int, *, seed: int = 0, examples: int = 2_000) -> Dataset:
+    """Return sequences whose label is the sign of their first value: what a network must carry over all other steps.
+
+    `x` is of shape (examples, steps, 1): a first value of -1 or 1, then standard normal noise. Half as many examples again
+    are the validation part, and as many the test part; all are drawn from `seed`. The noise says nothing about the label.
+
+    Raises ValueError for fewer than one step. The task is a short form of the one of Hochreiter and Schmidhuber (1997).
+    """
+    if steps < 1:
+        raise ValueError(f"a sequence needs at least one step, not {steps}")
+    generator = np.random.default_rng(seed)
+
+    def draw(count: int) -> Split:
+        x = generator.standard_normal((count, steps, 1)).astype(np.float32)
+        y = generator.integers(0, 2, count)
+        x[:, 0, 0] = 2 * y - 1
+        return Split(torch.from_numpy(x), torch.from_numpy(y))
+
+    return Dataset(f"recall-{steps}", draw(examples), draw(examples // 2), draw(examples // 2), 2)
+
+
 def cache_folder() -> Path:
     """Where generated and fetched data stay: `GRADPRUNE_DATA`, or `gradprune` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradprune"
