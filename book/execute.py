@@ -15,8 +15,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, *, widget_state: bool
 
     Raises nbclient's CellExecutionError, which shows the cell, where one raises, and CellTimeoutError.
     """
-    # Sockets in a folder of our own rather than TCP ports: nobody else on the machine can talk to the kernel. The path is
-    # absolute because kernel and client work in different folders.
+    # Sockets in a folder of our own rather than TCP ports: nobody else on the machine can talk to the kernel. The path
+    # is absolute because kernel and client work in different folders.
     with tempfile.TemporaryDirectory(prefix="gradprune-") as private:
         NotebookClient(
             notebook,

@@ -1,7 +1,7 @@
 """Run the chapters in place and keep of their outputs what is committed: text and PNG, no widget state.
 
-`python book/notebooks.py [NAME ...]` runs those whose file name starts with a NAME, or all. A notebook that raises is left
-as it was.
+`python book/notebooks.py [NAME ...]` runs those whose file name starts with a NAME, or all. A notebook that raises is
+left as it was.
 """
 
 import os

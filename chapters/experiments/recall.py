@@ -1,9 +1,10 @@
 """Chapter 1: over how many steps can a recurrent network remember its first input?
 
-`python chapters/experiments/recall.py` writes chapters/results/recall.json; a run that was stopped goes on where it was.
+`python chapters/experiments/recall.py` writes chapters/results/recall.json; a run that was stopped goes on where it
+was.
 
-Every cell has 32 units and gets the same sequences, batches and 400 steps of Adam, and its own learning rate, chosen of one
-grid on validation data with a seed that is not used again. Guessing has an accuracy of one half.
+Every cell has 32 units and gets the same sequences, batches and 400 steps of Adam, and its own learning rate, chosen of
+one grid on validation data with a seed that is not used again. Guessing has an accuracy of one half.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ CELLS = ["rnn", "rnn, orthogonal", "gru", "lstm", "lstm, chrono"]
 def build(method: str, seed: int, length: int) -> lab.models.Recurrent:
     """Return the network of `method` before training.
 
-    "orthogonal" is the matrix from state to state; "chrono" draws each forget gate's bias so that the cell forgets over 1 to
-    `length` steps, and the input gate's as its opposite (Tallec and Ollivier 2018).
+    "orthogonal" is the matrix from state to state; "chrono" draws each forget gate's bias so that the cell forgets over
+    1 to `length` steps, and the input gate's as its opposite (Tallec and Ollivier 2018).
     """
     torch.manual_seed(seed)
     model = lab.models.Recurrent(method.split(",")[0], 1, WIDTH, 2)
@@ -47,7 +48,15 @@ def train(method: str, length: int, rate: float, seed: int) -> tuple[lab.models.
     data = lab.data.recall(length, seed=seed)
     model = build(method, seed, length)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    lab.train.fit(model, data, steps=STEPS, optimizer=optimizer, batch_size=64, seed=seed, watch=False)
+    lab.train.fit(
+        model,
+        data,
+        steps=STEPS,
+        optimizer=optimizer,
+        batch_size=64,
+        seed=seed,
+        watch=False,
+    )
     return model, data
 
 

@@ -67,7 +67,8 @@ def _scaled_norm(tensor: Tensor) -> Tensor:
         return largest
     wide = largest.device.type != "mps"  # which has no float64
     norm = torch.linalg.vector_norm((tensor / largest).float())
-    return largest.double() * norm if wide else largest.float() * norm
+    scaled: Tensor = largest.double() * norm if wide else largest.float() * norm
+    return scaled
 
 
 def _to_floats(scalars: dict[str, Tensor]) -> dict[str, float]:
@@ -291,7 +292,7 @@ class Recorder:
             self._trace.steps.append(step)
             for columns, scalars in ((self._trace.gradients, norms), (self._trace.updates, updates)):
                 _append(columns, _to_floats(scalars) if scalars else {}, at)
-            for name in {*self._trace.activations, *seen}:
+            for name in dict.fromkeys([*self._trace.activations, *seen]):
                 row = dict(zip(("mean", "std", "zero"), seen[name].tolist(), strict=True)) if name in seen else {}
                 _append(self._trace.activations.setdefault(name, {"mean": [], "std": [], "zero": []}), row, at)
         self._rows = []
@@ -313,7 +314,7 @@ class Recorder:
 
 
 def _append(columns: dict[str, list[float]], row: dict[str, float], at: int) -> None:
-    for name in {*columns, *row}:
+    for name in dict.fromkeys([*columns, *row]):
         column = columns.setdefault(name, [])
         column.extend([float("nan")] * (at - len(column)))
         column.append(row.get(name, float("nan")))

@@ -75,8 +75,9 @@ def load(name: str, *, seed: int = 0, validation: float = 0.2) -> Dataset:
 def recall(steps: int, *, seed: int = 0, examples: int = 2_000) -> Dataset:
     """Return sequences whose label is the sign of their first value: what a network must carry over all other steps.
 
-    `x` is of shape (examples, steps, 1): a first value of -1 or 1, then standard normal noise. Half as many examples again
-    are the validation part, and as many the test part; all are drawn from `seed`. The noise says nothing about the label.
+    `x` is of shape (examples, steps, 1): a first value of -1 or 1, then standard normal noise. Half as many examples
+    again are the validation part, and as many the test part; all are drawn from `seed`. The noise says nothing about
+    the label.
 
     Raises ValueError for fewer than one step. The task is a short form of the one of Hochreiter and Schmidhuber (1997).
     """
