@@ -3,10 +3,11 @@
 No test here installs, fetches or builds anything: the commands that would are replaced by ones that say what happened.
 """
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -343,9 +344,7 @@ def test_a_warning_of_sphinx_is_quoted_and_the_pages_count_as_unwritten(
 ) -> None:
     ran = sphinx(monkeypatch, 1, "start.md:3: WARNING: undefined label")
     for _ in range(2):
-        with pytest.raises(
-            build.StepFailed, match=r"writing the pages failed(.|\n)*undefined label(.|\n)*mend what it"
-        ):
+        with pytest.raises(build.StepFailed, match=r"writing the pages failed(.|\n)*undefined label(.|\n)*mend what"):
             build.write_pages()
     assert len(ran) == 2
 
