@@ -23,7 +23,7 @@ lint: .venv/.installed ## ruff and mypy
 	@$(BIN)/mypy
 
 test: lint book ## everything: lint, types, unit tests, notebooks, links, pages in a browser
-	@$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests chapters
+	@GRADPRUNE_QUIET=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests chapters
 
 notebooks: .venv/.installed ## run the notebooks in place and clean what must not be committed
 	@$(BIN)/python book/notebooks.py

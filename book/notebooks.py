@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 from execute import execute
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellControlSignal
 
 CHAPTERS = Path(__file__).resolve().parent.parent / "chapters"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -30,7 +30,7 @@ def main(names: list[str]) -> int:
         notebook = nbformat.read(path, as_version=4)
         try:
             execute(notebook, CHAPTERS, widget_state=False)
-        except CellExecutionError as error:
+        except (CellControlSignal, RuntimeError) as error:  # the second where the kernel dies
             print(f"failed, and left as it was\n{error}", file=sys.stderr)
             return 1
         clean(notebook)

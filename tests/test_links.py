@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
 from conftest import CHAPTERS, HTML, built_pages, page_name, soup
 
 MAX_CHAPTER_BYTES = 3_000_000
@@ -47,7 +48,7 @@ def test_stylesheets_take_nothing_from_another_host(path: Path) -> None:
 
 @pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_weighs_at_most_3_megabytes(notebook: Path) -> None:
-    """Its HTML and its images as they lie on the disk, uncompressed; not the scripts and styles that all pages share."""
+    """Its HTML and its images, uncompressed; not the scripts and styles, which all pages share."""
     page = HTML / "chapters" / f"{notebook.stem}.html"
     images = {img["src"] for img in soup(page).find_all("img", src=True) if not img["src"].startswith("data:")}
     weight = page.stat().st_size + sum((page.parent / unquote(image)).stat().st_size for image in images)
@@ -60,7 +61,7 @@ def test_the_front_door_leads_to_the_start_page() -> None:
 
 
 def resolves(page: Path, address: str) -> bool:
-    """Whether an address leads to a file of the book, and an anchor to a place in it; another host's is not looked up."""
+    """Whether an address leads to a file of the book, its anchor to a place there; other hosts are not looked up."""
     parts = urlsplit(address)
     if parts.scheme:
         return True

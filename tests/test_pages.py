@@ -7,12 +7,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import CHAPTERS, HTML, NOT_BUILT, built_pages, page_name, soup
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, sync_playwright
+
+from conftest import CHAPTERS, HTML, NOT_BUILT, built_pages, page_name, soup
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -183,7 +185,7 @@ def test_every_slider_changes_picture_and_words_by_keyboard(context: BrowserCont
 
 
 def walk(explorer: Locator, handle: Locator) -> None:
-    """Take one slider from its first to its last value by keys, and compare picture, words and announcement each time."""
+    """Take one slider from its first to its last value by keys, and look at picture, words and announcement."""
     name = handle.get_attribute("aria-label")
     assert name, "a slider has no accessible name"
     steps = int(float(handle.get_attribute("aria-valuemax"))) - int(float(handle.get_attribute("aria-valuemin")))
@@ -194,8 +196,7 @@ def walk(explorer: Locator, handle: Locator) -> None:
         handle.press("ArrowRight")
         states.append(state(explorer, handle, name))
     assert len({words for words, _ in states}) == steps + 1, f"{name}: two of its values have the same words"
-    pictures = [picture for _, picture in states]
-    same = [words for (words, _), a, b in zip(states, pictures, pictures[1:]) if a == b]
+    same = [words for (words, picture), (_, following) in pairwise(states) if picture == following]
     assert not same, f"{name}: the picture stays as it is after {same}"
 
 

@@ -165,6 +165,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, digits: int =
         print("  ".join(cells).rstrip())
 
 
+def power_of_ten(value: float) -> str:
+    """Write a number as in running text, with one digit: 0.00002 as "2·10⁻⁵", numbers from 0.1 to 100 as they are."""
+    if value == 0 or 0.1 <= abs(value) < 100:
+        return f"{value:.1g}" if abs(value) < 1 else f"{value:.0f}"
+    digit, exponent = f"{value:.0e}".split("e")
+    return f"{digit}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, Real) and not isinstance(value, Integral | Fraction):  # NumPy's floats too
         return f"{float(value) + 0.0:.{digits}g}"  # adding 0 takes the sign off a zero

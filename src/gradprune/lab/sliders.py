@@ -24,19 +24,22 @@ class Explorer:
     """
 
     def __init__(
-        self, widget: widgets.Widget, words: dict[tuple[Any, ...], str], names: list[str], middle: bytes
+        self, widget: widgets.Widget, words: dict[tuple[Any, ...], str], names: list[str], middle: bytes, alt: str
     ) -> None:
         self.widget = widget
         self.words = words
         self.names = names
         self._middle = middle
+        self._alt = alt
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
         bundle = self.widget._repr_mimebundle_() or {}
         lines = [f"{', '.join(self.names)} = {', '.join(map(str, key))}: {text}" for key, text in self.words.items()]
         bundle["text/plain"] = "\n".join(lines)
         bundle["image/png"] = base64.b64encode(self._middle).decode()
-        return dict(bundle)
+        return dict(bundle), {"image/png": {"alt": self._alt}}
 
 
 def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
@@ -72,7 +75,7 @@ def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
     pictures = _stacks(frames, list(sliders.values()), controls)
     box = widgets.VBox([*controls, pictures])
     box.add_class("gp-explore")
-    return Explorer(box, words, [_label(name) for name in names], middle)
+    return Explorer(box, words, [_label(name) for name in names], middle, words[middle_key])
 
 
 def _check(sliders: dict[str, Sequence[Any]]) -> None:
