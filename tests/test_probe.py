@@ -253,13 +253,15 @@ def test_each_of_the_k_largest_is_as_near_to_a_singular_value_as_the_tolerance_s
         assert np.allclose(found, values[:k], atol=3 * tolerance)  # and they are the largest, which is more
 
 
-def test_one_large_value_above_many_equal_ones_is_not_passed_over():
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
+def test_one_large_value_above_many_equal_ones_is_not_passed_over(tolerance):
+    # A random start is nearly all in the space of the equal ones, and within 0.01 of being a singular vector of theirs.
     values = torch.full((2**15,), 0.9)
     for at in (0, 77, 12345):
         spiked = values.clone()
         spiked[at] = 1.0
-        found = gp.jacobian_singular_values(lambda x, s=spiked: s * x, torch.zeros(2**15), k=1)
-        assert found.item() == pytest.approx(1.0, abs=1e-3)
+        found = gp.jacobian_singular_values(lambda x, s=spiked: s * x, torch.zeros(2**15), k=1, tolerance=tolerance)
+        assert found.item() == pytest.approx(1.0, abs=tolerance)
 
 
 def modules():
