@@ -629,6 +629,18 @@ def test_a_copy_of_the_model_a_saved_one_and_a_copy_of_the_optimizer_record_noth
     assert recorder.trace.steps == [0, 1, 2]
 
 
+def test_a_replica_that_shares_its_hooks_with_a_module_is_not_taken_for_it():
+    model, x = small_net(), torch.randn(5, 4)
+    optimizer = sgd(model)
+    recorder = gp.Recorder(model, optimizer)
+    model(x).sum().backward()
+    replica = copy.copy(model[0])  # as data parallelism makes them
+    assert replica._forward_hooks is model[0]._forward_hooks
+    replica(100 * x)
+    optimizer.step()
+    assert recorder.trace.activations["0"]["mean"] == [pytest.approx(gp_mean_before_step(x), rel=1e-5)]
+
+
 def test_closing_removes_every_hook_and_keeps_what_was_recorded():
     model = small_net()
     optimizer = sgd(model)
