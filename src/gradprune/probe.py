@@ -320,7 +320,9 @@ class Recorder:
     changes. `updates=False` spares the copy of the parameters that measuring updates needs.
 
     Use it as a context manager, or call `close`, to remove the hooks. Raises ValueError where `every` is below 1, and
-    where the optimizer holds none of the model's parameters. Chapter 1 shows the traces and what recording costs.
+    where the optimizer holds none of the model's parameters. Chapter 1 shows the traces. On one
+    thread of a busy machine, recording every step took 1.26 of the time of a small perceptron's step (1.14 of a small
+    convolutional net's), every tenth 1.13 (1.01); see `tests/bench/bench_probe.py`.
     """
 
     def __init__(
