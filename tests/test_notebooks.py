@@ -117,7 +117,7 @@ def figures_of_other_kinds(notebook: NotebookNode) -> list[str]:
 
 
 def anatomy(notebook: NotebookNode) -> list[str]:
-    """What design.md asks of a chapter, as far as headings and cells tell it."""
+    """What every chapter has, in order, as far as headings and cells tell it."""
     headings = [match for cell in prose(notebook) for match in re.findall(r"^## (.+)$", cell.source, re.MULTILINE)]
     faults = []
     if headings[: len(FIRST)] != FIRST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,6 +11,7 @@ import yaml
 
 from gradprune.lab.setup import repository
 
+_INDENT = "    "  # of the lines after a verdict's first
 _LINE = re.compile(r"^Verdict on (D\d+-\d+): (holds when .+?|holds|fails|has no meaning)\. (.+)$", re.MULTILINE)
 
 
@@ -45,7 +47,7 @@ def all_claims() -> dict[str, Claim]:
 
 
 def verdict(claim: str, *, holds: bool | None, because: str, when: str | None = None) -> None:
-    """Print the verdict on `claim` as one line, which the claims page collects.
+    """Print the verdict on `claim` as one sentence and its reason, which the claims page collects.
 
     `holds` is a condition computed on the page, or None for a statement without a meaning that could be tested; `when`
     says under which circumstances it holds, where it holds only under some; `because` gives the numbers it follows
@@ -71,9 +73,13 @@ def verdict(claim: str, *, holds: bool | None, because: str, when: str | None = 
         outcome = f"holds when {when}" if when else "holds"
     else:
         outcome = "fails"
-    print(f"Verdict on {claim}: {outcome}. {because}")
+    print(
+        textwrap.fill(
+            f"Verdict on {claim}: {outcome}. {because}", 80, subsequent_indent=_INDENT, break_on_hyphens=False
+        )
+    )
 
 
 def found_in(text: str) -> list[Verdict]:
     """Return the verdicts in the output of a cell."""
-    return [Verdict(*match) for match in _LINE.findall(text)]
+    return [Verdict(*match) for match in _LINE.findall(text.replace("\n" + _INDENT, " "))]
