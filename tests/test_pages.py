@@ -57,6 +57,34 @@ TOO_WIDE = """() => {
     .map((e) => e.outerHTML.slice(0, 120));
 }"""
 
+MARK_REPEATED_COLOURS = """() => {
+  const seen = new Set();
+  for (const word of document.querySelectorAll('.highlight pre span')) {
+    if (word.children.length) continue;
+    if (seen.has(word.className)) word.dataset.repeated = '';
+    seen.add(word.className);
+  }
+}"""
+
+# The contrast of a slider's handle and track with the page, by the formula of WCAG.
+CONTRASTS = """(explorer) => {
+  const luminance = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).map((part) => part / 255)
+      .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const contrast = (one, other) => {
+    const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const page = getComputedStyle(document.body).backgroundColor;
+  const style = (selector) => getComputedStyle(explorer.querySelector(selector));
+  return {
+    handle: contrast(style('[role=slider]').borderTopColor, page),
+    track: contrast(style('.noUi-connects').backgroundColor, page),
+  };
+}"""
+
 PICTURES_WITHOUT_WORDS = """() => {
   const fileName = /\\.(png|svg|jpe?g|gif|webp)$|^[0-9a-f_-]{8,}$/i;
   const wordless = (text) => !text?.trim() || fileName.test(text.trim());
@@ -145,11 +173,11 @@ def test_every_formula_is_typeset(opened: Visit) -> None:
 def test_axe_reports_nothing(opened: Visit, theme: str) -> None:
     opened.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
     opened.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
-    # Code is coloured by one stylesheet, whose contrast is measured on the chapters; the source listings, with
-    # thousands of coloured words, are left out of it for time.
-    listing = "_modules" in opened.path.parts
-    where = {"exclude": [[".highlight pre span:not(.viewcode-block)"]]} if listing else None
-    report = Axe().run(opened.page, where, {"runOnly": {"type": "tag", "values": STANDARD}})
+    # A page of code has thousands of words in a score of colours: one word of each colour is measured.
+    opened.page.evaluate(MARK_REPEATED_COLOURS)
+    style = opened.page.add_style_tag(content="[data-repeated] { visibility: hidden; }")
+    report = Axe().run(opened.page, options={"runOnly": {"type": "tag", "values": STANDARD}})
+    style.evaluate("(style) => style.remove()")
     faults = report.response["violations"]
     assert [f"{f['id']}: {n['target']} {n['failureSummary']}" for f in faults for n in f["nodes"]] == []
 
@@ -181,6 +209,23 @@ def test_every_slider_changes_picture_and_words_by_keyboard(context: BrowserCont
         for handle in explorer.get_by_role("slider").all():
             walk(explorer, handle)
     assert seen.wrong == []
+    seen.page.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_slider_is_seen_without_and_with_focus(context: BrowserContext, theme: str) -> None:
+    seen = visit(context, with_sliders()[0])
+    seen.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+    seen.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
+    explorer = seen.page.locator(".gp-explore").first
+    handle = explorer.get_by_role("slider").first
+    contrasts = explorer.evaluate(CONTRASTS)
+    assert [f"{part}: {contrast:.1f}" for part, contrast in contrasts.items() if contrast < 3] == []
+    assert handle.bounding_box()["width"] >= 24
+    outline = "(handle) => getComputedStyle(handle).outlineStyle"
+    assert handle.evaluate(outline) == "none"
+    handle.press("ArrowRight")
+    assert handle.evaluate(outline) == "solid"
     seen.page.close()
 
 
