@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
+
+Scalar = Tensor | float  # on an accelerator a tensor that nobody has waited for yet
 
 EXACT_ENTRIES = 2**24
 """The largest Jacobian, in entries, that :func:`jacobian_singular_values` writes out in full (64 MiB in float32)."""
@@ -49,7 +52,9 @@ def _gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
         raise ValueError("no parameter of the model requires a gradient")
     if not loss.requires_grad:
         raise ValueError("loss does not depend on the model: it was computed without gradients, or detached")
-    grads = torch.autograd.grad(loss.reshape(()), list(trainable.values()), retain_graph=True, allow_unused=True)
+    with torch.enable_grad():
+        scalar = loss.reshape(())
+    grads = torch.autograd.grad(scalar, list(trainable.values()), retain_graph=True, allow_unused=True)
     found = {name: grad for name, grad in zip(trainable, grads, strict=True) if grad is not None}
     if not found:
         raise ValueError("loss depends on no parameter of the model")
@@ -57,7 +62,7 @@ def _gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _norms(tensors: Sequence[Tensor]) -> list[Scalar]:
     """The 2-norm of each tensor, right also where the squares of its entries leave the range of its dtype.
 
     On the CPU, where looking at a number is free, only the norms that come out suspiciously are computed again; on an
@@ -66,11 +71,10 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
     if any(tensor.device.type != "cpu" for tensor in dense):
         return [torch.linalg.vector_norm(_wide(tensor), dtype=_sum_dtype(tensor)) for tensor in dense]
-    norms = list(torch._foreach_norm([_wide(tensor) for tensor in dense])) if dense else []
-    for i, norm in enumerate(_read(norms)):
-        if not 1e-12 < norm < math.inf:
-            norms[i] = _scaled_norm(dense[i])
-    return norms
+    norms = [norm.item() for norm in torch._foreach_norm([_wide(tensor) for tensor in dense])] if dense else []
+    return [
+        norm if 1e-12 < norm < math.inf else _scaled_norm(tensor) for norm, tensor in zip(norms, dense, strict=True)
+    ]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -83,24 +87,23 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.complex128 if tensor.is_complex() else torch.float64
 
 
-def _scaled_norm(tensor: Tensor) -> Tensor:
+def _scaled_norm(tensor: Tensor) -> float:
     """The norm of the tensor over its largest entry, times that entry: no square leaves the range."""
     if not tensor.numel():
-        return torch.zeros(())
-    tensor = tensor.abs().double()
-    largest = tensor.max()
-    if not 0 < largest < math.inf:
-        return largest
-    norm: Tensor = torch.linalg.vector_norm(tensor / largest) * largest
-    return norm
+        return 0.0
+    sizes = tensor.abs().double()
+    largest = float(sizes.max())
+    return float(torch.linalg.vector_norm(sizes / largest)) * largest if 0 < largest < math.inf else largest
 
 
-def _read(scalars: Sequence[Tensor]) -> list[float]:
+def _read(scalars: Sequence[Scalar]) -> list[float]:
     """Read scalars with one transfer a device instead of one a scalar."""
-    numbers = [0.0] * len(scalars)
-    for device in {scalar.device for scalar in scalars}:
-        here = [i for i, scalar in enumerate(scalars) if scalar.device == device]
-        for i, number in zip(here, torch.stack([scalars[i] for i in here]).tolist(), strict=True):
+    numbers = [0.0 if isinstance(scalar, Tensor) else scalar for scalar in scalars]
+    unread = [(i, scalar) for i, scalar in enumerate(scalars) if isinstance(scalar, Tensor)]
+    for device in {scalar.device for _, scalar in unread}:
+        here = [(i, scalar) for i, scalar in unread if scalar.device == device]
+        read = torch.stack([scalar for _, scalar in here]).tolist()
+        for (i, _), number in zip(here, read, strict=True):
             numbers[i] = number
     return numbers
 
@@ -127,10 +130,15 @@ def jacobian_singular_values(
         raise ValueError(f"x must be of a floating dtype to be differentiated, not {x.dtype}")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, not {tolerance}")
-    # The fused attention kernels have no second derivative. A clone, since f may change its argument in place.
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        x = x.detach().clone().requires_grad_(True)
-        y = f(x.clone())
+    with torch.inference_mode(False), torch.enable_grad():
+        return _singular_values(f, x.detach().clone().requires_grad_(True), k, tolerance, max_rounds)
+
+
+def _singular_values(
+    f: Callable[[Tensor], Tensor], x: Tensor, k: int | None, tolerance: float, max_rounds: int
+) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+        y = f(x.clone())  # a clone, since f may change its argument in place
     if not isinstance(y, Tensor):
         raise TypeError(f"f must return a tensor, not {type(y).__name__}; for a part of it pass lambda x: f(x)[0]")
     if y.is_complex():
@@ -296,7 +304,7 @@ class Trace:
 
 
 _STATISTICS = ("mean", "std", "zero")
-_Row = tuple[int, dict[str, Tensor], dict[str, Tensor], dict[str, list[Tensor]]]
+_Row = tuple[int, dict[str, Scalar], dict[str, Scalar], dict[str, list[Scalar]]]
 
 
 class Recorder:
@@ -326,9 +334,10 @@ class Recorder:
         self._held: set[int] = set()
         self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._handles: list[RemovableHandle] = []
-        self._norms: dict[str, Tensor] = {}
+        self._norms: dict[str, Scalar] = {}
         self._before: list[Tensor] = []
-        self._seen: dict[str, list[Tensor]] = {}
+        self._sizes: list[Scalar] = []
+        self._seen: dict[str, list[Scalar]] = {}
         self._rows: list[_Row] = []
         self._trace = Trace()
         self._look_for_parameters()
@@ -364,7 +373,7 @@ class Recorder:
             return None
         self._look_for_parameters()
         if self._with_updates:
-            self._before = [p.detach().clone() for p in self._parameters.values()]
+            self._copy_parameters()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._take_gradients()
@@ -381,6 +390,15 @@ class Recorder:
             return args, kwargs | {"closure": first_watched}
         return (args[0], first_watched, *args[2:]), kwargs
 
+    @torch.no_grad()
+    def _copy_parameters(self) -> None:
+        """Copy them to where they were copied before: fresh memory for each step costs more than the copy."""
+        parameters = [p.detach() for p in self._parameters.values()]
+        if not all(map(_alike, self._before, parameters)) or len(self._before) != len(parameters):
+            self._before = [torch.empty_like(p) for p in parameters]
+        torch._foreach_copy_(self._before, parameters)
+        self._sizes = _norms(self._before)
+
     def _take_gradients(self) -> None:
         grads = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         self._norms = dict(zip(grads, _norms(list(grads.values())), strict=True))
@@ -388,13 +406,11 @@ class Recorder:
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._step % self._every == 0:
-            updates: dict[str, Tensor] = {}
+            updates: dict[str, Scalar] = {}
             if self._with_updates:
-                after = [p.detach() for p in self._parameters.values()]
-                changes = _norms(torch._foreach_sub(after, self._before))
-                ratios = [change / size for change, size in zip(changes, _norms(self._before), strict=True)]
+                torch._foreach_sub_(self._before, [p.detach() for p in self._parameters.values()])
+                ratios = map(_ratio, _norms(self._before), self._sizes)
                 updates = dict(zip(self._parameters, ratios, strict=True))
-                self._before = []
             self._rows.append((self._step, self._norms, updates, self._seen))
             if len(self._rows) == 64:
                 self._read_rows()
@@ -430,7 +446,7 @@ class Recorder:
         """Stop recording: remove every hook. What was recorded stays."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._before = [], []
 
     def __enter__(self) -> Recorder:
         return self
@@ -448,12 +464,36 @@ def _is_leaf(name: str, module: nn.Module) -> bool:
     )
 
 
-def _statistics(output: Tensor) -> list[Tensor]:
-    """Mean, standard deviation and share of zeros. The mean comes off first: a difference of squares would cancel."""
-    zero = torch.count_nonzero(output == 0) / output.numel()
-    mean = _wide(output).mean()
-    (spread,) = _norms([_wide(output) - mean])
-    return [mean, spread / math.sqrt(output.numel()), zero]
+def _statistics(output: Tensor) -> list[Scalar]:
+    """Mean, standard deviation and share of zeros."""
+    output = _wide(output)
+    if output.device.type != "cpu":
+        unread = output.mean()
+        return [unread, _spread(output, unread), torch.count_nonzero(output == 0) / output.numel()]
+    values = output.numpy()
+    zero = np.count_nonzero(values == 0) / values.size  # by NumPy, which counts ten times as fast as torch
+    mean = output.mean().item()
+    mean_square = torch.linalg.vector_norm(output).item() ** 2 / values.size
+    variance = mean_square - mean**2
+    if variance > 0.1 * mean_square and 1e-24 < mean_square < math.inf:
+        return [mean, math.sqrt(variance), zero]
+    return [mean, _spread(output, mean), zero]
+
+
+def _spread(values: Tensor, mean: Scalar) -> Scalar:
+    """The standard deviation, with the mean taken off first: a difference of squares would cancel."""
+    (norm,) = _norms([values - mean])
+    return norm / math.sqrt(values.numel())
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+
+
+def _ratio(change: Scalar, size: Scalar) -> Scalar:
+    if isinstance(size, Tensor) or size:
+        return change / size
+    return math.inf if change else math.nan
 
 
 def _append(columns: dict[str, list[float]], row: dict[str, float], at: int) -> None:

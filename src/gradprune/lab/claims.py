@@ -49,14 +49,22 @@ def verdict(claim: str, *, holds: bool | None, because: str, when: str | None = 
 
     `holds` is a condition computed on the page, or None for a statement without a meaning that could be tested; `when`
     says under which circumstances it holds, where it holds only under some; `because` gives the numbers it follows
-    from.
+    from. Line breaks in either become spaces.
 
-    Raises ValueError for an id that is not in `book/claims.yml`, and for a reason without a number in it.
+    Raises ValueError for an id that is not in `book/claims.yml`, for a reason without a number in it, for a `when` that
+    is empty or more than one sentence, and for a `when` beside a verdict other than "holds".
     """
     if claim not in all_claims():
         raise ValueError(f"unknown claim {claim!r}; book/claims.yml has {', '.join(list(all_claims())[:3])} and so on")
     if not re.search(r"\d", because):
         raise ValueError(f"the verdict on {claim} needs a number that supports it, computed on the page")
+    because = " ".join(because.split())
+    if when is not None:
+        when = " ".join(when.split())
+        if not when or ". " in when:
+            raise ValueError(f"`when` is one phrase that follows 'holds when', not {when!r}")
+        if not holds:
+            raise ValueError(f"the verdict on {claim} is not that it holds, so there is no `when` of it")
     if holds is None:
         outcome = "has no meaning"
     elif holds:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +55,8 @@ def load(name: str, *, seed: int = 0, validation: float = 0.2) -> Dataset:
     also which are the test part). Inputs are shifted and scaled by the mean and the standard deviation of the training
     part.
 
-    Raises ValueError for an unknown name or a share outside (0, 1), ConnectionError where MNIST cannot be fetched.
+    Raises ValueError for an unknown name, for a share outside (0, 1) or one that leaves a part empty, ConnectionError
+    where MNIST cannot be fetched.
     """
     if name not in _SOURCES:
         raise ValueError(f"unknown data set {name!r}; known are {', '.join(map(repr, _SOURCES))}")
@@ -61,6 +65,8 @@ def load(name: str, *, seed: int = 0, validation: float = 0.2) -> Dataset:
     x, y, test_x, test_y = _SOURCES[name](seed)
     order = np.random.default_rng(seed).permutation(len(y))
     held = round(validation * len(y))
+    if not 0 < held < len(y):
+        raise ValueError(f"a share of {validation} of {len(y)} training examples leaves a part without any")
     kept_x, kept_y = x[order[held:]], y[order[held:]]
     mean, std = float(kept_x.mean()), float(kept_x.std())
 
@@ -97,7 +103,7 @@ def recall(steps: int, *, seed: int = 0, examples: int = 2_000) -> Dataset:
 def cache_folder() -> Path:
     """Where generated and fetched data stay: `GRADPRUNE_DATA`, or `gradprune` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradprune"
-    return Path(os.environ.get("GRADPRUNE_DATA") or default)
+    return Path(os.environ.get("GRADPRUNE_DATA") or default).expanduser()
 
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -115,10 +121,20 @@ def _digits(seed: int) -> Arrays:
 
 def _mnist1d(seed: int) -> Arrays:
     path = cache_folder() / "mnist1d-seed42-5000.npz"
-    if not path.exists():
-        _save(path, _generate_mnist1d())
-    with np.load(path, allow_pickle=False) as saved:
-        return saved["x"], saved["y"], saved["x_test"], saved["y_test"]
+    arrays = _saved(path)
+    if arrays is None:
+        arrays = _generate_mnist1d()
+        _save(path, arrays)
+    return arrays["x"], arrays["y"], arrays["x_test"], arrays["y_test"]
+
+
+def _saved(path: Path) -> dict[str, np.ndarray] | None:
+    """What `path` holds, or None where it is missing or damaged: then it is made again."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {key: saved[key] for key in ("x", "y", "x_test", "y_test")}
+    except (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def _generate_mnist1d() -> dict[str, np.ndarray]:
@@ -137,8 +153,12 @@ def _generate_mnist1d() -> dict[str, np.ndarray]:
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs mistake the arrays for its flag
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        try:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs mistake the arrays for its flag
+        except BaseException:
+            os.unlink(file.name)
+            raise
     os.replace(file.name, path)
 
 
@@ -147,7 +167,7 @@ def _mnist(seed: int) -> Arrays:
 
     try:
         x, y = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False, data_home=str(cache_folder()))
-    except OSError as error:  # URLError and the socket errors are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # URLError and the socket errors are OSErrors
         raise ConnectionError(
             f"MNIST could not be fetched from OpenML ({error}); it needs a network once and is then kept in "
             f"{cache_folder()}. Without one use load('digits') or load('mnist1d'), which need none."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -16,7 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from gradprune.lab.setup import repository
+from gradprune.lab.setup import progress_wanted, repository
 
 Row = dict[str, Any]
 
@@ -29,11 +31,13 @@ def run(
     A cell is what identifies a row (JSON values only); `measure(cell)` returns what was measured of it. The file is
     JSON: `about`, `command`, `seeds`, `versions`, `machine`, `date`, `rows`. A run that was killed goes on where it
     stopped; a file of another torch version, or of other seeds, is measured anew from the start.
+
+    Raises ValueError where `path` holds something else than such a result; it is left as it is.
     """
     cells = list(cells)
     head = provenance(seeds) | {"about": about}
     done = {_key(row, cells): row for row in _saved(path, head)}
-    for cell in tqdm(cells, desc=path.stem):
+    for cell in tqdm(cells, desc=path.stem, disable=not progress_wanted()):
         if _key(cell, cells) not in done:
             done[_key(cell, cells)] = cell | measure(cell)
             save(path, head | {"rows": [done[_key(c, cells)] for c in cells if _key(c, cells) in done]})
@@ -43,7 +47,7 @@ def run(
 def provenance(seeds: Sequence[int]) -> dict[str, Any]:
     """Return the command, the seeds, the versions, the machine and the day of this run; no path and no host name."""
     return {
-        "command": shlex.join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", *(re.sub(r"(?<![^=])/.*", _relative, word) for word in sys.argv)]),
         "seeds": list(seeds),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
         "machine": machine(),
@@ -58,15 +62,20 @@ def machine() -> str:
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {usable} cores"
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write `result` as JSON beside `path`, then rename it, so that a kill never leaves half a file."""
+    """Write `result` as JSON beside `path`, then rename it, so that a kill never leaves half a file.
+
+    JSON has no number for what is not finite: such a float is written as "inf", "-inf" or "nan", and :func:`load` reads
+    these as floats again.
+    """
+    text = json.dumps(_spelled(result), indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
+        file.write(text)
     os.replace(file.name, path)
     os.chmod(path, 0o644)
 
@@ -79,22 +88,45 @@ def load(name: str) -> dict[str, Any]:
     path = repository() / "chapters" / "results" / f"{name}.json"
     if not path.exists():
         raise FileNotFoundError(f"no {path.name}; `python chapters/experiments/{name}.py` measures and writes it")
-    loaded: dict[str, Any] = json.loads(path.read_text())
+    loaded: dict[str, Any] = _unspelled(json.loads(path.read_text()))
     return loaded
 
 
 def _saved(path: Path, head: dict[str, Any]) -> list[Row]:
     if not path.exists():
         return []
-    old = json.loads(path.read_text())
-    same = old["versions"]["torch"] == head["versions"]["torch"] and old["seeds"] == head["seeds"]
-    return list(old["rows"]) if same else []
+    try:
+        old = _unspelled(json.loads(path.read_text()))
+        same = old["versions"]["torch"] == head["versions"]["torch"] and old["seeds"] == head["seeds"]
+        return list(old["rows"]) if same else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} is not the result of an experiment; move it away to measure it anew") from error
 
 
 def _key(row: Row, cells: Sequence[Row]) -> str:
-    return json.dumps({name: row.get(name) for name in sorted(cells[0])})
+    """What tells a row from the others: its values of all that any cell names."""
+    return json.dumps({name: row.get(name) for name in sorted({name for cell in cells for name in cell})})
 
 
-def _relative(path: str) -> str:
-    full = Path(path).resolve()
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _spelled(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(inner) for inner in value]
+    return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _unspelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _unspelled(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_unspelled(inner) for inner in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _relative(path: re.Match[str]) -> str:
+    full = Path(path[0]).resolve()
     return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else full.name

@@ -13,7 +13,9 @@ import io
 import os
 import re
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from itertools import count
+from numbers import Integral, Real
 from typing import Any
 
 import matplotlib as mpl
@@ -36,8 +38,9 @@ COLOURS = {
     "gelu": "#b0488c",
     "linear": "#808080",
 }
-PAGE_BACKGROUNDS = ("#ffffff", "#14181e")  # of the theme, light and dark
+PAGE_BACKGROUNDS = ("#ffffff", "#121212")  # of the theme, light and dark
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
+_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}(?!\d*e)")
 _serial = count()
 
 _STYLE = {
@@ -56,6 +59,13 @@ _STYLE = {
     "font.size": 10,
     "grid.alpha": 0.18,
     "grid.color": _INK,
+    "boxplot.boxprops.color": _INK,
+    "boxplot.capprops.color": _INK,
+    "boxplot.flierprops.color": _INK,
+    "boxplot.flierprops.markeredgecolor": _INK,
+    "boxplot.whiskerprops.color": _INK,
+    "hatch.color": _INK,
+    "patch.edgecolor": _INK,
     "legend.frameon": False,
     "legend.labelcolor": _INK,
     "legend.fontsize": 9,
@@ -94,12 +104,18 @@ def to_svg(figure: Figure, alt: str, *, prefix: str | None = None) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would style every drawing of the page
+    svg = svg.replace('aria-hidden="true">', 'aria-hidden="true" style="stroke-linejoin:round">', 1)
     svg = svg.replace(_INK, "currentColor")
-    svg = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), svg)
+    svg = re.sub(r"<[^>]+>", lambda tag: _LONG_NUMBER.sub(_shorten, tag[0]), svg)  # not in the text between the tags
     prefix = f"gp{next(_serial)}-" if prefix is None else prefix
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     return f'<figure role="img" class="gp-figure" aria-label="{html.escape(alt, quote=True)}">{svg}</figure>'
+
+
+def _shorten(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def to_png(figure: Figure) -> bytes:
@@ -134,8 +150,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, digits: int =
 
     The numbers under a figure are what a screen reader reads and what the tests compare, since pictures are not
     compared.
-    Raises ValueError where a row is not as long as the header.
+    Raises ValueError where the header is empty and where a row is not as long as it.
     """
+    if not header:
+        raise ValueError("a table needs a header: the name of each column")
     lines = [[_cell(value, digits) for value in row] for row in rows]
     for line in lines:
         if len(line) != len(header):
@@ -147,8 +165,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, digits: int =
         print("  ".join(cells).rstrip())
 
 
+def power_of_ten(value: float) -> str:
+    """Write a number as in running text, with one digit: 0.00002 as "2·10⁻⁵", numbers from 0.1 to 100 as they are."""
+    if value == 0 or 0.1 <= abs(value) < 100:
+        return f"{value:.1g}" if abs(value) < 1 else f"{value:.0f}"
+    digit, exponent = f"{value:.0e}".split("e")
+    return f"{digit}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def _cell(value: Any, digits: int) -> str:
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+    if isinstance(value, Real) and not isinstance(value, Integral | Fraction):  # NumPy's floats too
+        return f"{float(value) + 0.0:.{digits}g}"  # adding 0 takes the sign off a zero
+    return str(value)
 
 
 def _require_alt(alt: str) -> None:

@@ -71,7 +71,10 @@ def mlp(
 
 
 def initialise_(model: nn.Module, init: str, *, gain: float | None = None, bias_std: float = 0.0) -> None:
-    """Draw the weights of every linear layer of `model` anew; see :func:`mlp` for `init`, `gain` and `bias_std`."""
+    """Draw the weights of every linear layer of `model` anew; see :func:`mlp` for `init`, `gain` and `bias_std`.
+
+    A layer without a bias stays without one.
+    """
     _known("init", init, _STD)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -88,7 +91,7 @@ def _initialise_linear_(layer: nn.Linear, init: str, gain: float, bias_std: floa
             nn.init.orthogonal_(layer.weight, gain)
         else:
             layer.weight.normal_(0.0, gain * _STD[init](fan_in, fan_out))
-        if bias_std or init != "torch":
+        if layer.bias is not None and (bias_std or init != "torch"):
             layer.bias.normal_(0.0, bias_std) if bias_std else layer.bias.zero_()
 
 
@@ -115,22 +118,39 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def states(self, x: Tensor) -> list[Tensor]:
-        """Return the state after each step, each of shape (examples, width), every one a node of the graph."""
-        state: Tensor | tuple[Tensor, Tensor] = x.new_zeros(len(x), self.width)
-        if isinstance(self.cell, nn.LSTMCell):
-            state = (x.new_zeros(len(x), self.width), x.new_zeros(len(x), self.width))
-        seen = []
-        for step in x.unbind(1):
-            state = self.cell(step, state)
-            seen.append(state[1] if isinstance(state, tuple) else state)
-        self.last = state[0] if isinstance(state, tuple) else state
-        return seen
+        """Return the state after each step, each of shape (examples, width), every one a node of the graph.
+
+        Of an "lstm" it is the cell state, which carries the gradient through time, not its output. `last` is the output
+        after the last step, which the head reads.
+
+        Raises ValueError for a sequence without steps.
+        """
+        if not x.shape[1]:
+            raise ValueError(f"a sequence needs at least one step; the input is of shape {tuple(x.shape)}")
+        steps = self._steps(x)
+        self.last = steps[-1][1]
+        return [state for state, _ in steps]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores after the last step."""
         self.states(x)
         scores: Tensor = self.head(self.last)
         return scores
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "last"}  # a copy has none of its graph
+
+    def _steps(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The state and the output after each step; one and the same but for an LSTM."""
+        output = state = x.new_zeros(len(x), self.width)
+        steps = []
+        for step in x.unbind(1):
+            if isinstance(self.cell, nn.LSTMCell):
+                output, state = self.cell(step, (output, state))
+            else:
+                output = state = self.cell(step, state)
+            steps.append((state, output))
+        return steps
 
 
 _CELLS: dict[str, Callable[[int, int], nn.Module]] = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}

@@ -49,8 +49,9 @@ def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
     and is the picture's alternative text. Each keyword of `explore` is a slider: its name (underscores become spaces)
     and its values in order. A slider starts in its middle.
 
-    Raises ValueError where there is no slider, there are more than two, or one has no values, and RuntimeError where
-    `draw` fails, naming the values at which it did.
+    Raises ValueError where there is no slider, there are more than two, or one has no values or one of them twice,
+    TypeError where the values are not a sequence, and RuntimeError where `draw` fails or returns something else, naming
+    the values at which it did.
 
     Example: ``explore(draw, threshold=[0.0, 0.1, 0.2])`` (every chapter has one).
     """
@@ -63,10 +64,11 @@ def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
     for key in itertools.product(*sliders.values()):
         try:
             figure, text = draw(**dict(zip(names, key, strict=True)))
+            frame = _frame(figure, text, _setting(names, key))
         except Exception as error:
             raise RuntimeError(f"drawing the picture for {_setting(names, key)} failed: {error}") from error
         words[key] = text
-        frames[key] = widgets.HTML(_frame(figure, text, _setting(names, key)))
+        frames[key] = widgets.HTML(frame)
         if key == middle_key:
             middle = figures.to_png(figure)
     controls = [_slider(name, values) for name, values in sliders.items()]
@@ -80,8 +82,14 @@ def _check(sliders: dict[str, Sequence[Any]]) -> None:
     if not 1 <= len(sliders) <= 2:
         raise ValueError(f"explore wants one or two sliders, each a keyword with its values; {len(sliders)} given")
     for name, values in sliders.items():
-        if len(values) == 0:
+        try:
+            count, distinct = len(values), len(set(values))
+        except TypeError as error:
+            raise TypeError(f"slider {name!r} wants a list of numbers or words, not {values!r}") from error
+        if count == 0:
             raise ValueError(f"slider {name!r} has no values to show")
+        if distinct < count:
+            raise ValueError(f"slider {name!r} has a value twice: {list(values)}")
 
 
 def _slider(name: str, values: Sequence[Any]) -> widgets.IntSlider:

@@ -70,14 +70,15 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
-    """Return the share of `split` that `model` classifies correctly, 0 to 1; the model keeps its mode."""
-    training = model.training
-    device = next(model.parameters()).device
+    """Return the share of `split` that `model` classifies correctly, 0 to 1; every module keeps its mode."""
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters(), split.x).device
     model.eval()
     try:
         right: Tensor = (model(split.x.to(device)).argmax(1) == split.y.to(device)).float().mean()
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return float(right)
 
 
