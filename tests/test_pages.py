@@ -23,6 +23,7 @@ STANDARD = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 LOCAL = ("file:", "data:", "blob:", "about:")
 WIDE, NARROW = {"width": 1300, "height": 900}, {"width": 400, "height": 800}
 SLOW = 20_000  # milliseconds
+TYPED_FORMULA = r"\\[(\[].{0,40}|\$\$.{0,40}|\$[^$\s\d][^$\n]{0,60}\$|\$\d[^$\n]{0,60}[\\^_{][^$\n]{0,60}\$"
 
 # Formulas typeset, every slider drawn and named.
 READY = """async (sliders) => {
@@ -174,7 +175,7 @@ def test_every_formula_is_typeset(opened: Visit) -> None:
     typeset = opened.page.locator(".math mjx-container")
     assert typeset.count() >= formulas, "formulas of the source are missing from the page"
     assert opened.page.locator("[data-mml-node=merror]").count() == 0, "MathJax could not read a formula"
-    left = re.findall(r"\\[(\[].{0,40}|\$\$.{0,40}|\$[^$\s\d][^$\n]{0,60}\$", opened.page.evaluate(PROSE))
+    left = re.findall(TYPED_FORMULA, opened.page.evaluate(PROSE))
     assert left == [], "formulas left as they were typed"
 
 
