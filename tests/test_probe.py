@@ -253,13 +253,15 @@ def test_each_of_the_k_largest_is_as_near_to_a_singular_value_as_the_tolerance_s
         assert np.allclose(found, values[:k], atol=3 * tolerance)  # and they are the largest, which is more
 
 
-def test_one_large_value_above_many_equal_ones_is_not_passed_over():
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
+def test_one_large_value_above_many_equal_ones_is_not_passed_over(tolerance):
+    # A random start is nearly all in the space of the equal ones, and within 0.01 of being a singular vector of theirs.
     values = torch.full((2**15,), 0.9)
     for at in (0, 77, 12345):
         spiked = values.clone()
         spiked[at] = 1.0
-        found = gp.jacobian_singular_values(lambda x, s=spiked: s * x, torch.zeros(2**15), k=1)
-        assert found.item() == pytest.approx(1.0, abs=1e-3)
+        found = gp.jacobian_singular_values(lambda x, s=spiked: s * x, torch.zeros(2**15), k=1, tolerance=tolerance)
+        assert found.item() == pytest.approx(1.0, abs=tolerance)
 
 
 def modules():
@@ -303,7 +305,8 @@ def test_the_callers_gradient_mode_does_not_matter():
     expected = np.sort(1 - np.tanh(x.numpy()) ** 2)[::-1]
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
-            assert np.allclose(gp.jacobian_singular_values(f, x), expected)
+            made_here = x.clone()  # in inference mode a tensor that autograd refuses
+            assert np.allclose(gp.jacobian_singular_values(f, made_here), expected)
             assert np.allclose(gp.jacobian_singular_values(f, x, k=2), expected[:2], atol=1e-3)
     x.requires_grad_(True)
     assert np.allclose(gp.jacobian_singular_values(f, x), expected)
@@ -624,6 +627,18 @@ def test_a_copy_of_the_model_a_saved_one_and_a_copy_of_the_optimizer_record_noth
     assert recorder.trace == seen
     train(model, optimizer, 1)
     assert recorder.trace.steps == [0, 1, 2]
+
+
+def test_a_replica_that_shares_its_hooks_with_a_module_is_not_taken_for_it():
+    model, x = small_net(), torch.randn(5, 4)
+    optimizer = sgd(model)
+    recorder = gp.Recorder(model, optimizer)
+    model(x).sum().backward()
+    replica = copy.copy(model[0])  # as data parallelism makes them
+    assert replica._forward_hooks is model[0]._forward_hooks
+    replica(100 * x)
+    optimizer.step()
+    assert recorder.trace.activations["0"]["mean"] == [pytest.approx(gp_mean_before_step(x), rel=1e-5)]
 
 
 def test_closing_removes_every_hook_and_keeps_what_was_recorded():

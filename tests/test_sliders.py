@@ -114,12 +114,13 @@ def test_a_slider_of_one_value_shows_it_and_cannot_be_moved():
 
 def test_where_widgets_are_not_shown_there_is_the_middle_picture_and_all_the_words():
     explorer = sliders.explore(draw, p=[1, 2, 3])
-    bundle = explorer._repr_mimebundle_()
+    bundle, metadata = explorer._repr_mimebundle_()
+    assert metadata["image/png"]["alt"].endswith("This is {'p': 2}.")
     assert base64.b64decode(bundle["image/png"]) == figures.to_png(draw(p=2)[0])
     assert bundle["text/plain"].splitlines() == [f"p = {p}: This is {{'p': {p}}}." for p in (1, 2, 3)]
     view = bundle["application/vnd.jupyter.widget-view+json"]
     assert view["model_id"] == explorer.widget.model_id
-    assert sliders.explore(draw, a=[1], b=[2])._repr_mimebundle_()["text/plain"].startswith("a, b = 1, 2: ")
+    assert sliders.explore(draw, a=[1], b=[2])._repr_mimebundle_()[0]["text/plain"].startswith("a, b = 1, 2: ")
 
 
 def test_a_slider_that_cannot_be_is_refused():
