@@ -55,6 +55,18 @@ def test_a_chapter_weighs_at_most_3_megabytes(notebook: Path) -> None:
     assert weight <= MAX_CHAPTER_BYTES, f"{weight / 1e6:.1f} MB"
 
 
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_can_be_downloaded_and_launched(notebook: Path) -> None:
+    page = HTML / "chapters" / f"{notebook.stem}.html"
+    addresses = [a["href"] for a in soup(page).find_all("a", href=True)]
+    downloads = [address for address in addresses if address.endswith(f"_sources/chapters/{notebook.name}")]
+    assert downloads, "no link to download the notebook"
+    assert all(resolves(page, address) for address in downloads)
+    for host in ("mybinder.org", "colab.research.google.com"):
+        launches = [unquote(address) for address in addresses if urlsplit(address).netloc == host]
+        assert any(f"chapters/{notebook.name}" in address for address in launches), f"no link to {host}"
+
+
 def test_the_front_door_leads_to_the_start_page() -> None:
     refresh = soup(HTML / "index.html").find("meta", attrs={"http-equiv": "Refresh"})
     assert resolves(HTML / "index.html", refresh["content"].partition("url=")[2])
