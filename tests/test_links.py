@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from conftest import CHAPTERS, HTML, built_pages, page_name, soup
+from conftest import CHAPTERS, HTML, NOT_BUILT, built_pages, page_name, soup
 
 MAX_CHAPTER_BYTES = 3_000_000
 ASSETS = {"script": "src", "img": "src", "link": "href", "source": "src", "iframe": "src", "object": "data"}
@@ -42,6 +42,8 @@ def test_external_links_are_well_formed_https(page: Path) -> None:
     "path", sorted(HTML.rglob("*.css")) or [HTML / "_static" / "gradprune.css"], ids=lambda p: p.name
 )
 def test_stylesheets_take_nothing_from_another_host(path: Path) -> None:
+    if not path.exists():
+        pytest.fail(NOT_BUILT)
     addresses = [a or b for a, b in IN_STYLE.findall(path.read_text(encoding="utf-8"))]
     assert [a for a in addresses if a.startswith(("http:", "https:", "//"))] == []
 
