@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from conftest import CHAPTERS, HTML, built_pages, page_name, soup
+from conftest import CHAPTERS, HTML, NOT_BUILT, built_pages, page_name, soup
 
 MAX_CHAPTER_BYTES = 3_000_000
 ASSETS = {"script": "src", "img": "src", "link": "href", "source": "src", "iframe": "src", "object": "data"}
@@ -42,6 +42,8 @@ def test_external_links_are_well_formed_https(page: Path) -> None:
     "path", sorted(HTML.rglob("*.css")) or [HTML / "_static" / "gradprune.css"], ids=lambda p: p.name
 )
 def test_stylesheets_take_nothing_from_another_host(path: Path) -> None:
+    if not path.exists():
+        pytest.fail(NOT_BUILT)
     addresses = [a or b for a, b in IN_STYLE.findall(path.read_text(encoding="utf-8"))]
     assert [a for a in addresses if a.startswith(("http:", "https:", "//"))] == []
 
@@ -53,6 +55,18 @@ def test_a_chapter_weighs_at_most_3_megabytes(notebook: Path) -> None:
     images = {img["src"] for img in soup(page).find_all("img", src=True) if not img["src"].startswith("data:")}
     weight = page.stat().st_size + sum((page.parent / unquote(image)).stat().st_size for image in images)
     assert weight <= MAX_CHAPTER_BYTES, f"{weight / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_can_be_downloaded_and_launched(notebook: Path) -> None:
+    page = HTML / "chapters" / f"{notebook.stem}.html"
+    addresses = [a["href"] for a in soup(page).find_all("a", href=True)]
+    downloads = [address for address in addresses if address.endswith(f"_sources/chapters/{notebook.name}")]
+    assert downloads, "no link to download the notebook"
+    assert all(resolves(page, address) for address in downloads)
+    for host in ("mybinder.org", "colab.research.google.com"):
+        launches = [unquote(address) for address in addresses if urlsplit(address).netloc == host]
+        assert any(f"chapters/{notebook.name}" in address for address in launches), f"no link to {host}"
 
 
 def test_the_front_door_leads_to_the_start_page() -> None:

@@ -23,6 +23,7 @@ STANDARD = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 LOCAL = ("file:", "data:", "blob:", "about:")
 WIDE, NARROW = {"width": 1300, "height": 900}, {"width": 400, "height": 800}
 SLOW = 20_000  # milliseconds
+TYPED_FORMULA = r"\\[(\[].{0,40}|\$\$.{0,40}|\$[^$\s\d][^$\n]{0,60}\$|\$\d[^$\n]{0,60}[\\^_{][^$\n]{0,60}\$"
 
 # Formulas typeset, every slider drawn and named.
 READY = """async (sliders) => {
@@ -56,6 +57,43 @@ TOO_WIDE = """() => {
     .filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !contained(e))
     .map((e) => e.outerHTML.slice(0, 120));
 }"""
+
+MARK_REPEATED_COLOURS = """() => {
+  const seen = new Set();
+  for (const word of document.querySelectorAll('.highlight pre span')) {
+    if (word.children.length) continue;
+    if (seen.has(word.className)) word.dataset.repeated = '';
+    seen.add(word.className);
+  }
+}"""
+
+# The contrast of a slider's handle and track with the page, by the formula of WCAG.
+CONTRASTS = """(explorer) => {
+  const luminance = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).map((part) => part / 255)
+      .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const contrast = (one, other) => {
+    const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const page = getComputedStyle(document.body).backgroundColor;
+  const style = (selector) => getComputedStyle(explorer.querySelector(selector));
+  return {
+    handle: contrast(style('[role=slider]').borderTopColor, page),
+    track: contrast(style('.noUi-connects').backgroundColor, page),
+  };
+}"""
+
+# Of each picture that is to be seen: the words beside it, what is drawn, and its smaller side.
+VISIBLE_FRAMES = """(explorer) => [...explorer.querySelectorAll('.gp-frame')]
+  .filter((frame) => frame.checkVisibility({ visibilityProperty: true }))
+  .map((frame) => {
+    const picture = frame.querySelector('figure[role=img] svg');
+    const box = picture.getBoundingClientRect();
+    return [frame.querySelector('.gp-words').innerText, picture.innerHTML, Math.min(box.width, box.height)];
+  })"""
 
 PICTURES_WITHOUT_WORDS = """() => {
   const fileName = /\\.(png|svg|jpe?g|gif|webp)$|^[0-9a-f_-]{8,}$/i;
@@ -137,7 +175,7 @@ def test_every_formula_is_typeset(opened: Visit) -> None:
     typeset = opened.page.locator(".math mjx-container")
     assert typeset.count() >= formulas, "formulas of the source are missing from the page"
     assert opened.page.locator("[data-mml-node=merror]").count() == 0, "MathJax could not read a formula"
-    left = re.findall(r"\\[(\[].{0,40}|\$\$.{0,40}|\$[^$\s\d][^$\n]{0,60}\$", opened.page.evaluate(PROSE))
+    left = re.findall(TYPED_FORMULA, opened.page.evaluate(PROSE))
     assert left == [], "formulas left as they were typed"
 
 
@@ -145,11 +183,11 @@ def test_every_formula_is_typeset(opened: Visit) -> None:
 def test_axe_reports_nothing(opened: Visit, theme: str) -> None:
     opened.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
     opened.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
-    # Code is coloured by one stylesheet, whose contrast is measured on the chapters; the source listings, with
-    # thousands of coloured words, are left out of it for time.
-    listing = "_modules" in opened.path.parts
-    where = {"exclude": [[".highlight pre span:not(.viewcode-block)"]]} if listing else None
-    report = Axe().run(opened.page, where, {"runOnly": {"type": "tag", "values": STANDARD}})
+    # A page of code has thousands of words in a score of colours: one word of each colour is measured.
+    opened.page.evaluate(MARK_REPEATED_COLOURS)
+    style = opened.page.add_style_tag(content="[data-repeated] { visibility: hidden; }")
+    report = Axe().run(opened.page, options={"runOnly": {"type": "tag", "values": STANDARD}})
+    style.evaluate("(style) => style.remove()")
     faults = report.response["violations"]
     assert [f"{f['id']}: {n['target']} {n['failureSummary']}" for f in faults for n in f["nodes"]] == []
 
@@ -178,9 +216,26 @@ def test_every_slider_changes_picture_and_words_by_keyboard(context: BrowserCont
     explorers = seen.page.locator(".gp-explore").all()
     assert len(explorers) == len(widgets_in(path)) > 0, "not every slider of the source is on the page"
     for explorer in explorers:
-        for handle in explorer.get_by_role("slider").all():
+        for handle in explorer.locator("[role=slider]").all():
             walk(explorer, handle)
     assert seen.wrong == []
+    seen.page.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_slider_is_seen_without_and_with_focus(context: BrowserContext, theme: str) -> None:
+    seen = visit(context, with_sliders()[0])
+    seen.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+    seen.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
+    explorer = seen.page.locator(".gp-explore").first
+    handle = explorer.locator("[role=slider]").first
+    contrasts = explorer.evaluate(CONTRASTS)
+    assert [f"{part}: {contrast:.1f}" for part, contrast in contrasts.items() if contrast < 3] == []
+    assert handle.bounding_box()["width"] >= 24
+    outline = "(handle) => getComputedStyle(handle).outlineStyle"
+    assert handle.evaluate(outline) == "none"
+    handle.press("ArrowRight")
+    assert handle.evaluate(outline) == "solid"
     seen.page.close()
 
 
@@ -190,10 +245,11 @@ def walk(explorer: Locator, handle: Locator) -> None:
     assert name, "a slider has no accessible name"
     steps = int(float(handle.get_attribute("aria-valuemax"))) - int(float(handle.get_attribute("aria-valuemin")))
     handle.focus()
-    handle.press("Home")
+    keyboard = handle.page.keyboard
+    keyboard.press("Home")
     states = [state(explorer, handle, name)]
     for _ in range(steps):
-        handle.press("ArrowRight")
+        keyboard.press("ArrowRight")
         states.append(state(explorer, handle, name))
     assert len({words for words, _ in states}) == steps + 1, f"{name}: two of its values have the same words"
     same = [words for (words, picture), (_, following) in pairwise(states) if picture == following]
@@ -202,19 +258,15 @@ def walk(explorer: Locator, handle: Locator) -> None:
 
 def state(explorer: Locator, handle: Locator, name: str) -> tuple[str, str]:
     """Return the words and the picture that are to be seen; the words must agree with what a screen reader says."""
-    frame = explorer.locator(".gp-frame:visible")
-    assert frame.count() == 1, f"{name}: {frame.count()} pictures at once"
+    frames = explorer.evaluate(VISIBLE_FRAMES)
+    assert len(frames) == 1, f"{name}: {len(frames)} pictures at once"
+    words, picture, smaller_side = frames[0]
     setting = handle.get_attribute("aria-valuetext")
     assert setting, f"{name}: no value in words"
     assert name in setting, f"{name}: announced as {setting!r}, which does not say of what"
-    words = frame.locator(".gp-words").inner_text()
     assert words.startswith(setting), f"{name}: announced as {setting!r} beside the words {words!r}"
-    picture = frame.locator("figure[role=img] svg")
-    box = picture.bounding_box()
-    assert box, f"{name}: no picture"
-    assert min(box["width"], box["height"]) > 50, f"{name}: a picture of {box}"
-    drawn = re.sub(r"gp\d+-", "", picture.inner_html())  # the prefix that keeps ids apart
-    return words, drawn
+    assert smaller_side > 50, f"{name}: a picture of {smaller_side} pixels"
+    return words, re.sub(r"gp\d+-", "", picture)  # without the prefix that keeps ids apart
 
 
 def test_search_finds_each_chapter_by_its_title(context: BrowserContext) -> None:

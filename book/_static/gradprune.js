@@ -29,14 +29,21 @@ function describe(explorer) {
   for (const words of explorer.querySelectorAll(".gp-words")) words.setAttribute("aria-live", "polite");
 }
 
-// Explorers appear when the widget manager has drawn them, and frames when they are first shown.
-new MutationObserver(() => {
-  for (const explorer of document.querySelectorAll(".gp-explore")) describe(explorer);
+// Explorers appear when the widget manager has drawn them, and frames when they are first shown. Only what has changed is
+// described again: looking for the visible frame makes the browser lay out the page.
+new MutationObserver((changes) => {
+  const changed = new Set();
+  for (const { target, addedNodes } of changes) {
+    const around = target.closest(".gp-explore");
+    if (around) changed.add(around);
+    else for (const node of addedNodes) node.querySelectorAll?.(".gp-explore").forEach((inside) => changed.add(inside));
+  }
+  changed.forEach(describe);
 }).observe(document.documentElement, {
   childList: true,
   subtree: true,
   attributes: true,
-  attributeFilter: ["aria-valuenow", "style"],
+  attributeFilter: ["aria-valuenow", "class", "style"],
 });
 
 // Names and roles that the theme and docutils leave out.
