@@ -73,11 +73,8 @@ def verdict(claim: str, *, holds: bool | None, because: str, when: str | None = 
         outcome = f"holds when {when}" if when else "holds"
     else:
         outcome = "fails"
-    print(
-        textwrap.fill(
-            f"Verdict on {claim}: {outcome}. {because}", 80, subsequent_indent=_INDENT, break_on_hyphens=False
-        )
-    )
+    line = f"Verdict on {claim}: {outcome}. {because}"
+    print(textwrap.fill(line, 80, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False))
 
 
 def found_in(text: str) -> list[Verdict]:
