@@ -1,3 +1,41 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
+from gradprune.mask import Masks
+from gradprune.prune import prune
+from gradprune.schedule import Cubic, Geometric, Linear, OneShot
+from gradprune.score import (
+    activation,
+    fisher,
+    gradient,
+    grasp,
+    magnitude,
+    movement,
+    random,
+    snip,
+    synflow,
+    taylor,
+)
+from gradprune.select import keep_largest, kth_smallest
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Cubic",
+    "Geometric",
+    "Linear",
+    "Masks",
+    "OneShot",
+    "activation",
+    "fisher",
+    "gradient",
+    "grasp",
+    "keep_largest",
+    "kth_smallest",
+    "magnitude",
+    "movement",
+    "prune",
+    "random",
+    "snip",
+    "synflow",
+    "taylor",
+]

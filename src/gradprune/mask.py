@@ -1,0 +1,409 @@
+"""Which weights are held at zero, and what holds them there (chapter 4)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Elements masked at a time: the mask is widened to the weights' size in cache, at the speed of memory (on two cores a
+# fifth of what `masked_fill_` takes).
+CHUNK = 2**19
+PROBES = 256  # pruned positions looked at after each step
+PROBED_FROM = 2**15  # elements: a smaller tensor is set to zero sooner than it is looked at
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Their step moves an entry by its own weight, gradient and state alone (LBFGS: along past gradients), so that zeros
+# stay zero.
+_ZEROS_STAY_ZERO = {torch.optim.LBFGS} | {
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
+}
+
+
+class Masks(Mapping[str, Tensor]):
+    """Which weights stay: a mapping from parameter names to bool tensors of the parameters' shapes (True stays).
+
+    `masks` may be any such mapping; the tensors are kept, not copied. Raises ValueError where one is not bool.
+    Chapter 4.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"the mask of {name!r} must be a bool tensor, got {kind}")
+        self._masks = dict(masks)
+        self._parameters: dict[str, weakref.ref[nn.Parameter]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        total = sum(m.numel() for m in self.values())
+        return f"Masks({len(self)} tensors, {total:,} weights, sparsity {self.sparsity:.4f})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Masks:
+        # A copied model has parameters of its own: the copy belongs to none until it is applied to one.
+        return Masks(copy.deepcopy(self._masks, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Masks, (self._masks,)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the masked parameters' entries that are pruned; 0.0 where there are none."""
+        total = sum(m.numel() for m in self.values())
+        kept = sum(count_kept(m) for m in self.values())
+        return 1 - kept / total if total else 0.0
+
+    def apply_(self, model: nn.Module) -> Masks:
+        """Set the pruned weights of `model` to zero, and remember its parameters for :meth:`hold`.
+
+        Whatever stood there, infinities and NaN among it, becomes +0.0. Returns these masks, for chaining.
+        Raises ValueError, before any weight is changed, where a name is not a parameter of the model or a shape
+        differs. Chapter 4.
+        """
+        parameters = self._find(model)
+        for name, parameter in parameters.items():
+            zero_pruned_(parameter, self[name])
+        self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
+        return self
+
+    def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> Hold:
+        """Keep the pruned weights exactly zero after every step of `optimizer`, until the handle is removed.
+
+        Momentum, weight decay, a loaded optimizer state or a loaded model cannot revive them. The optimizer's own
+        step hooks do it: before a step the pruned entries of the gradients are set to zero (also of those that a
+        closure computes), and their entries in the optimizer's state once, now and whenever a state is loaded; what
+        is zero then stays zero, and the weights are looked at after every step. No parameter name, forward pass or
+        module is touched. A parameter has one mask in an optimizer: a later call replaces an earlier one.
+
+        The parameters are those of the model that the masks were made from or applied to; else pass `model`. Those
+        the optimizer does not own are left alone. The weights and the state are set to zero at once.
+        Returns a handle with ``remove()``, which is also a context manager. Raises ValueError where the masks belong
+        to no model, where a shape differs, and where the optimizer owns none of the parameters.
+        Chapter 4.
+        """
+        parameters = self._live_parameters(optimizer) if model is None else self._find(model)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {p: self[name] for name, p in parameters.items() if id(p) in owned}
+        if parameters and not held:
+            raise ValueError(
+                f"the optimizer owns none of the {len(parameters)} masked parameters ({_some(parameters)}); "
+                "was it made from another model, or from a copy?"
+            )
+        for parameter, mask in held.items():
+            zero_pruned_(parameter, mask)
+        return Hold(optimizer, held)
+
+    def _find(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters by the masks' names, checked."""
+        every = dict(model.named_parameters(remove_duplicate=False))
+        for name, mask in self.items():
+            if name not in every:
+                raise ValueError(f"the model has no parameter {name!r}; it has {_some(every)}")
+            if every[name].shape != mask.shape:
+                raise ValueError(
+                    f"the mask of {name!r} has shape {tuple(mask.shape)}, "
+                    f"the parameter has shape {tuple(every[name].shape)}"
+                )
+        return {name: every[name] for name in self}
+
+    def _live_parameters(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        live = {name: ref() for name, ref in self._parameters.items()}
+        found = {name: p for name, p in live.items() if p is not None}
+        if len(found) == len(self):
+            return found
+        raise ValueError(
+            "these masks belong to no model yet: call masks.apply_(model) first, or masks.hold(optimizer, model)"
+        )
+
+    # ------------------------------------------------------------------------------------------- state and files
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Everything, at one bit a weight: name -> {"bits": uint8 tensor on the CPU, "shape": tuple of int}."""
+        return {name: {"bits": _pack(mask), "shape": tuple(mask.shape)} for name, mask in self.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Mapping[str, Any]]) -> Masks:
+        """The masks that :meth:`state_dict` described, on the CPU. Raises ValueError where bits and shape disagree."""
+        return cls({name: _unpack(name, entry["bits"], tuple(entry["shape"])) for name, entry in state.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks to a safetensors file, one bit a weight."""
+        state = self.state_dict()
+        shapes = {name: entry["shape"] for name, entry in state.items()}
+        bits = {name: entry["bits"] for name, entry in state.items()}
+        _safetensors().torch.save_file(bits, path, metadata={"gradprune.masks": json.dumps(shapes)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read the masks that :meth:`save` wrote. Raises ValueError where the file holds none."""
+        with _safetensors().safe_open(path, framework="pt") as file:
+            shapes = (file.metadata() or {}).get("gradprune.masks")
+            if shapes is None:
+                raise ValueError(f"{os.fspath(path)!r} is a safetensors file without masks saved by Masks.save")
+            state = {name: {"bits": file.get_tensor(name), "shape": s} for name, s in json.loads(shapes).items()}
+        return cls.from_state_dict(state)
+
+    @classmethod
+    def from_torch(cls, model: nn.Module) -> Masks:
+        """The masks of a model pruned by ``torch.nn.utils.prune``, under the names from before it was.
+
+        The model stays as it is; :meth:`from_torch_` also undoes torch's reparametrization.
+        Raises ValueError where the model holds no such mask.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        found = {
+            name.removesuffix("_mask"): buffer.bool()
+            for name, buffer in model.named_buffers(remove_duplicate=False)
+            if name.endswith("_mask") and name.removesuffix("_mask") + "_orig" in parameters
+        }
+        if not found:
+            raise ValueError("no parameter of this model is pruned by torch.nn.utils.prune")
+        return cls(found)
+
+    @classmethod
+    def from_torch_(cls, model: nn.Module) -> Masks:
+        """Take over from ``torch.nn.utils.prune``: its masks, with the model's parameters made plain again.
+
+        The parameters stay the same objects under their own names, so an optimizer goes on with them; hold them with
+        :meth:`hold`. Raises ValueError where the model holds no such mask.
+        """
+        from torch.nn.utils import prune as torch_prune
+
+        masks = cls.from_torch(model)
+        for name in masks:
+            path, _, attribute = name.rpartition(".")
+            torch_prune.remove(model.get_submodule(path), attribute)  # type: ignore[no-untyped-call]
+        return masks.apply_(model)
+
+    def to_torch_(self, model: nn.Module) -> None:
+        """Prune `model` by ``torch.nn.utils.prune.custom_from_mask`` with these masks.
+
+        From then on torch's own reparametrization holds: each parameter is renamed to ``..._orig``.
+        Raises ValueError, before anything is changed, where a name or a shape is not the model's.
+        """
+        from torch.nn.utils import prune as torch_prune
+
+        for name, parameter in self._find(model).items():
+            path, _, attribute = name.rpartition(".")
+            mask = self[name].to(parameter.device)
+            torch_prune.custom_from_mask(model.get_submodule(path), attribute, mask)  # type: ignore[no-untyped-call]
+
+
+class Hold:
+    """What :meth:`Masks.hold` returns; ``remove()``, or the end of its ``with`` block, lets the weights move again."""
+
+    def __init__(self, optimizer: Optimizer, masks: Mapping[nn.Parameter, Tensor]) -> None:
+        for earlier in list(_HOLDS.setdefault(optimizer, [])):
+            earlier._release(masks)
+        self._held = {p: _Held(p, mask) for p, mask in masks.items()}
+        self._zeros_stay_zero = type(optimizer) in _ZEROS_STAY_ZERO
+        self._clear_state(optimizer)
+        self._optimizer = weakref.ref(optimizer)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self._clear_state),
+        ]
+        _HOLDS[optimizer].append(self)
+
+    def remove(self) -> None:
+        """Stop holding. The weights stay as they are until the next step moves them; calling it twice is fine."""
+        for hook in self._hooks:
+            hook.remove()
+        self._held = {}
+        optimizer = self._optimizer()
+        if optimizer is not None and self in _HOLDS.get(optimizer, []):
+            _HOLDS[optimizer].remove(self)
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _release(self, parameters: Mapping[nn.Parameter, Tensor]) -> None:
+        """Give up those that a later hold takes over."""
+        self._held = {p: held for p, held in self._held.items() if p not in parameters}
+        if not self._held:
+            self.remove()
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._mask_gradients()
+        for parameter, held in self._held.items():
+            if held.was_written(parameter):
+                zero_pruned_(parameter, held.mask_for(parameter))
+        # A closure computes the gradients anew inside the step. `args` begins with the optimizer itself.
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._masking(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._masking(kwargs["closure"])}
+        return None
+
+    def _masking(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_with_masked_gradients() -> Any:
+            loss = closure()
+            self._mask_gradients()
+            return loss
+
+        return closure_with_masked_gradients
+
+    def _mask_gradients(self) -> None:
+        for parameter, held in self._held.items():
+            if parameter.grad is not None and parameter.grad.layout == torch.strided:
+                zero_pruned_(parameter.grad, held.mask_for(parameter))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, held in self._held.items():
+            if not (self._zeros_stay_zero and held.looks_zero(parameter)):
+                zero_pruned_(parameter, held.mask_for(parameter))
+            held.remember(parameter)
+
+    def _clear_state(self, optimizer: Optimizer) -> None:
+        """Forget what the optimizer remembers of pruned entries: momentum, second moments and the like."""
+        flat_masks = [
+            self._held[p].mask_for(p).reshape(-1) if p in self._held else torch.ones(p.numel(), dtype=torch.bool)
+            for p in _lbfgs_parameters(optimizer)
+        ]
+        for parameter, state in cast(Mapping[nn.Parameter, dict[str, Any]], optimizer.state).items():
+            for value in _tensors_in(state.values()):
+                if parameter in self._held and value.shape == parameter.shape:
+                    zero_pruned_(value, self._held[parameter].mask_for(parameter))
+                elif value.numel() == sum(m.numel() for m in flat_masks):
+                    for part, mask in zip(torch.split(value, [m.numel() for m in flat_masks]), flat_masks, strict=True):
+                        zero_pruned_(part, mask.to(part.device))
+
+
+# The holds of each optimizer, so that a later one can replace an earlier one.
+_HOLDS: weakref.WeakKeyDictionary[Optimizer, list[Hold]] = weakref.WeakKeyDictionary()
+
+
+class _Held:
+    """One parameter's mask, and how to notice cheaply that its pruned entries are no longer zero.
+
+    Masking the weights after every step as well as the gradients before it would double the cost. A write that
+    autograd sees (``load_state_dict``, any in-place operation) raises the parameter's version; one that it does not
+    see (through ``.data``), or a step that moves zeros (an epsilon of 0), shows at the probed positions, which are
+    spread over the tensor. Small tensors, and those on an accelerator, where looking would wait for it, are masked
+    each time.
+    """
+
+    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        self.mask = mask
+        self.probes = _pruned_positions(mask) if parameter.device.type == "cpu" else None
+        self.remember(parameter)
+
+    def mask_for(self, parameter: nn.Parameter) -> Tensor:
+        if self.mask.device != parameter.device:
+            self.mask = self.mask.to(parameter.device)
+        return self.mask
+
+    def remember(self, parameter: nn.Parameter) -> None:
+        self.version = parameter._version
+        self.address = parameter.data_ptr()
+
+    def was_written(self, parameter: nn.Parameter) -> bool:
+        return self.version != parameter._version or self.address != parameter.data_ptr()
+
+    def looks_zero(self, parameter: nn.Parameter) -> bool:
+        if self.probes is None or parameter.device.type != "cpu" or not parameter.is_contiguous():
+            return False
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            return False  # a sparse gradient was not masked
+        return not parameter.detach().view(-1)[self.probes].any()
+
+
+def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
+    """Set `tensor` to +0.0 where `mask` is False, at the speed of memory, whatever stands there.
+
+    Both have one shape and one device. Multiplying the numbers would keep the sign of zero and turn infinity into NaN;
+    multiplying their bits, read as an integer, by 0 or 1 does neither.
+    """
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        torch.where(mask, tensor, tensor.new_zeros(()), out=tensor)
+        return
+    if tensor.is_contiguous() and mask.is_contiguous():
+        tensor, mask = tensor.view(-1), mask.view(-1)
+    rows = max(1, CHUNK // max(1, math.prod(tensor.shape[1:])))
+    bits = tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])
+    for part, keep in zip(torch.split(bits, rows), torch.split(mask, rows), strict=True):
+        part.mul_(keep)
+
+
+def count_kept(mask: Tensor) -> int:
+    """How many entries are True."""
+    # NumPy counts bytes a dozen times faster than torch does on the CPU.
+    return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.sum())
+
+
+def _pruned_positions(mask: Tensor) -> Tensor | None:
+    """Flat positions of pruned entries, about `PROBES` of them, spread evenly; None for a small tensor.
+
+    None, too, where the spread meets no pruned entry.
+    """
+    if mask.numel() < PROBED_FROM:
+        return None
+    flat = mask.cpu().reshape(-1)
+    spread = torch.linspace(0, mask.numel() - 1, 16 * PROBES, dtype=torch.float64).long()
+    pruned = spread[~flat[spread]]
+    return pruned[:: -(-len(pruned) // PROBES)] if len(pruned) else None
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from _tensors_in(value)
+
+
+def _lbfgs_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """LBFGS keeps vectors over all parameters, joined in this order; the others keep no such thing."""
+    return optimizer.param_groups[0]["params"] if isinstance(optimizer, torch.optim.LBFGS) else []
+
+
+def _pack(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+
+
+def _unpack(name: str, bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8):
+        raise ValueError(f"the mask of {name!r} needs {-(-count // 8)} bytes for shape {shape}, got {bits.numel()}")
+    flat = np.unpackbits(bits.cpu().numpy(), count=count).view(np.bool_)
+    return torch.from_numpy(flat).view(shape)
+
+
+def _some(names: Mapping[str, Any], most: int = 5) -> str:
+    shown = ", ".join(map(repr, list(names)[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("masks are saved as safetensors files: pip install safetensors") from error
+    return safetensors
