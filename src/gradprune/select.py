@@ -35,6 +35,8 @@ _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 _ORDERED_BITS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+_INDEXED = {*_ORDERED_BITS, *_PLAIN_INTEGERS}  # others lack torch.take, and are widened whole: they are narrow
+
 
 def kth_smallest(tensors: Tensors, k: int, *, by: By = "value") -> Tensor:
     """The k-th smallest value (1-based) of all tensors taken as one, exactly.
@@ -197,8 +199,8 @@ def _collect(tensors: Tensors, by: By, among: Sequence[Tensor] | None = None) ->
     for name, tensor in zip(names, given, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    found = [t.detach() for t in given]
-    dtype = _common_dtype(names, found)
+    dtype = _common_dtype(names, given)
+    found = [t.detach() if t.dtype in _INDEXED else t.detach().to(_compared_as(t.dtype)) for t in given]
     order = _Order(_compared_as(dtype), by)
     if by == "magnitude" and not order.is_float:
         raise ValueError(f'by="magnitude" ranks floating values, got {dtype}')
@@ -260,12 +262,12 @@ class _Piece:
 
 
 class _Buffers:
-    """What one thread needs to look at one chunk."""
+    """What one thread needs to look at `size` values at a time."""
 
-    def __init__(self, integer: torch.dtype) -> None:
+    def __init__(self, integer: torch.dtype, size: int) -> None:
         dtype = torch.empty(0, dtype=integer).numpy().dtype
-        self.keys, self.signs = np.empty(CHUNK, dtype), np.empty(CHUNK, dtype)
-        self.low, self.high = np.empty(CHUNK, np.bool_), np.empty(CHUNK, np.bool_)
+        self.keys, self.signs = np.empty(size, dtype), np.empty(size, dtype)
+        self.low, self.high = np.empty(size, np.bool_), np.empty(size, np.bool_)
 
 
 class _Chunks:
@@ -327,7 +329,7 @@ class _Chunks:
         threads = min(torch.get_num_threads(), MAX_THREADS) if self.values.total >= PARALLEL else 1
         share = -(-len(self.pieces) // threads)
         shares = [self.pieces[i : i + share] for i in range(0, len(self.pieces), share)]
-        buffers = [_Buffers(self.order.integer) for _ in shares]
+        buffers = [_Buffers(self.order.integer, CHUNK) for _ in shares]
         if len(shares) == 1:
             return [work(shares[0], buffers[0])]
         with ThreadPoolExecutor(len(shares)) as pool:
@@ -388,7 +390,7 @@ def _sample(chunks: _Chunks, rng: np.random.Generator) -> Array:
     ends = np.cumsum(sizes)
     starts = ends - sizes
     cuts = np.searchsorted(positions, ends)
-    buffers = _Buffers(chunks.order.integer)
+    buffers = _Buffers(chunks.order.integer, SAMPLE)
     picked = []
     for i, part in enumerate(np.split(positions, cuts[:-1])):
         if part.size:
@@ -484,7 +486,7 @@ def _masks_on_cpu(values: _Values, key: int, surplus_ties: int) -> list[Tensor]:
 
 
 def _drop_first_ties(chunks: _Chunks, masks: list[Array], key: int, surplus: int) -> None:
-    buffers = _Buffers(chunks.order.integer)
+    buffers = _Buffers(chunks.order.integer, CHUNK)
     for piece in chunks.pieces:
         if surplus == 0:
             return
