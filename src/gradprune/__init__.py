@@ -1,7 +1,7 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
 from gradprune.mask import Masks
-from gradprune.prune import prune
+from gradprune.prune import Pruner, Regrow, prune
 from gradprune.schedule import Cubic, Geometric, Linear, OneShot
 from gradprune.score import (
     activation,
@@ -25,6 +25,8 @@ __all__ = [
     "Linear",
     "Masks",
     "OneShot",
+    "Pruner",
+    "Regrow",
     "activation",
     "fisher",
     "gradient",

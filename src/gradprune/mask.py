@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 # Elements masked at a time: the mask is widened to the weights' size in cache, at the speed of memory (on two cores a
 # fifth of what `masked_fill_` takes).
@@ -213,27 +214,21 @@ class Hold:
     """What :meth:`Masks.hold` returns; ``remove()``, or the end of its ``with`` block, lets the weights move again."""
 
     def __init__(self, optimizer: Optimizer, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        for earlier in list(_HOLDS.setdefault(optimizer, [])):
-            earlier._release(masks)
         self._held = {p: _Held(p, mask) for p, mask in masks.items()}
-        self._zeros_stay_zero = type(optimizer) in _ZEROS_STAY_ZERO
-        self._clear_state(optimizer)
-        self._optimizer = weakref.ref(optimizer)
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_post_hook(self._clear_state),
-        ]
-        _HOLDS[optimizer].append(self)
+        self._keeper = _KEEPERS.get(optimizer) or _Keeper()
+        if masks:
+            self._keeper.ride_on(optimizer)
+        self._keeper.held.update(self._held)
+        self._keeper.clear_state(optimizer)
 
     def remove(self) -> None:
         """Stop holding. The weights stay as they are until the next step moves them; calling it twice is fine."""
-        for hook in self._hooks:
-            hook.remove()
+        for parameter, held in self._held.items():
+            if self._keeper.held.get(parameter) is held:  # else a later hold has taken it over
+                del self._keeper.held[parameter]
         self._held = {}
-        optimizer = self._optimizer()
-        if optimizer is not None and self in _HOLDS.get(optimizer, []):
-            _HOLDS[optimizer].remove(self)
+        if not self._keeper.held:
+            self._keeper.get_off()
 
     def __enter__(self) -> Hold:
         return self
@@ -241,17 +236,37 @@ class Hold:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def _release(self, parameters: Mapping[nn.Parameter, Tensor]) -> None:
-        """Give up those that a later hold takes over."""
-        self._held = {p: held for p, held in self._held.items() if p not in parameters}
-        if not self._held:
-            self.remove()
+
+class _Keeper:
+    """What hangs on one optimizer and keeps weights at zero for all its holds: one mask a parameter."""
+
+    def __init__(self) -> None:
+        self.held: dict[nn.Parameter, _Held] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def ride_on(self, optimizer: Optimizer) -> None:
+        if self._hooks:  # a second hold must be possible inside a step's hooks, where none may be added
+            return
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self.clear_state),
+        ]
+        _KEEPERS[optimizer] = self
+
+    def get_off(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _pruned(self) -> Iterator[tuple[nn.Parameter, _Held]]:
+        return ((p, held) for p, held in self.held.items() if held.prunes)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._mask_gradients()
-        for parameter, held in self._held.items():
+        for parameter, held in self._pruned():
             if held.was_written(parameter):
                 zero_pruned_(parameter, held.mask_for(parameter))
         # A closure computes the gradients anew inside the step. `args` begins with the optimizer itself.
@@ -270,33 +285,32 @@ class Hold:
         return closure_with_masked_gradients
 
     def _mask_gradients(self) -> None:
-        for parameter, held in self._held.items():
+        for parameter, held in self._pruned():
             if parameter.grad is not None and parameter.grad.layout == torch.strided:
                 zero_pruned_(parameter.grad, held.mask_for(parameter))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, held in self._held.items():
-            if not (self._zeros_stay_zero and held.looks_zero(parameter)):
+        zeros_stay_zero = type(optimizer) in _ZEROS_STAY_ZERO
+        for parameter, held in self._pruned():
+            if not (zeros_stay_zero and held.looks_zero(parameter)):
                 zero_pruned_(parameter, held.mask_for(parameter))
             held.remember(parameter)
 
-    def _clear_state(self, optimizer: Optimizer) -> None:
+    def clear_state(self, optimizer: Optimizer) -> None:
         """Forget what the optimizer remembers of pruned entries: momentum, second moments and the like."""
-        flat_masks = [
-            self._held[p].mask_for(p).reshape(-1) if p in self._held else torch.ones(p.numel(), dtype=torch.bool)
-            for p in _lbfgs_parameters(optimizer)
-        ]
+        joined = _lbfgs_parameters(optimizer)
+        sizes = [p.numel() for p in joined]
         for parameter, state in cast(Mapping[nn.Parameter, dict[str, Any]], optimizer.state).items():
             for value in _tensors_in(state.values()):
-                if parameter in self._held and value.shape == parameter.shape:
-                    zero_pruned_(value, self._held[parameter].mask_for(parameter))
-                elif value.numel() == sum(m.numel() for m in flat_masks):
-                    for part, mask in zip(torch.split(value, [m.numel() for m in flat_masks]), flat_masks, strict=True):
-                        zero_pruned_(part, mask.to(part.device))
+                if parameter in self.held and value.shape == parameter.shape:
+                    zero_pruned_(value, self.held[parameter].mask_for(parameter))
+                elif joined and value.numel() == sum(sizes):
+                    for part, p in zip(torch.split(value, sizes), joined, strict=True):
+                        if p in self.held:
+                            zero_pruned_(part, self.held[p].mask_for(p).reshape(-1))
 
 
-# The holds of each optimizer, so that a later one can replace an earlier one.
-_HOLDS: weakref.WeakKeyDictionary[Optimizer, list[Hold]] = weakref.WeakKeyDictionary()
+_KEEPERS: weakref.WeakKeyDictionary[Optimizer, _Keeper] = weakref.WeakKeyDictionary()
 
 
 class _Held:
@@ -311,6 +325,7 @@ class _Held:
 
     def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
         self.mask = mask
+        self.prunes = count_kept(mask) < mask.numel()
         self.probes = _pruned_positions(mask) if parameter.device.type == "cpu" else None
         self.remember(parameter)
 

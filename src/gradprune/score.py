@@ -201,7 +201,7 @@ def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) ->
         total = [torch.zeros_like(w) for w in weights.values()]
         for inputs, targets in _as_list(batches):
             args, kwargs = _arguments(inputs)
-            value = loss(torch.func.functional_call(model, weights, args, kwargs), targets)
+            value = _scalar(loss(torch.func.functional_call(model, weights, args, kwargs), targets))
             gradients = _grad(value, list(weights.values()))
             with torch.no_grad():
                 for score, w, g in zip(total, weights.values(), gradients, strict=True):
@@ -266,7 +266,10 @@ def _weight_times_gradient(model: nn.Module, batches: Batches | None, loss: Loss
 def _loss(model: nn.Module, batch: tuple[Any, Any], loss: Loss) -> Tensor:
     inputs, targets = batch
     args, kwargs = _arguments(inputs)
-    value = loss(model(*args, **kwargs), targets)
+    return _scalar(loss(model(*args, **kwargs), targets))
+
+
+def _scalar(value: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"loss must return a scalar, got shape {tuple(value.shape)}")
     return value
