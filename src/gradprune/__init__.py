@@ -2,6 +2,7 @@
 
 from gradprune.mask import Masks
 from gradprune.prune import Pruner, Regrow, prune
+from gradprune.report import report
 from gradprune.schedule import Cubic, Geometric, Linear, OneShot
 from gradprune.score import (
     activation,
@@ -37,6 +38,7 @@ __all__ = [
     "movement",
     "prune",
     "random",
+    "report",
     "snip",
     "synflow",
     "taylor",
