@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-# Elements masked at a time: the mask is widened to the weights' size in cache, at the speed of memory (on two cores a
-# fifth of what `masked_fill_` takes).
-CHUNK = 2**19
-PROBES = 256  # pruned positions looked at after each step
-PROBED_FROM = 2**15  # elements: a smaller tensor is set to zero sooner than it is looked at
+# Elements masked at a time. The mask is widened to the weights' size in between: small enough to stay in cache and be
+# allocated without a page fault, large enough that few parallel regions wait for each other. `masked_fill_`, which goes
+# one by one, takes five times as long.
+CHUNK = 2**20
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Their step moves an entry by its own weight, gradient and state alone (LBFGS: along past gradients), so that zeros
-# stay zero.
-_ZEROS_STAY_ZERO = {torch.optim.LBFGS} | {
+# Their step moves an entry by its own weight, gradient and state alone, so what the gradient of a pruned entry does to
+# its state does not reach the others.
+_ENTRY_BY_ENTRY = {
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
 }
@@ -90,11 +89,13 @@ class Masks(Mapping[str, Tensor]):
     def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> Hold:
         """Keep the pruned weights exactly zero after every step of `optimizer`, until the handle is removed.
 
-        Momentum, weight decay, a loaded optimizer state or a loaded model cannot revive them. The optimizer's own
-        step hooks do it: before a step the pruned entries of the gradients are set to zero (also of those that a
-        closure computes), and their entries in the optimizer's state once, now and whenever a state is loaded; what
-        is zero then stays zero, and the weights are looked at after every step. No parameter name, forward pass or
-        module is touched. A parameter has one mask in an optimizer: a later call replaces an earlier one.
+        Momentum, weight decay, a loaded optimizer state or a loaded model cannot revive them: the optimizer's own
+        post-step hook sets them to zero after each step, one pass over the weights. What the optimizer remembers of
+        them (momentum, second moments) is set to zero now, when a state is loaded or saved, when other masks take over,
+        and at the end; in between it is inert, as nothing reads it but a step that is undone. An optimizer whose step
+        mixes entries (LBFGS, Muon, any that torch.optim does not have) also gets gradients that are zero there. No
+        parameter name, forward pass or module is touched. A parameter has one mask in an optimizer: a later call
+        replaces an earlier one.
 
         The parameters are those of the model that the masks were made from or applied to; else pass `model`. Those
         the optimizer does not own are left alone. The weights and the state are set to zero at once.
@@ -214,15 +215,20 @@ class Hold:
     """What :meth:`Masks.hold` returns; ``remove()``, or the end of its ``with`` block, lets the weights move again."""
 
     def __init__(self, optimizer: Optimizer, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        self._held = {p: _Held(p, mask) for p, mask in masks.items()}
+        self._held = {p: _Held(mask) for p, mask in masks.items()}
+        self._optimizer = weakref.ref(optimizer)
         self._keeper = _KEEPERS.get(optimizer) or _Keeper()
         if masks:
             self._keeper.ride_on(optimizer)
+        self._keeper.clear_state(optimizer)  # by the masks so far: what comes back must start afresh
         self._keeper.held.update(self._held)
         self._keeper.clear_state(optimizer)
 
     def remove(self) -> None:
         """Stop holding. The weights stay as they are until the next step moves them; calling it twice is fine."""
+        optimizer = self._optimizer()
+        if optimizer is not None and self._held:
+            self._keeper.clear_state(optimizer)
         for parameter, held in self._held.items():
             if self._keeper.held.get(parameter) is held:  # else a later hold has taken it over
                 del self._keeper.held[parameter]
@@ -237,8 +243,26 @@ class Hold:
         self.remove()
 
 
+class _Held:
+    """One parameter's mask, which follows the parameter to its device."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.prunes = count_kept(mask) < mask.numel()
+
+    def mask_on(self, device: torch.device) -> Tensor:
+        if self.mask.device != device:
+            self.mask = self.mask.to(device)
+        return self.mask
+
+
 class _Keeper:
-    """What hangs on one optimizer and keeps weights at zero for all its holds: one mask a parameter."""
+    """What hangs on one optimizer and keeps weights at zero for all its holds: one mask a parameter.
+
+    One pass over the weights is all that a step costs. Zeroing the gradients instead would leave the weights zero too,
+    but not after a write from outside; and second moments that are exactly zero make Adam's step half as long again,
+    as the square root of zero is a slow special case of the vector library on the CPU.
+    """
 
     def __init__(self) -> None:
         self.held: dict[nn.Parameter, _Held] = {}
@@ -251,6 +275,7 @@ class _Keeper:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_post_hook(self.clear_state),
+            optimizer.register_state_dict_pre_hook(self.clear_state),
         ]
         _KEEPERS[optimizer] = self
 
@@ -259,16 +284,15 @@ class _Keeper:
             hook.remove()
         self._hooks = []
 
-    def _pruned(self) -> Iterator[tuple[nn.Parameter, _Held]]:
-        return ((p, held) for p, held in self.held.items() if held.prunes)
+    def _pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return ((p, held.mask_on(p.device)) for p, held in self.held.items() if held.prunes)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if type(optimizer) in _ENTRY_BY_ENTRY:
+            return None
         self._mask_gradients()
-        for parameter, held in self._pruned():
-            if held.was_written(parameter):
-                zero_pruned_(parameter, held.mask_for(parameter))
         # A closure computes the gradients anew inside the step. `args` begins with the optimizer itself.
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._masking(args[1]), *args[2:]), kwargs
@@ -285,68 +309,30 @@ class _Keeper:
         return closure_with_masked_gradients
 
     def _mask_gradients(self) -> None:
-        for parameter, held in self._pruned():
+        for parameter, mask in self._pruned():
             if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                zero_pruned_(parameter.grad, held.mask_for(parameter))
+                zero_pruned_(parameter.grad, mask)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        zeros_stay_zero = type(optimizer) in _ZEROS_STAY_ZERO
-        for parameter, held in self._pruned():
-            if not (zeros_stay_zero and held.looks_zero(parameter)):
-                zero_pruned_(parameter, held.mask_for(parameter))
-            held.remember(parameter)
+    def _after_step(self, *_: Any) -> None:
+        for parameter, mask in self._pruned():
+            zero_pruned_(parameter, mask)
 
     def clear_state(self, optimizer: Optimizer) -> None:
         """Forget what the optimizer remembers of pruned entries: momentum, second moments and the like."""
+        masks = dict(self._pruned())
         joined = _lbfgs_parameters(optimizer)
         sizes = [p.numel() for p in joined]
         for parameter, state in cast(Mapping[nn.Parameter, dict[str, Any]], optimizer.state).items():
             for value in _tensors_in(state.values()):
-                if parameter in self.held and value.shape == parameter.shape:
-                    zero_pruned_(value, self.held[parameter].mask_for(parameter))
+                if parameter in masks and value.shape == parameter.shape:
+                    zero_pruned_(value, masks[parameter])
                 elif joined and value.numel() == sum(sizes):
                     for part, p in zip(torch.split(value, sizes), joined, strict=True):
-                        if p in self.held:
-                            zero_pruned_(part, self.held[p].mask_for(p).reshape(-1))
+                        if p in masks:
+                            zero_pruned_(part, masks[p].reshape(-1))
 
 
 _KEEPERS: weakref.WeakKeyDictionary[Optimizer, _Keeper] = weakref.WeakKeyDictionary()
-
-
-class _Held:
-    """One parameter's mask, and how to notice cheaply that its pruned entries are no longer zero.
-
-    Masking the weights after every step as well as the gradients before it would double the cost. A write that
-    autograd sees (``load_state_dict``, any in-place operation) raises the parameter's version; one that it does not
-    see (through ``.data``), or a step that moves zeros (an epsilon of 0), shows at the probed positions, which are
-    spread over the tensor. Small tensors, and those on an accelerator, where looking would wait for it, are masked
-    each time.
-    """
-
-    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        self.mask = mask
-        self.prunes = count_kept(mask) < mask.numel()
-        self.probes = _pruned_positions(mask) if parameter.device.type == "cpu" else None
-        self.remember(parameter)
-
-    def mask_for(self, parameter: nn.Parameter) -> Tensor:
-        if self.mask.device != parameter.device:
-            self.mask = self.mask.to(parameter.device)
-        return self.mask
-
-    def remember(self, parameter: nn.Parameter) -> None:
-        self.version = parameter._version
-        self.address = parameter.data_ptr()
-
-    def was_written(self, parameter: nn.Parameter) -> bool:
-        return self.version != parameter._version or self.address != parameter.data_ptr()
-
-    def looks_zero(self, parameter: nn.Parameter) -> bool:
-        if self.probes is None or parameter.device.type != "cpu" or not parameter.is_contiguous():
-            return False
-        if parameter.grad is not None and parameter.grad.layout != torch.strided:
-            return False  # a sparse gradient was not masked
-        return not parameter.detach().view(-1)[self.probes].any()
 
 
 def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
@@ -371,19 +357,6 @@ def count_kept(mask: Tensor) -> int:
     """How many entries are True."""
     # NumPy counts bytes a dozen times faster than torch does on the CPU.
     return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.sum())
-
-
-def _pruned_positions(mask: Tensor) -> Tensor | None:
-    """Flat positions of pruned entries, about `PROBES` of them, spread evenly; None for a small tensor.
-
-    None, too, where the spread meets no pruned entry.
-    """
-    if mask.numel() < PROBED_FROM:
-        return None
-    flat = mask.cpu().reshape(-1)
-    spread = torch.linspace(0, mask.numel() - 1, 16 * PROBES, dtype=torch.float64).long()
-    pruned = spread[~flat[spread]]
-    return pruned[:: -(-len(pruned) // PROBES)] if len(pruned) else None
 
 
 def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

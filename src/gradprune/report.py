@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,6 +76,8 @@ class Report:
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._notes()])
 
     def _repr_html_(self) -> str:
+        import html  # slow to import, and only notebooks need it
+
         def row(cells: Iterable[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
