@@ -589,3 +589,32 @@ def test_a_state_for_other_parameters_is_refused():
     other = gp.Pruner(model, torch.optim.SGD(model.parameters(), 0.1), gp.OneShot(0.5), include="6.*")
     with pytest.raises(ValueError, match=r"masks for \['6\.weight'\], this pruner prunes \['4\.weight'\]"):
         pruner.load_state_dict(other.state_dict())
+
+
+def test_ten_lines_prune_ones_own_training_loop_on_digits(capsys):
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = (torch.tensor(part) for part in datasets.load_digits(return_X_y=True))
+    x = x.float() / 16
+    torch.manual_seed(0)
+    shuffled = torch.randperm(len(x))
+    train_part, test_part = shuffled[:1300], shuffled[1300:]
+
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    pruner = gp.Pruner(model, optimizer, gp.Cubic(final=0.9, begin=100, end=500, every=20))
+    for _ in range(60):
+        for part in train_part[torch.randperm(len(train_part))].split(100):
+            optimizer.zero_grad()
+            LOSS(model(x[part]), y[part]).backward()
+            optimizer.step()
+
+    with torch.no_grad():
+        accuracy = (model(x[test_part]).argmax(dim=1) == y[test_part]).float().mean().item()
+    with capsys.disabled():
+        print(
+            f" [digits, {100 * pruner.masks.sparsity:.1f} % of weights pruned: test accuracy {100 * accuracy:.1f} %]",
+            end="",
+        )
+    kept = sum(int((p != 0).sum()) for n, p in model.named_parameters() if n in pruner.masks)
+    assert kept <= 64 * 128 + 1280 - round(0.9 * (64 * 128 + 1280))
+    assert accuracy > 0.93

@@ -24,7 +24,7 @@ def erk(shapes: Sequence[Sequence[int]], keep: int, *, low: Sequence[int], high:
 
     So the number of weights that stay is proportional to the sum alone, and small layers stay denser. Layers that
     would need more than they have stay whole, and the others share the rest. Arguments but the first as in
-    :func:`uniform`, and so are the errors.
+    ``uniform``, and so are the errors.
     Evci et al. (2020), section 3(1); Mocanu et al. (2018), equation 3, for fully connected layers; chapter 4.
     """
     return share_out([float(sum(shape)) for shape in shapes], keep, low=low, high=high)

@@ -74,7 +74,7 @@ class Masks(Mapping[str, Tensor]):
         return 1 - kept / total if total else 0.0
 
     def apply_(self, model: nn.Module) -> Masks:
-        """Set the pruned weights of `model` to zero, and remember its parameters for :meth:`hold`.
+        """Set the pruned weights of `model` to zero, and remember its parameters for ``hold``.
 
         Whatever stood there, infinities and NaN among it, becomes +0.0. Returns these masks, for chaining.
         Raises ValueError, before any weight is changed, where a name is not a parameter of the model or a shape
@@ -145,7 +145,7 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Mapping[str, Any]]) -> Masks:
-        """The masks that :meth:`state_dict` described, on the CPU. Raises ValueError where bits and shape disagree."""
+        """The masks that ``state_dict`` described, on the CPU. Raises ValueError where bits and shape disagree."""
         return cls({name: _unpack(name, entry["bits"], tuple(entry["shape"])) for name, entry in state.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -157,7 +157,7 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
-        """Read the masks that :meth:`save` wrote. Raises ValueError where the file holds none."""
+        """Read the masks that ``save`` wrote. Raises ValueError where the file holds none."""
         with _safetensors().safe_open(path, framework="pt") as file:
             shapes = (file.metadata() or {}).get("gradprune.masks")
             if shapes is None:
@@ -169,7 +169,7 @@ class Masks(Mapping[str, Tensor]):
     def from_torch(cls, model: nn.Module) -> Masks:
         """The masks of a model pruned by ``torch.nn.utils.prune``, under the names from before it was.
 
-        The model stays as it is; :meth:`from_torch_` also undoes torch's reparametrization.
+        The model stays as it is; ``from_torch_`` also undoes torch's reparametrization.
         Raises ValueError where the model holds no such mask.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -187,7 +187,7 @@ class Masks(Mapping[str, Tensor]):
         """Take over from ``torch.nn.utils.prune``: its masks, with the model's parameters made plain again.
 
         The parameters stay the same objects under their own names, so an optimizer goes on with them; hold them with
-        :meth:`hold`. Raises ValueError where the model holds no such mask.
+        ``hold``. Raises ValueError where the model holds no such mask.
         """
         from torch.nn.utils import prune as torch_prune
 
@@ -212,7 +212,7 @@ class Masks(Mapping[str, Tensor]):
 
 
 class Hold:
-    """What :meth:`Masks.hold` returns; ``remove()``, or the end of its ``with`` block, lets the weights move again."""
+    """What ``Masks.hold`` returns; ``remove()``, or the end of its ``with`` block, lets the weights move again."""
 
     def __init__(self, optimizer: Optimizer, masks: Mapping[nn.Parameter, Tensor]) -> None:
         self._held = {p: _Held(mask) for p, mask in masks.items()}

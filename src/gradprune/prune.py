@@ -44,10 +44,10 @@ def prune(
     is given. Of N eligible weights exactly ``round(sparsity * N)`` become zero; among equal scores the later position
     stays.
 
-    `score` is a function from the model to one tensor a parameter (:mod:`gradprune.score`).
+    `score` is a function from the model to one tensor a parameter (``gradprune.score``).
 
     `scope` says how the layers share: ``"global"`` ranks all weights together, ``"layer"`` takes the same fraction of
-    each, ``"erk"`` and ``"lamp"`` are those of :mod:`gradprune.allocate`, and a dict gives sparsities by parameter
+    each, ``"erk"`` and ``"lamp"`` are those of ``gradprune.allocate``, and a dict gives sparsities by parameter
     name, in which case `sparsity` is for the layers it does not name (without it they stay dense).
 
     `granularity` says what goes together: single weights; ``"channel"``, all weights of an output unit or filter;
@@ -117,17 +117,17 @@ class Event(NamedTuple):
 class Pruner:
     """Prune `model` while `optimizer` trains it, by a schedule; it rides on the optimizer's own step hook.
 
-    `schedule` is a function from the number of steps taken to the wanted amount (:mod:`gradprune.schedule`, or any
-    callable); where its value changes, :func:`prune` is called with that amount and the new masks are held. Step 0 is
+    `schedule` is a function from the number of steps taken to the wanted amount (``gradprune.schedule``, or any
+    callable); where its value changes, ``prune`` is called with that amount and the new masks are held. Step 0 is
     the construction. `amount` says what the schedule gives: ``"sparsity"`` or ``"threshold"``. Pruned weights stay
     pruned unless `regrow` is given. A step that an AMP scaler skips is no step. The further arguments are those of
-    :func:`prune`: scope, granularity, include, exclude, min_keep.
+    ``prune``: scope, granularity, include, exclude, min_keep.
 
     ``masks`` are the masks now, ``step`` the steps taken, ``events`` the list of what each event removed where.
     With ``state_dict`` and ``load_state_dict``, beside the model's and the optimizer's own, a run resumed from a
     checkpoint goes on with the same masks and weights, bit for bit.
 
-    Raises ValueError, before anything is changed, as :func:`prune` does. A schedule that falls is a ValueError at the
+    Raises ValueError, before anything is changed, as ``prune`` does. A schedule that falls is a ValueError at the
     step where it does. Zhu and Gupta (2017); chapter 5.
     """
 
@@ -188,7 +188,7 @@ class Pruner:
         self._hold.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, amount, events and bit-packed masks: what :meth:`load_state_dict` needs to go on from here."""
+        """Step, amount, events and bit-packed masks: what ``load_state_dict`` needs to go on from here."""
         return {
             "step": self.step,
             "amount": self.amount,

@@ -44,9 +44,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`report` found: ``rows``, one a layer, their ``total``, and ``latency`` in seconds if asked for.
+    """What ``report`` found: ``rows``, one a layer, their ``total``, and ``latency`` in seconds if asked for.
 
-    Printed, it is a table in a terminal (with rich, a prettier one) and in a notebook; :meth:`to_frame` makes it a
+    Printed, it is a table in a terminal (with rich, a prettier one) and in a notebook; ``to_frame`` makes it a
     pandas DataFrame.
     """
 

@@ -54,7 +54,7 @@ class Linear:
 class Cubic:
     """Fast at first, when there is most to spare: s(t) = final + (initial - final) (1 - (t - begin)/(end - begin))³.
 
-    Changes every `every` steps from `begin` on; 0 before it, `final` from `end` on. Errors as for :class:`Linear`.
+    Changes every `every` steps from `begin` on; 0 before it, `final` from `end` on. Errors as for ``Linear``.
     Zhu and Gupta (2017), equation 1; chapter 5.
     """
 

@@ -1,8 +1,8 @@
 """How much each weight matters (chapters 4 and 5).
 
 A score is a function ``(model, ...) -> dict[str, Tensor]``: one tensor for each parameter, of its shape; what scores
-higher is kept. Any function of that form can be given to :func:`gradprune.prune`; arguments beyond the model are bound
-with :func:`functools.partial`.
+higher is kept. Any function of that form can be given to ``gradprune.prune``; arguments beyond the model are bound
+with ``functools.partial``.
 
 Scores that look at data take ``batches``, an iterable of pairs (inputs, targets), and ``loss``, a function
 ``(outputs, targets) -> scalar``. Inputs are a tensor, or a tuple or dict of the model's arguments. The model is
@@ -27,7 +27,7 @@ Scores = dict[str, Tensor]
 
 
 def magnitude(model: nn.Module) -> Scores:
-    """The weight's size: |w|.
+    """The weight's size: ``|w|``.
 
     Needs no data. Shapes as the parameters'; the unit is the weight's own.
     Han et al. (2015), section 3; chapter 4.
@@ -51,7 +51,7 @@ def random(model: nn.Module, generator: torch.Generator | None = None) -> Scores
 
 
 def gradient(model: nn.Module, batches: Batches | None = None, loss: Loss | None = None) -> Scores:
-    """The size of the loss's gradient: |g|.
+    """The size of the loss's gradient: ``|g|``.
 
     g is the mean over `batches`; without them it is what the last backward pass left in ``.grad``.
     Raises ValueError where there are neither batches nor gradients. As growth score: Evci et al. (2020), section 3(4).
@@ -61,20 +61,20 @@ def gradient(model: nn.Module, batches: Batches | None = None, loss: Loss | None
 
 
 def taylor(model: nn.Module, batches: Batches | None = None, loss: Loss | None = None) -> Scores:
-    """How much the loss changes, to first order, when the weight is set to zero: |w g|.
+    """How much the loss changes, to first order, when the weight is set to zero: ``|w g|``.
 
-    `batches`, `loss` and errors as for :func:`gradient`; the unit is that of the loss.
+    `batches`, `loss` and errors as for ``gradient``; the unit is that of the loss.
     Molchanov et al. (2017), equation 7, for single weights; chapter 4.
     """
     return _weight_times_gradient(model, batches, loss)
 
 
 def snip(model: nn.Module, batches: Batches | None = None, loss: Loss | None = None) -> Scores:
-    """How much the loss depends on the weight's presence, as a share of the whole: |w g| / sum |w g|.
+    """How much the loss depends on the weight's presence, as a share of the whole: ``|w g| / sum |w g|``.
 
     The derivative of the loss with respect to a switch c = 1 on each weight is w g. Meant for a network before
     training, on one batch; adds up to 1 over the model. Where no switch matters at all, every score is 0.
-    `batches`, `loss` and errors as for :func:`gradient`.
+    `batches`, `loss` and errors as for ``gradient``.
     Lee et al. (2019), equations 5 and 6; chapter 4.
     """
     sensitivity = _weight_times_gradient(model, batches, loss)
@@ -106,11 +106,11 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 
 
 def synflow(model: nn.Module, inputs: Any) -> Scores:
-    """How much flow passes through the weight when every weight is positive: |w dR/d|w||, R the sum of the outputs.
+    """How much flow passes through the weight when all are positive: ``|w dR/dw|``, R the sum of outputs.
 
     R is computed with the absolute values of all parameters and buffers on an input of ones; only the shapes of
     `inputs` matter, so the score needs no data. In float64, as R grows with the product of the layers' sizes.
-    Meant to be applied again at each of many small pruning steps (:class:`gradprune.Geometric`).
+    Meant to be applied again at each of many small pruning steps (``gradprune.Geometric``).
     Tanaka et al. (2020), equation 2 and algorithm 1; chapter 4.
     """
 
@@ -151,7 +151,7 @@ def fisher(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
 
 
 def activation(model: nn.Module, batches: Batches) -> Scores:
-    """The weight's size times the size of what it multiplies: |w| times the norm of its input feature.
+    """The weight's size times the size of what it multiplies: ``|w|`` times the norm of its input.
 
     The norm is Euclidean, over all samples and positions of `batches` (targets are not used). For a convolution the
     feature is the input channel, the same for every position of the kernel. Scores the weights of linear and

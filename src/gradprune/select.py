@@ -60,7 +60,7 @@ def keep_largest(tensors: Tensors, k: int, *, by: By = "value", among: Sequence[
     """Bool masks that are True for exactly the k largest of all values; among equals the later position stays.
 
     "Later" runs through the tensors in the order given, and through each in its logical (row-major) order. `tensors`
-    and `by` are as in :func:`kth_smallest`. `among`, bool tensors of the same shapes, bars every entry that is False
+    and `by` are as in ``kth_smallest``. `among`, bool tensors of the same shapes, bars every entry that is False
     there (floating values only). Returns one mask a tensor, of its shape and on its device.
     Raises ValueError where k is not between 0 and the number of values (with `among`, of those not barred), and where
     a value is NaN (the tensor is named).
@@ -83,7 +83,7 @@ def keep_largest(tensors: Tensors, k: int, *, by: By = "value", among: Sequence[
 def keep_n_of_m(tensor: Tensor, n: int, m: int, *, dim: int = 1, by: By = "value", name: str = "tensor") -> Tensor:
     """A bool mask that is True for the n largest of every m consecutive values along `dim`; the later of equals stays.
 
-    `by` as in :func:`kth_smallest`; `name` is what an error calls the tensor. Returns a mask of the tensor's shape.
+    `by` as in ``kth_smallest``; `name` is what an error calls the tensor. Returns a mask of the tensor's shape.
     Raises ValueError where not 0 <= n <= m, where m does not divide the dimension, and where a value is NaN.
     Mishra et al. (2021), section 3, for 2 of 4; chapter 4.
     """

@@ -1,6 +1,8 @@
 """A training step with held masks beside the dense step and the usual ways to hold masks; memory over rounds."""
 
+import ctypes
 import gc
+import sys
 
 import torch
 from record import _resident, parser, ratios, settle, summary, timed, write
@@ -98,25 +100,31 @@ def sides(make_model, make_optimizer, x):
     return steps
 
 
-def step_times(rounds, burst):
+def step_times(rounds):
     rows = []
     for case, (make_model, shape) in CASES.items():
         for optimizer, make_optimizer in OPTIMIZERS.items():
             torch.manual_seed(1)
             steps = sides(make_model, make_optimizer, torch.randn(shape))
-            for step in steps.values():
-                step()
-                step()
             seconds = {name: [] for name in steps}
-            for _ in range(rounds):
+            for _ in range(rounds + 1):
                 for name, step in steps.items():
-                    seconds[name].append(sorted(timed(step) for _ in range(burst))[burst // 2])
+                    step()  # brings this side's model into the caches
+                    seconds[name].append(timed(step))
+            seconds = {name: measured[1:] for name, measured in seconds.items()}
             for name, measured in seconds.items():
                 rows.append({"case": case, "optimizer": optimizer, "side": name, **summary(measured),
                              "of the dense step": ratios(measured, seconds["dense"])})  # fmt: skip
             del steps
             gc.collect()
     return rows
+
+
+def _give_back():
+    """What nobody holds goes back to the system, so that resident memory is memory held."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def memory_over_rounds():
@@ -128,11 +136,12 @@ def memory_over_rounds():
     x = torch.randn(32, 2048)
     step = training_step(model, optimizer, x)
     step()
+    _give_back()
     before, rows = _resident(), []
     for pruning_round in range(1, 7):
         gp.prune(model, sparsity=1 - 0.7**pruning_round).hold(optimizer)
         step()
-        gc.collect()
+        _give_back()
         rows.append({"case": f"after pruning round {pruning_round}", "resident beyond the dense model / model":
                      (_resident() - before) / size})  # fmt: skip
     return rows
@@ -140,14 +149,13 @@ def memory_over_rounds():
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--burst", type=int, default=5, help="steps in a row, of which the median counts")
+    options.add_argument("--rounds", type=int, default=15)
     arguments = options.parse_args()
     settle(arguments)
     memory = memory_over_rounds()
     write(
         "bench_hold",
-        step_times(arguments.rounds, arguments.burst) + memory,
+        step_times(arguments.rounds) + memory,
         seeds=[0, 1],
         sparsity=0.9,
         dtype="float32",

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-import numpy
+import numpy as np
 import torch
 
 RESULTS = Path(__file__).resolve().parents[2] / "chapters" / "results"
@@ -62,13 +62,14 @@ def in_turn(sides, rounds, *, before=lambda: None):
     return seconds
 
 
-def ratios(slow, fast):
-    """Median and extremes of the ratio, round by round."""
-    each = [a / b for a, b in zip(slow, fast, strict=True)]
-    return {"median": statistics.median(each), "least": min(each), "most": max(each)}
+def ratios(numerator, denominator):
+    """The ratio round by round: its median and quartiles."""
+    each = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return dict(zip(("lower quartile", "median", "upper quartile"), np.quantile(each, [0.25, 0.5, 0.75]), strict=True))
 
 
 def summary(seconds):
+    """Median, least and most of one side's runs."""
     return {
         "median_s": statistics.median(seconds),
         "least_s": min(seconds),
@@ -113,6 +114,9 @@ def table(rows):
 
 
 def _text(value):
+    if isinstance(value, dict):  # a ratio
+        low, middle, high = value.values()
+        return f"{middle:.3g} ({low:.3g} to {high:.3g})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -124,7 +128,7 @@ def write(name, rows, *, seeds, **more):
         "clock": {"wall": "wall-clock seconds", "cpu": "seconds of processor time"}[_SETTINGS["clock"]],
         "load": f"{os.getloadavg()[0]:.1f} processes ready to run, on average over the last minute",
         "seeds": seeds,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "date": datetime.date.today().isoformat(),
         **more,
