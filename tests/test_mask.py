@@ -610,7 +610,7 @@ def test_masks_come_from_and_go_to_torch_nn_utils_prune():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    shape=st.sampled_from([(0,), (1,), (7, 5), (3, 4, 5), (2, 3, 2, 2)]),
+    shape=st.sampled_from([(), (0,), (1,), (0, 3), (7, 5), (3, 4, 5), (2, 3, 2, 2)]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
     transposed=st.booleans(),
     seed=st.integers(0, 1000),
@@ -623,10 +623,19 @@ def test_zeroing_agrees_with_masked_fill(shape, dtype, transposed, seed):
         values, mask = values.transpose(0, -1), mask.transpose(0, -1)
     expected = values.masked_fill(~mask, 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask_module, "CHUNK", 4)
-        zero_pruned_(values, mask)
+        patch.setattr(mask_module, "PIECE", 4)
+        patch.setattr(mask_module, "PARALLEL", 20)
+        zero_pruned_([(values, mask)])
     torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
     assert count_kept(mask) == int(mask.sum())
+
+
+def test_zeroing_between_forward_and_backward_is_noticed_by_autograd():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    output = model(torch.randn(2, 4)).sum()
+    gp.prune(model, sparsity=0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
 
 
 def test_no_warning_comes_up_in_ordinary_use():

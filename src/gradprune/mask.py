@@ -8,6 +8,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from threading import Thread
 from typing import Any, cast
 
 import numpy as np
@@ -16,10 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-# Elements masked at a time. The mask is widened to the weights' size in between: small enough to stay in cache and be
-# allocated without a page fault, large enough that few parallel regions wait for each other. `masked_fill_`, which goes
-# one by one, takes five times as long.
-CHUNK = 2**20
+PIECE = 2**18  # elements that one thread masks at a time
+PARALLEL = 2**20  # elements: below this a second thread costs more than it brings
+MAX_THREADS = 8  # more only wait for the interpreter's lock
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,6 +29,9 @@ _ENTRY_BY_ENTRY = {
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
 }
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Masks(Mapping[str, Tensor]):
@@ -81,8 +84,7 @@ class Masks(Mapping[str, Tensor]):
         differs. Chapter 4.
         """
         parameters = self._find(model)
-        for name, parameter in parameters.items():
-            zero_pruned_(parameter, self[name])
+        zero_pruned_((parameter, self[name].to(parameter.device)) for name, parameter in parameters.items())
         self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
         return self
 
@@ -105,14 +107,13 @@ class Masks(Mapping[str, Tensor]):
         """
         parameters = self._live_parameters(optimizer) if model is None else self._find(model)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held = {p: self[name] for name, p in parameters.items() if id(p) in owned}
+        held = {p: self[name].to(p.device) for name, p in parameters.items() if id(p) in owned}
         if parameters and not held:
             raise ValueError(
                 f"the optimizer owns none of the {len(parameters)} masked parameters ({_some(parameters)}); "
                 "was it made from another model, or from a copy?"
             )
-        for parameter, mask in held.items():
-            zero_pruned_(parameter, mask)
+        zero_pruned_(held.items())
         return Hold(optimizer, held)
 
     def _find(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -309,13 +310,11 @@ class _Keeper:
         return closure_with_masked_gradients
 
     def _mask_gradients(self) -> None:
-        for parameter, mask in self._pruned():
-            if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                zero_pruned_(parameter.grad, mask)
+        gradients = ((parameter.grad, mask) for parameter, mask in self._pruned())
+        zero_pruned_((grad, mask) for grad, mask in gradients if grad is not None and grad.layout == torch.strided)
 
     def _after_step(self, *_: Any) -> None:
-        for parameter, mask in self._pruned():
-            zero_pruned_(parameter, mask)
+        zero_pruned_(self._pruned())
 
     def clear_state(self, optimizer: Optimizer) -> None:
         """Forget what the optimizer remembers of pruned entries: momentum, second moments and the like."""
@@ -325,32 +324,60 @@ class _Keeper:
         for parameter, state in cast(Mapping[nn.Parameter, dict[str, Any]], optimizer.state).items():
             for value in _tensors_in(state.values()):
                 if parameter in masks and value.shape == parameter.shape:
-                    zero_pruned_(value, masks[parameter])
+                    zero_pruned_([(value, masks[parameter])])
                 elif joined and value.numel() == sum(sizes):
-                    for part, p in zip(torch.split(value, sizes), joined, strict=True):
-                        if p in masks:
-                            zero_pruned_(part, masks[p].reshape(-1))
+                    parts = zip(torch.split(value, sizes), joined, strict=True)
+                    zero_pruned_((part, masks[p].reshape(-1)) for part, p in parts if p in masks)
 
 
 _KEEPERS: weakref.WeakKeyDictionary[Optimizer, _Keeper] = weakref.WeakKeyDictionary()
 
 
-def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
-    """Set `tensor` to +0.0 where `mask` is False, at the speed of memory, whatever stands there.
+def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set each tensor to +0.0 where its mask is False, at the speed of memory, whatever stands there.
 
-    Both have one shape and one device. Multiplying the numbers would keep the sign of zero and turn infinity into NaN;
-    multiplying their bits, read as an integer, by 0 or 1 does neither.
+    The pairs are of one shape and one device. Multiplying the numbers would keep the sign of zero and turn infinity
+    into NaN; multiplying their bits, read as an integer, by 0 or 1 does neither.
     """
-    tensor = tensor.detach()
-    if tensor.device.type != "cpu":
-        torch.where(mask, tensor, tensor.new_zeros(()), out=tensor)
-        return
+    pieces: list[tuple[Array, Array]] = []
+    for tensor, mask in tensors:
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            pieces += _pieces(tensor, mask)
+            tensor.as_strided(
+                (0,), (1,)
+            ).zero_()  # NumPy's writes are to be seen by autograd's check for in-place changes
+        else:
+            torch.where(mask, tensor, tensor.new_zeros(()), out=tensor)
+    _multiply(pieces)
+
+
+def _pieces(tensor: Tensor, mask: Tensor) -> list[tuple[Array, Array]]:
+    bits = tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]).numpy()
+    keep = mask.detach().numpy().view(np.int8)
     if tensor.is_contiguous() and mask.is_contiguous():
-        tensor, mask = tensor.view(-1), mask.view(-1)
-    rows = max(1, CHUNK // max(1, math.prod(tensor.shape[1:])))
-    bits = tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])
-    for part, keep in zip(torch.split(bits, rows), torch.split(mask, rows), strict=True):
-        part.mul_(keep)
+        bits, keep = bits.reshape(-1), keep.reshape(-1)
+    rows = max(1, PIECE // max(1, math.prod(bits.shape[1:]))) if bits.ndim else 1
+    return (
+        [(bits[i : i + rows], keep[i : i + rows]) for i in range(0, len(bits), rows)] if bits.ndim else [(bits, keep)]
+    )
+
+
+def _multiply(pieces: list[tuple[Array, Array]]) -> None:
+    """In NumPy and threads of our own: torch's would wait for each other at every piece, for long on a busy machine."""
+
+    def work(share: list[tuple[Array, Array]]) -> None:
+        for bits, keep in share:
+            np.multiply(bits, keep, out=bits)
+
+    large = sum(bits.size for bits, _ in pieces) >= PARALLEL
+    count = min(torch.get_num_threads(), MAX_THREADS) if large else 1
+    others = [Thread(target=work, args=(pieces[i::count],)) for i in range(1, count)]
+    for thread in others:
+        thread.start()
+    work(pieces[::count])
+    for thread in others:
+        thread.join()
 
 
 def count_kept(mask: Tensor) -> int:

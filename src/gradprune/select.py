@@ -24,7 +24,7 @@ Tensors = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
 By = Literal["value", "magnitude"]
 Array = np.ndarray[Any, np.dtype[Any]]
 
-CHUNK = 2**17  # values: the buffers of a chunk stay in a core's second-level cache
+CHUNK = 2**18  # values: a chunk's buffers stay in cache, and threads seldom wait for the interpreter's lock
 DEVICE_CHUNK = 2**25  # values: large enough to keep an accelerator busy, small beside its memory
 SAMPLE = 2**16  # values that place the bracket
 GATHER_ALL = 2**18  # this few candidates are gathered without a bracket
