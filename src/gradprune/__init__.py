@@ -1,6 +1,50 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
+from gradprune.mask import Masks
 from gradprune.probe import Recorder, Trace, gradient_norms, jacobian_singular_values
+from gradprune.prune import Pruner, Regrow, prune
+from gradprune.report import report
+from gradprune.schedule import Cubic, Geometric, Linear, OneShot
+from gradprune.score import (
+    activation,
+    fisher,
+    gradient,
+    grasp,
+    magnitude,
+    movement,
+    random,
+    snip,
+    synflow,
+    taylor,
+)
+from gradprune.select import keep_largest, kth_smallest
 
 __version__ = "0.1.0"
-__all__ = ["Recorder", "Trace", "gradient_norms", "jacobian_singular_values"]
+
+__all__ = [
+    "Cubic",
+    "Geometric",
+    "Linear",
+    "Masks",
+    "OneShot",
+    "Pruner",
+    "Recorder",
+    "Regrow",
+    "Trace",
+    "activation",
+    "fisher",
+    "gradient",
+    "gradient_norms",
+    "grasp",
+    "jacobian_singular_values",
+    "keep_largest",
+    "kth_smallest",
+    "magnitude",
+    "movement",
+    "prune",
+    "random",
+    "report",
+    "snip",
+    "synflow",
+    "taylor",
+]

@@ -1,0 +1,86 @@
+"""How layers share the budget of weights that stay (chapter 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniform(sizes: Sequence[int], keep: int, *, low: Sequence[int], high: Sequence[int]) -> list[int]:
+    """Every layer keeps the same fraction of its weights.
+
+    `sizes` are the layers' numbers of weights, `keep` what stays in all; a layer keeps at least `low` and at most
+    `high`. Returns counts that add up to `keep` exactly. Raises ValueError where the bounds do not allow it.
+    Chapter 4.
+    """
+    return share_out([float(n) for n in sizes], keep, low=low, high=high)
+
+
+def erk(shapes: Sequence[Sequence[int]], keep: int, *, low: Sequence[int], high: Sequence[int]) -> list[int]:
+    """Erdős–Rényi-Kernel: a layer's density is proportional to the sum of its dimensions over their product.
+
+    So the number of weights that stay is proportional to the sum alone, and small layers stay denser. Layers that
+    would need more than they have stay whole, and the others share the rest. Arguments but the first as in
+    ``uniform``, and so are the errors.
+    Evci et al. (2020), section 3(1); Mocanu et al. (2018), equation 3, for fully connected layers; chapter 4.
+    """
+    return share_out([float(sum(shape)) for shape in shapes], keep, low=low, high=high)
+
+
+def lamp(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer-adaptive scores: the square of each score over the sum of squares of those that outlive it in its layer.
+
+    Ranked over all layers, they never empty one, as the largest of each layer scores 1. `scores` must not be negative.
+    Among equals the later position outlives the earlier. Returns float64 tensors of the same shapes.
+    Raises ValueError where a score is negative or NaN (its tensor is named).
+    Lee et al. (2021), equation 4; chapter 4.
+    """
+    for name, score in scores.items():
+        if not bool((score >= 0).all()):
+            raise ValueError(f"LAMP needs scores that are neither negative nor NaN; {name!r} has others")
+    return {name: _lamp(score) for name, score in scores.items()}
+
+
+def _lamp(score: Tensor) -> Tensor:
+    flat = score.detach().reshape(-1).double()
+    # The scale cancels; without it the squares of small scores would vanish.
+    squares = (flat / flat.max()).square() if flat.numel() and flat.max() > 0 else flat
+    squares = squares.nan_to_num(nan=1.0)  # infinity over infinity
+    ascending, order = squares.sort(stable=True)
+    outliving = ascending.flip(0).cumsum(0).flip(0)
+    ranked = torch.where(ascending > 0, ascending / outliving, 0.0)
+    return torch.empty_like(ranked).scatter_(0, order, ranked).view(score.shape)
+
+
+def share_out(shares: Sequence[float], total: int, *, low: Sequence[int], high: Sequence[int]) -> list[int]:
+    """Whole numbers proportional to `shares` as far as the bounds allow, which add up to `total` exactly.
+
+    All shares are scaled by one factor and bounded, the factor being the one that gives `total`; what rounding down
+    leaves over goes to the largest remainders, the earlier first among equals.
+    Raises ValueError where `total` is not between the sums of `low` and of `high`.
+    """
+    if not sum(low) <= total <= sum(high):
+        raise ValueError(f"cannot share {total} between bounds that add up to {sum(low)} and {sum(high)}")
+
+    def bounded(factor: float) -> list[float]:
+        return [min(max(factor * s, a), b) for s, a, b in zip(shares, low, high, strict=True)]
+
+    smaller, larger = 0.0, max((b / s for s, b in zip(shares, high, strict=True) if s > 0), default=0.0)
+    for _ in range(200):  # halving a double's range to nothing
+        factor = (smaller + larger) / 2
+        smaller, larger = (factor, larger) if math.fsum(bounded(factor)) < total else (smaller, factor)
+    ideal = bounded(larger)
+    counts = [max(math.floor(x), a) for x, a in zip(ideal, low, strict=True)]
+    by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - ideal[i])
+    while sum(counts) < total:
+        for i in by_remainder:
+            if counts[i] < high[i] and sum(counts) < total:
+                counts[i] += 1
+    while sum(counts) > total:  # rounding errors of the factor
+        for i in reversed(by_remainder):
+            if counts[i] > low[i] and sum(counts) > total:
+                counts[i] -= 1
+    return counts

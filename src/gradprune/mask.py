@@ -1,0 +1,424 @@
+"""Which weights are held at zero, and what holds them there (chapter 4)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from threading import Thread
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+PIECE = 2**18  # elements that one thread masks at a time
+PARALLEL = 2**20  # elements: below this a second thread costs more than it brings
+MAX_THREADS = 8  # more only wait for the interpreter's lock
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Their step moves an entry by its own weight, gradient and state alone, so what the gradient of a pruned entry does to
+# its state does not reach the others.
+_ENTRY_BY_ENTRY = {
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
+}
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Masks(Mapping[str, Tensor]):
+    """Which weights stay: a mapping from parameter names to bool tensors of the parameters' shapes (True stays).
+
+    `masks` may be any such mapping; the tensors are kept, not copied. Raises ValueError where one is not bool.
+    Chapter 4.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"the mask of {name!r} must be a bool tensor, got {kind}")
+        self._masks = dict(masks)
+        self._parameters: dict[str, weakref.ref[nn.Parameter]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        total = sum(m.numel() for m in self.values())
+        return f"Masks({len(self)} tensors, {total:,} weights, sparsity {self.sparsity:.4f})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Masks:
+        # A copied model has parameters of its own: the copy belongs to none until it is applied to one.
+        return Masks(copy.deepcopy(self._masks, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Masks, (self._masks,)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the masked parameters' entries that are pruned; 0.0 where there are none."""
+        total = sum(m.numel() for m in self.values())
+        kept = sum(count_kept(m) for m in self.values())
+        return 1 - kept / total if total else 0.0
+
+    def apply_(self, model: nn.Module) -> Masks:
+        """Set the pruned weights of `model` to zero, and remember its parameters for ``hold``.
+
+        Whatever stood there, infinities and NaN among it, becomes +0.0. Returns these masks, for chaining.
+        Raises ValueError, before any weight is changed, where a name is not a parameter of the model or a shape
+        differs. Chapter 4.
+        """
+        parameters = self._find(model)
+        zero_pruned_((parameter, self[name].to(parameter.device)) for name, parameter in parameters.items())
+        self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
+        return self
+
+    def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> Hold:
+        """Keep the pruned weights exactly zero after every step of `optimizer`, until the handle is removed.
+
+        Momentum, weight decay, a loaded optimizer state or a loaded model cannot revive them: the optimizer's own
+        post-step hook sets them to zero after each step, one pass over the weights. What the optimizer remembers of
+        them (momentum, second moments) is set to zero now, when a state is loaded or saved, when other masks take over,
+        and at the end; in between it is inert, as nothing reads it but a step that is undone. An optimizer whose step
+        mixes entries (LBFGS, Muon, any that torch.optim does not have) also gets gradients that are zero there. No
+        parameter name, forward pass or module is touched. A parameter has one mask in an optimizer: a later call
+        replaces an earlier one.
+
+        The parameters are those of the model that the masks were made from or applied to; else pass `model`. Those
+        the optimizer does not own are left alone. The weights and the state are set to zero at once.
+        Returns a handle with ``remove()``, which is also a context manager. Raises ValueError where the masks belong
+        to no model, where a shape differs, and where the optimizer owns none of the parameters.
+        Chapter 4.
+        """
+        parameters = self._live_parameters(optimizer) if model is None else self._find(model)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {p: self[name].to(p.device) for name, p in parameters.items() if id(p) in owned}
+        if parameters and not held:
+            raise ValueError(
+                f"the optimizer owns none of the {len(parameters)} masked parameters ({_some(parameters)}); "
+                "was it made from another model, or from a copy?"
+            )
+        zero_pruned_(held.items())
+        return Hold(optimizer, held)
+
+    def _find(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters by the masks' names, checked."""
+        every = dict(model.named_parameters(remove_duplicate=False))
+        for name, mask in self.items():
+            if name not in every:
+                raise ValueError(f"the model has no parameter {name!r}; it has {_some(every)}")
+            if every[name].shape != mask.shape:
+                raise ValueError(
+                    f"the mask of {name!r} has shape {tuple(mask.shape)}, "
+                    f"the parameter has shape {tuple(every[name].shape)}"
+                )
+        return {name: every[name] for name in self}
+
+    def _live_parameters(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        live = {name: ref() for name, ref in self._parameters.items()}
+        found = {name: p for name, p in live.items() if p is not None}
+        if len(found) == len(self):
+            return found
+        raise ValueError(
+            "these masks belong to no model yet: call masks.apply_(model) first, or masks.hold(optimizer, model)"
+        )
+
+    # ------------------------------------------------------------------------------------------- state and files
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Everything, at one bit a weight: name -> {"bits": uint8 tensor on the CPU, "shape": tuple of int}."""
+        return {name: {"bits": _pack(mask), "shape": tuple(mask.shape)} for name, mask in self.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Mapping[str, Any]]) -> Masks:
+        """The masks that ``state_dict`` described, on the CPU. Raises ValueError where bits and shape disagree."""
+        return cls({name: _unpack(name, entry["bits"], tuple(entry["shape"])) for name, entry in state.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks to a safetensors file, one bit a weight."""
+        state = self.state_dict()
+        shapes = {name: entry["shape"] for name, entry in state.items()}
+        bits = {name: entry["bits"] for name, entry in state.items()}
+        _safetensors().torch.save_file(bits, path, metadata={"gradprune.masks": json.dumps(shapes)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read the masks that ``save`` wrote. Raises ValueError where the file holds none."""
+        with _safetensors().safe_open(path, framework="pt") as file:
+            shapes = (file.metadata() or {}).get("gradprune.masks")
+            if shapes is None:
+                raise ValueError(f"{os.fspath(path)!r} is a safetensors file without masks saved by Masks.save")
+            state = {name: {"bits": file.get_tensor(name), "shape": s} for name, s in json.loads(shapes).items()}
+        return cls.from_state_dict(state)
+
+    @classmethod
+    def from_torch(cls, model: nn.Module) -> Masks:
+        """The masks of a model pruned by ``torch.nn.utils.prune``, under the names from before it was.
+
+        The model stays as it is; ``from_torch_`` also undoes torch's reparametrization.
+        Raises ValueError where the model holds no such mask.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        found = {
+            name.removesuffix("_mask"): buffer.bool()
+            for name, buffer in model.named_buffers(remove_duplicate=False)
+            if name.endswith("_mask") and name.removesuffix("_mask") + "_orig" in parameters
+        }
+        if not found:
+            raise ValueError("no parameter of this model is pruned by torch.nn.utils.prune")
+        return cls(found)
+
+    @classmethod
+    def from_torch_(cls, model: nn.Module) -> Masks:
+        """Take over from ``torch.nn.utils.prune``: its masks, with the model's parameters made plain again.
+
+        The parameters stay the same objects under their own names, so an optimizer goes on with them; hold them with
+        ``hold``. Raises ValueError where the model holds no such mask.
+        """
+        from torch.nn.utils import prune as torch_prune
+
+        masks = cls.from_torch(model)
+        for name in masks:
+            path, _, attribute = name.rpartition(".")
+            torch_prune.remove(model.get_submodule(path), attribute)  # type: ignore[no-untyped-call]
+        return masks.apply_(model)
+
+    def to_torch_(self, model: nn.Module) -> None:
+        """Prune `model` by ``torch.nn.utils.prune.custom_from_mask`` with these masks.
+
+        From then on torch's own reparametrization holds: each parameter is renamed to ``..._orig``.
+        Raises ValueError, before anything is changed, where a name or a shape is not the model's.
+        """
+        from torch.nn.utils import prune as torch_prune
+
+        for name, parameter in self._find(model).items():
+            path, _, attribute = name.rpartition(".")
+            mask = self[name].to(parameter.device)
+            torch_prune.custom_from_mask(model.get_submodule(path), attribute, mask)  # type: ignore[no-untyped-call]
+
+
+class Hold:
+    """What ``Masks.hold`` returns; ``remove()``, or the end of its ``with`` block, lets the weights move again."""
+
+    def __init__(self, optimizer: Optimizer, masks: Mapping[nn.Parameter, Tensor]) -> None:
+        self._held = {p: _Held(mask) for p, mask in masks.items()}
+        self._optimizer = weakref.ref(optimizer)
+        self._keeper = _KEEPERS.get(optimizer) or _Keeper()
+        if masks:
+            self._keeper.ride_on(optimizer)
+        self._keeper.clear_state(optimizer)  # by the masks so far: what comes back must start afresh
+        self._keeper.held.update(self._held)
+        self._keeper.clear_state(optimizer)
+
+    def remove(self) -> None:
+        """Stop holding. The weights stay as they are until the next step moves them; calling it twice is fine."""
+        optimizer = self._optimizer()
+        if optimizer is not None and self._held:
+            self._keeper.clear_state(optimizer)
+        for parameter, held in self._held.items():
+            if self._keeper.held.get(parameter) is held:  # else a later hold has taken it over
+                del self._keeper.held[parameter]
+        self._held = {}
+        if not self._keeper.held:
+            self._keeper.get_off()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+class _Held:
+    """One parameter's mask, which follows the parameter to its device."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.prunes = count_kept(mask) < mask.numel()
+
+    def mask_on(self, device: torch.device) -> Tensor:
+        if self.mask.device != device:
+            self.mask = self.mask.to(device)
+        return self.mask
+
+
+class _Keeper:
+    """What hangs on one optimizer and keeps weights at zero for all its holds: one mask a parameter.
+
+    One pass over the weights is all that a step costs. Zeroing the gradients instead would leave the weights zero too,
+    but not after a write from outside; and second moments that are exactly zero make Adam's step half as long again,
+    as the square root of zero is a slow special case of the vector library on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[nn.Parameter, _Held] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def ride_on(self, optimizer: Optimizer) -> None:
+        if self._hooks:  # a second hold must be possible inside a step's hooks, where none may be added
+            return
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self.clear_state),
+            optimizer.register_state_dict_pre_hook(self.clear_state),
+        ]
+        _KEEPERS[optimizer] = self
+
+    def get_off(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return ((p, held.mask_on(p.device)) for p, held in self.held.items() if held.prunes)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if type(optimizer) in _ENTRY_BY_ENTRY:
+            return None
+        self._mask_gradients()
+        # A closure computes the gradients anew inside the step. `args` begins with the optimizer itself.
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._masking(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._masking(kwargs["closure"])}
+        return None
+
+    def _masking(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_with_masked_gradients() -> Any:
+            loss = closure()
+            self._mask_gradients()
+            return loss
+
+        return closure_with_masked_gradients
+
+    def _mask_gradients(self) -> None:
+        gradients = ((parameter.grad, mask) for parameter, mask in self._pruned())
+        zero_pruned_((grad, mask) for grad, mask in gradients if grad is not None and grad.layout == torch.strided)
+
+    def _after_step(self, *_: Any) -> None:
+        zero_pruned_(self._pruned())
+
+    def clear_state(self, optimizer: Optimizer) -> None:
+        """Forget what the optimizer remembers of pruned entries: momentum, second moments and the like."""
+        masks = dict(self._pruned())
+        joined = _lbfgs_parameters(optimizer)
+        sizes = [p.numel() for p in joined]
+        for parameter, state in cast(Mapping[nn.Parameter, dict[str, Any]], optimizer.state).items():
+            for value in _tensors_in(state.values()):
+                if parameter in masks and value.shape == parameter.shape:
+                    zero_pruned_([(value, masks[parameter])])
+                elif joined and value.numel() == sum(sizes):
+                    parts = zip(torch.split(value, sizes), joined, strict=True)
+                    zero_pruned_((part, masks[p].reshape(-1)) for part, p in parts if p in masks)
+
+
+_KEEPERS: weakref.WeakKeyDictionary[Optimizer, _Keeper] = weakref.WeakKeyDictionary()
+
+
+def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set each tensor to +0.0 where its mask is False, at the speed of memory, whatever stands there.
+
+    The pairs are of one shape and one device. Multiplying the numbers would keep the sign of zero and turn infinity
+    into NaN; multiplying their bits, read as an integer, by 0 or 1 does neither.
+    """
+    pieces: list[tuple[Array, Array]] = []
+    for tensor, mask in tensors:
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            pieces += _pieces(tensor, mask)
+            tensor.as_strided(
+                (0,), (1,)
+            ).zero_()  # NumPy's writes are to be seen by autograd's check for in-place changes
+        else:
+            torch.where(mask, tensor, tensor.new_zeros(()), out=tensor)
+    _multiply(pieces)
+
+
+def _pieces(tensor: Tensor, mask: Tensor) -> list[tuple[Array, Array]]:
+    bits = tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]).numpy()
+    keep = mask.detach().numpy().view(np.int8)
+    if tensor.is_contiguous() and mask.is_contiguous():
+        bits, keep = bits.reshape(-1), keep.reshape(-1)
+    rows = max(1, PIECE // max(1, math.prod(bits.shape[1:]))) if bits.ndim else 1
+    return (
+        [(bits[i : i + rows], keep[i : i + rows]) for i in range(0, len(bits), rows)] if bits.ndim else [(bits, keep)]
+    )
+
+
+def _multiply(pieces: list[tuple[Array, Array]]) -> None:
+    """In NumPy and threads of our own: torch's would wait for each other at every piece, for long on a busy machine."""
+
+    def work(share: list[tuple[Array, Array]]) -> None:
+        for bits, keep in share:
+            np.multiply(bits, keep, out=bits)
+
+    large = sum(bits.size for bits, _ in pieces) >= PARALLEL
+    count = min(torch.get_num_threads(), MAX_THREADS) if large else 1
+    others = [Thread(target=work, args=(pieces[i::count],)) for i in range(1, count)]
+    for thread in others:
+        thread.start()
+    work(pieces[::count])
+    for thread in others:
+        thread.join()
+
+
+def count_kept(mask: Tensor) -> int:
+    """How many entries are True."""
+    # NumPy counts bytes a dozen times faster than torch does on the CPU.
+    return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.sum())
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from _tensors_in(value)
+
+
+def _lbfgs_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """LBFGS keeps vectors over all parameters, joined in this order; the others keep no such thing."""
+    return optimizer.param_groups[0]["params"] if isinstance(optimizer, torch.optim.LBFGS) else []
+
+
+def _pack(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+
+
+def _unpack(name: str, bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8):
+        raise ValueError(f"the mask of {name!r} needs {-(-count // 8)} bytes for shape {shape}, got {bits.numel()}")
+    flat = np.unpackbits(bits.cpu().numpy(), count=count).view(np.bool_)
+    return torch.from_numpy(flat).view(shape)
+
+
+def _some(names: Mapping[str, Any], most: int = 5) -> str:
+    shown = ", ".join(map(repr, list(names)[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("masks are saved as safetensors files: pip install safetensors") from error
+    return safetensors

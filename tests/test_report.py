@@ -1,0 +1,142 @@
+"""The report's numbers are those counted by hand, and making it changes nothing."""
+
+import builtins
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import gradprune as gp
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(64, 10, bias=False))
+
+
+EXAMPLE = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_counts_and_bytes_are_those_counted_by_hand():
+    model = small_model()
+    gp.prune(model, scope={"0.weight": 0.5, "4.weight": 0.9})
+    conv, linear = gp.report(model).rows
+    assert (conv.name, conv.kind, conv.parameters, conv.nonzeros) == ("0", "Conv2d", 76, 40)
+    assert (linear.parameters, linear.nonzeros, linear.sparsity) == (640, 64, 0.9)
+    assert linear.bytes_dense == 640 * 4
+    assert linear.bytes_bitmask == 80 + 64 * 4
+    assert linear.bytes_csr == 64 * 8 + 11 * 4
+    assert conv.bytes_bitmask == 9 + 36 * 4 + 4 * 4  # the bias as it is
+    assert 0 < linear.bytes_compressed < linear.bytes_dense
+    assert linear.flops is None
+    total = gp.report(model).total
+    assert (total.parameters, total.nonzeros, total.flops) == (716, 104, None)
+    assert total.bytes_dense == 716 * 4
+
+
+def test_flops_are_two_a_multiplication_and_effective_ones_leave_zeros_out():
+    model = small_model()
+    gp.prune(model, scope={"4.weight": 0.75})
+    report = gp.report(model, EXAMPLE)
+    conv, linear = report.rows
+    assert conv.flops == conv.effective_flops == 2 * 5 * (4 * 4) * 4 * (2 * 9)
+    assert linear.flops == 2 * 5 * 640
+    assert linear.effective_flops == linear.flops // 4
+    assert report.total.flops == conv.flops + linear.flops
+
+
+def test_what_no_layer_accounts_for_is_listed_as_other():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(8, 8)
+            self.inner = nn.Sequential(nn.Linear(8, 8))
+
+        def forward(self, x, scale=1.0):
+            y = self.inner(self.project(x))
+            return y @ y.T * scale
+
+    report = gp.report(Attention(), {"x": torch.randn(3, 8), "scale": 2.0})
+    assert [(row.name, row.flops) for row in report.rows] == [("project", 384), ("inner.0", 384), ("(other)", 144)]
+
+
+def test_a_tied_tensor_counts_once_and_a_bare_layer_has_a_row():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert [row.parameters for row in gp.report(model, torch.randn(1, 4)).rows] == [16, 0]
+    assert gp.report(model).total.bytes_dense == 64
+    bare = gp.report(nn.Linear(3, 2), torch.randn(1, 3))
+    assert [(row.name, row.parameters, row.flops) for row in bare.rows] == [("(model)", 8, 12)]
+
+
+def test_half_precision_counts_two_bytes():
+    assert gp.report(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)).total.bytes_dense == 128
+
+
+def test_a_model_without_parameters_is_all_zero():
+    report = gp.report(nn.ReLU(), torch.randn(3))
+    assert report.rows == ()
+    assert report.total.parameters == 0
+    assert report.total.sparsity == 0.0
+    assert "total" in str(report)
+
+
+def test_latency_is_measured_on_request():
+    assert gp.report(small_model(), EXAMPLE).latency is None
+    report = gp.report(small_model(), EXAMPLE, latency=True)
+    assert 0 < report.latency < 10
+    assert "One forward pass took" in str(report)
+    with pytest.raises(ValueError, match="latency needs an example"):
+        gp.report(small_model(), latency=True)
+
+
+def test_the_model_is_left_as_it_was():
+    model = small_model().train()
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    gp.report(model, EXAMPLE)
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    with pytest.raises(RuntimeError):
+        gp.report(model, torch.randn(1, 3, 6, 6))
+    assert model.training
+
+
+def test_it_renders_as_text_html_rich_and_frame_and_says_that_zeros_save_no_time():
+    from rich.console import Console
+
+    report = gp.report(small_model(), EXAMPLE)
+    text, html = str(report), report._repr_html_()
+    lines = text.splitlines()
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert "Conv2d" in lines[2]
+    assert "716" in lines[-2]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report)
+    for rendered in (text, html, console.file.getvalue().replace("\n", " ")):
+        assert "Zeros alone save no time" in rendered
+        assert "2.86 kB" in rendered
+    assert html.count("<tr>") == 4
+    frame = report.to_frame()
+    assert frame.loc["total", "parameters"] == 716
+    assert list(frame.index) == ["0", "4", "total"]
+
+
+def test_names_are_escaped_in_html():
+    model = nn.ModuleDict({"<b>": nn.Linear(2, 2)})
+    assert "&lt;b&gt;" in gp.report(model)._repr_html_()
+
+
+def test_without_pandas_the_frame_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without_pandas(name, *args, **kwargs):
+        if name == "pandas":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_pandas)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        gp.report(nn.Linear(2, 2)).to_frame()

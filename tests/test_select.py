@@ -1,0 +1,327 @@
+"""The k-th value and the k largest agree with a plain stable sort, whatever the values are."""
+
+import math
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradprune import keep_largest, kth_smallest, select
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+SIZES = {"chunks of 8 and a bracket": (8, 128, 4, 16), "the sizes as they are": None}
+
+
+@contextmanager
+def sizes(name):
+    """The engine with buffers so small that a few values take every path of it."""
+    if SIZES[name] is None:
+        yield
+        return
+    names = ("CHUNK", "SAMPLE", "GATHER_ALL", "PARALLEL")
+    with mock.patch.multiple(select, **dict(zip(names, SIZES[name], strict=True)), DEVICE_CHUNK=8):
+        yield
+
+
+@contextmanager
+def device_path():
+    """Route CPU tensors through the code for accelerators."""
+    with mock.patch.object(select._Values, "on_cpu", False):
+        yield
+
+
+def plain_sort(tensors, by="value"):
+    """(value, position) of all values, ascending; equal values in order of position."""
+    joined = (
+        [x for t in tensors for x in t.detach().double().reshape(-1).tolist()]
+        if not _integers(tensors)
+        else [x for t in tensors for x in t.reshape(-1).tolist()]
+    )
+    ranked = [abs(x) for x in joined] if by == "magnitude" else joined
+    return sorted(zip(ranked, range(len(ranked)), strict=True), key=lambda pair: pair[0])
+
+
+def _integers(tensors):
+    return all(not t.is_floating_point() for t in tensors)
+
+
+def kept_by_plain_sort(tensors, k, by="value"):
+    ascending = plain_sort(tensors, by)
+    keep = [False] * len(ascending)
+    for _, position in ascending[len(ascending) - k :]:
+        keep[position] = True
+    return keep
+
+
+def flat(masks):
+    return [x for m in masks for x in m.reshape(-1).tolist()]
+
+
+values_with_extremes = st.one_of(
+    st.sampled_from([0.0, -0.0, math.inf, -math.inf, 1.0, -1.0, 1e-45, -1e-45, 65504.0, 6e-8]),
+    st.floats(-4, 4, allow_nan=False, width=16),
+    st.floats(allow_nan=False, width=32),
+)
+
+
+@st.composite
+def float_tensors(draw, dtypes=FLOATS):
+    dtype = draw(st.sampled_from(dtypes))
+    shapes = draw(st.lists(st.sampled_from([(0,), (1,), (), (3,), (2, 3), (5, 1, 4), (7, 9)]), min_size=1, max_size=4))
+    if draw(st.booleans()):  # few different values: ties everywhere
+        element = st.sampled_from(draw(st.lists(values_with_extremes, min_size=1, max_size=3)))
+    else:
+        element = values_with_extremes
+    tensors = []
+    for shape in shapes:
+        size = math.prod(shape)
+        data = draw(st.lists(element, min_size=size, max_size=size))
+        tensors.append(torch.tensor(data, dtype=torch.float64).to(dtype).reshape(shape))
+    return tensors
+
+
+@st.composite
+def integer_tensors(draw):
+    dtype = draw(st.sampled_from(INTEGERS))
+    info = torch.iinfo(dtype)
+    element = st.one_of(st.integers(info.min, info.max), st.sampled_from([info.min, info.max, 0, 1]))
+    lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=3))
+    return [torch.tensor(draw(st.lists(element, min_size=n, max_size=n)), dtype=dtype) for n in lengths]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("by", ["value", "magnitude"])
+@settings(max_examples=40, deadline=None)
+@given(tensors=float_tensors(), data=st.data())
+def test_floats_agree_with_a_plain_sort(size, by, tensors, data):
+    total = sum(t.numel() for t in tensors)
+    k = data.draw(st.integers(0, total))
+    with sizes(size):
+        masks = keep_largest(tensors, k, by=by)
+        assert flat(masks) == kept_by_plain_sort(tensors, k, by)
+        assert [m.shape for m in masks] == [t.shape for t in tensors]
+        if k:
+            kth = kth_smallest(tensors, k, by=by)
+            assert kth.item() == plain_sort(tensors, by)[k - 1][0]
+            assert kth.dtype == tensors[0].dtype
+            assert kth.shape == ()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@settings(max_examples=40, deadline=None)
+@given(tensors=integer_tensors(), data=st.data())
+def test_integers_agree_with_a_plain_sort(size, tensors, data):
+    total = sum(t.numel() for t in tensors)
+    k = data.draw(st.integers(0, total))
+    with sizes(size):
+        assert flat(keep_largest(tensors, k)) == kept_by_plain_sort(tensors, k)
+        if k:
+            assert kth_smallest(tensors, k).item() == plain_sort(tensors)[k - 1][0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(tensors=st.one_of(float_tensors(), integer_tensors()), data=st.data())
+def test_the_path_for_accelerators_gives_the_same(tensors, data):
+    k = data.draw(st.integers(0, sum(t.numel() for t in tensors)))
+    with sizes("chunks of 8 and a bracket"), device_path():
+        assert flat(keep_largest(tensors, k)) == kept_by_plain_sort(tensors, k)
+        if k:
+            assert kth_smallest(tensors, k).item() == plain_sort(tensors)[k - 1][0]
+
+
+@pytest.mark.parametrize("path", [sizes, device_path])
+@settings(max_examples=40, deadline=None)
+@given(tensors=float_tensors(), data=st.data())
+def test_what_is_barred_never_stays(path, tensors, data):
+    among = [
+        torch.tensor(
+            data.draw(st.lists(st.booleans(), min_size=t.numel(), max_size=t.numel())), dtype=torch.bool
+        ).reshape(t.shape)
+        for t in tensors
+    ]
+    k = data.draw(st.integers(0, sum(int(a.sum()) for a in among)))
+    allowed = [t[a] for t, a in zip(tensors, among, strict=True)]
+    with path(*(["chunks of 8 and a bracket"] if path is sizes else [])):
+        kept = keep_largest(tensors, k, by="magnitude", among=among)
+    assert flat([m[a] for m, a in zip(kept, among, strict=True)]) == kept_by_plain_sort(allowed, k, "magnitude")
+    assert not any((m & ~a).any() for m, a in zip(kept, among, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])
+@pytest.mark.parametrize("kind", ["spread", "constant", "two values", "heavy zero", "sorted", "outliers"])
+def test_large_tensors_agree_with_torchs_sort(dtype, kind):
+    generator = torch.Generator().manual_seed(0)
+    n = 300_001
+    values = {
+        "spread": torch.randn(n, generator=generator),
+        "constant": torch.full((n,), 3.0),
+        "two values": torch.randint(0, 2, (n,), generator=generator).float(),
+        "heavy zero": torch.relu(torch.randn(n, generator=generator)),
+        "sorted": torch.linspace(-5, 5, n),
+        "outliers": torch.randn(n, generator=generator).pow(31),
+    }[kind]
+    values = (values * 1000 if dtype == torch.int32 else values).clamp(-6e4, 6e4).to(dtype)
+    parts = [values[:100], values[100:200_002].reshape(-1, 2), values[200_002:]]
+    order = values.sort(stable=True).indices
+    for k in (0, 3, n // 3, n // 2, round(0.9 * n), n):
+        expected = torch.zeros(n, dtype=torch.bool)
+        expected[order[n - k :]] = True
+        assert torch.equal(torch.cat([m.reshape(-1) for m in keep_largest(parts, k)]), expected)
+        if k:
+            assert kth_smallest(parts, k) == values[order[k - 1]]
+
+
+def test_a_bracket_that_misses_is_noticed_and_moved():
+    values = torch.randn(300_000, generator=torch.Generator().manual_seed(1))
+    misleading = np.sort(values[:5000].view(torch.int32).numpy() * 0 + 7)  # a sample of one single wrong key
+    with sizes("chunks of 8 and a bracket"), mock.patch.multiple(select, CHUNK=4096, _sample=lambda *_: misleading):
+        assert kth_smallest(values, 123_456) == values.sort().values[123_455]
+
+
+def test_gathering_stops_at_its_limit():
+    # Every stratum's sample is 0 or 1, and almost all of the values lie between them: nothing may be gathered whole.
+    values = torch.rand(200_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gathered = []
+    kth_inside = select._kth_inside
+
+    def spy(inside, k, below):
+        gathered.append(sum(a.size for a in inside))
+        return kth_inside(inside, k, below)
+
+    wide = np.array([0.0] * 100 + [1.0] * 100).view(np.int64)
+    with mock.patch.multiple(select, GATHER_ALL=100, CHUNK=1000, _kth_inside=spy, _sample=lambda *a: wide):
+        assert kth_smallest(values, 100_000) == values.sort().values[99_999]
+    assert max(gathered) <= 200_000 // 32
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(threads):
+    values = [torch.randn(300_000, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    expected = torch.cat(values).sort().values[700_000 - 1]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with mock.patch.object(select, "GATHER_ALL", 100):
+            assert kth_smallest(values, 700_000) == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layouts_other_than_contiguous_keep_their_logical_order():
+    base = torch.randint(0, 3, (6, 5, 4, 3), generator=torch.Generator().manual_seed(0)).float()
+    layouts = [
+        base.contiguous(memory_format=torch.channels_last),
+        base.transpose(0, 2),
+        base[::2, :, 1:],
+        torch.tensor(2.0).expand(4, 3),
+    ]
+    for k in (0, 1, 50, 200):
+        with sizes("chunks of 8 and a bracket"):
+            assert flat(keep_largest(layouts, k)) == kept_by_plain_sort(layouts, k)
+
+
+def test_dtypes_mix_within_floats_and_within_integers():
+    floats = [torch.tensor([1.0, 3.0], dtype=torch.float16), torch.tensor([2.0, 4.0], dtype=torch.bfloat16)]
+    assert flat(keep_largest(floats, 2)) == [False, True, False, True]
+    assert kth_smallest(floats, 2).dtype == torch.float32
+    integers = [torch.tensor([-1, 100], dtype=torch.int8), torch.tensor([200], dtype=torch.uint8)]
+    assert kth_smallest(integers, 3).item() == 200
+    assert kth_smallest(torch.tensor([True, False, True]), 2).item() == 1
+    with pytest.raises(ValueError, match=r"all floating or all integer, got \['torch.float32', 'torch.int64'\]"):
+        kth_smallest([torch.ones(1), torch.ones(1, dtype=torch.int64)], 1)
+
+
+def test_eight_bit_floats_are_ranked():
+    values = torch.tensor([1.0, -2.0, 0.5, 4.0]).to(torch.float8_e4m3fn)
+    assert kth_smallest(values, 3).float().item() == 1.0
+    assert keep_largest(values, 2)[0].tolist() == [True, False, False, True]
+
+
+def test_what_needs_gradients_is_ranked_without_recording():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 1.0, 2.0]))
+    assert kth_smallest(weight, 1).item() == 1.0
+    assert not kth_smallest(weight, 1).requires_grad
+
+
+@pytest.mark.parametrize("path", [sizes, device_path])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("by", ["value", "magnitude"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_is_an_error_that_names_its_tensor(path, dtype, by, sign):
+    nan = torch.full((40,), math.inf, dtype=dtype)
+    nan[17] = torch.tensor(math.nan).copysign(torch.tensor(sign)).to(dtype)
+    with path(*(["chunks of 8 and a bracket"] if path is sizes else [])):
+        with pytest.raises(ValueError, match=r"'fc\.weight' contains NaN"):
+            kth_smallest({"conv.weight": torch.ones(40, dtype=dtype), "fc.weight": nan}, 3, by=by)
+        for k in (0, 1, 80):
+            with pytest.raises(ValueError, match=r"tensor 1 of 2 \(counted from 0\) contains NaN"):
+                keep_largest([torch.ones(40, dtype=dtype), nan], k, by=by)
+
+
+@pytest.mark.parametrize("k", [0, 4, -1])
+def test_a_rank_out_of_range_is_an_error_that_says_the_range(k):
+    with pytest.raises(ValueError, match=rf"between 1 and the number of values, which is 3; got {k}"):
+        kth_smallest(torch.ones(3), k)
+
+
+def test_empty_input_has_no_kth_value_but_an_empty_mask():
+    with pytest.raises(ValueError, match="number of values, which is 0"):
+        kth_smallest([], 1)
+    assert keep_largest([], 0) == []
+    assert keep_largest(torch.empty(2, 0), 0)[0].shape == (2, 0)
+    with pytest.raises(ValueError, match="between 0 and the number of values, which is 3; got 4"):
+        keep_largest(torch.ones(3), 4)
+
+
+def test_other_bad_arguments_are_errors_that_say_what_is_wanted():
+    with pytest.raises(TypeError, match=r"tensor 1 of 2 \(counted from 0\) must be a tensor, got list"):
+        kth_smallest([torch.ones(1), [2.0]], 1)
+    with pytest.raises(ValueError, match=r"'z' is .*complex64"):
+        kth_smallest({"z": torch.ones(1, dtype=torch.complex64)}, 1)
+    with pytest.raises(ValueError, match='by must be "value" or "magnitude"'):
+        kth_smallest(torch.ones(1), 1, by="size")
+    with pytest.raises(ValueError, match="ranks floating values, got"):
+        kth_smallest(torch.ones(1, dtype=torch.int64), 1, by="magnitude")
+    with pytest.raises(TypeError):
+        kth_smallest(torch.ones(3), 1.5)
+    with pytest.raises(ValueError, match=r"bool of shape \(3,\), got torch.float32"):
+        keep_largest(torch.ones(3), 1, among=[torch.ones(3)])
+    with pytest.raises(ValueError, match="one bool tensor for each of 1 tensors, got 0"):
+        keep_largest(torch.ones(3), 1, among=[])
+    with pytest.raises(ValueError, match="needs floating values"):
+        keep_largest(torch.ones(3, dtype=torch.int32), 1, among=[torch.ones(3, dtype=torch.bool)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), m=st.integers(1, 6), rows=st.integers(0, 5), groups=st.integers(0, 4))
+def test_n_of_m_keeps_the_n_largest_of_each_group(data, m, rows, groups):
+    n = data.draw(st.integers(0, m))
+    size = rows * groups * m
+    values = torch.tensor(data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size)), dtype=torch.float32)
+    values = values.reshape(rows, groups * m)
+    kept = select.keep_n_of_m(values, n, m)
+    for row, mask in zip(values.reshape(-1, m), kept.reshape(-1, m), strict=True):
+        assert mask.tolist() == kept_by_plain_sort([row], n)
+
+
+def test_n_of_m_runs_along_the_input_channels_of_a_convolution():
+    weight = torch.randn(3, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    kept = select.keep_n_of_m(weight, 2, 4, by="magnitude")
+    assert (kept.reshape(3, 2, 4, 2, 2).sum(dim=2) == 2).all()
+    dropped = torch.where(kept, math.inf, weight.abs()).reshape(3, 2, 4, 2, 2).sort(dim=2).values[:, :, 1]
+    smallest_kept = torch.where(kept, weight.abs(), math.inf).reshape(3, 2, 4, 2, 2).amin(dim=2)
+    assert (dropped <= smallest_kept).all()
+
+
+def test_n_of_m_errors_say_what_does_not_fit():
+    with pytest.raises(ValueError, match="'fc': dimension 1 has 6 entries, not a multiple of m = 4"):
+        select.keep_n_of_m(torch.ones(2, 6), 2, 4, name="'fc'")
+    with pytest.raises(ValueError, match="0 <= n <= m"):
+        select.keep_n_of_m(torch.ones(2, 6), 4, 3)
+    with pytest.raises(ValueError, match="contains NaN"):
+        select.keep_n_of_m(torch.full((1, 2), math.nan), 1, 2)
