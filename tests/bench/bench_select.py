@@ -1,5 +1,6 @@
 """The k-th of many values beside a plain sort, topk, kthvalue and NumPy's partition; channels beside Torch-Pruning."""
 
+import importlib.metadata
 import itertools
 
 import numpy as np
@@ -81,10 +82,17 @@ def channels(rounds):
     seconds = in_turn(sides, rounds)
     first = seconds["gradprune.prune, channels"]
     return [
-        {"task": "half of the channels of 7 layers", "side": name, **summary(seconds[name]),
+        {"task": "half of the channels of 6 layers", "side": name, **summary(seconds[name]),
          "times as long as ours": ratios(seconds[name], first)}
         for name in sides
     ]  # fmt: skip
+
+
+def installed_version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":
@@ -95,4 +103,5 @@ if __name__ == "__main__":
     settle(arguments)
     rows = thresholds(arguments.millions * 10**6, arguments.rounds, torch.float32)
     rows += thresholds(arguments.millions * 10**6, arguments.rounds, torch.bfloat16)
-    write("bench_select", rows + channels(arguments.rounds), seeds=[0], rank=0.9)
+    rows += channels(arguments.rounds)
+    write("bench_select", rows, seeds=[0], rank=0.9, torch_pruning=installed_version("torch-pruning"))
