@@ -1,14 +1,17 @@
-"""What this book adds to Sphinx: the table of claims, and the repository's address on the pages."""
+"""What this book adds to Sphinx: tables of claims and of results, and the repository's address on the pages."""
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import nbformat
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from gradprune.lab import claims
+from gradprune.lab import claims, experiment
 
 DOCUMENTS = (
     "pruning by “gradient clipping”",
@@ -66,6 +69,65 @@ class ClaimsTable(SphinxDirective):
         return nodes.paragraph("", "", nodes.strong("", "", link), nodes.Text(f". {verdict.because}"))
 
 
+class ResultsTable(SphinxDirective):
+    """Rows of one file of chapters/results, with the command, the machine and the day they were measured.
+
+    The argument is the file's name. ``columns`` lists what is shown, separated by ``|``: a key, or ``key: heading``; a
+    key of a nested value is written ``outer/inner``. Rows that lack one of the columns are left out.
+    """
+
+    required_arguments = 1
+    option_spec: ClassVar[dict[str, Callable[[str], str]]] = {"columns": directives.unchanged_required}
+
+    def run(self) -> list[nodes.Node]:
+        """Return the table and the line under it."""
+        name = self.arguments[0]
+        path = Path(self.env.srcdir) / "chapters" / "results" / f"{name}.json"
+        self.env.note_dependency(str(path))
+        result = experiment.load(name)
+        columns = [part.strip().split(": ", 1) for part in self.options["columns"].split("|")]
+        picked = [[_inner(row, column[0]) for column in columns] for row in result["rows"]]
+        rows = [[_shown(value) for value in row] for row in picked if None not in row]
+        if not rows:
+            raise self.error(f"{path.name} has no row with all of {[column[0] for column in columns]}")
+        machine = result["machine"]
+        if isinstance(machine, dict):
+            machine = ", ".join(f"{key} {value}" for key, value in machine.items())
+        versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+        under = nodes.paragraph("", f"Measured on {result['date']} ({machine}; {versions}) by ")
+        under += nodes.literal(text=result["command"])
+        return [plain_table([column[-1] for column in columns], rows), under]
+
+
+def _inner(row: dict[str, Any], key: str) -> Any:
+    value: Any = row
+    for part in key.split("/") if key not in row else [key]:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> nodes.table:
+    """Return a table of text."""
+    table = nodes.table()
+    group = nodes.tgroup(cols=len(header))
+    group += [nodes.colspec(colwidth=1) for _ in header]
+    head, body = nodes.thead(), nodes.tbody()
+    for part, lines in ((head, [header]), (body, rows)):
+        for line in lines:
+            row = nodes.row()
+            row += [nodes.entry("", nodes.paragraph(text=text)) for text in line]
+            part += row
+    group += [head, body]
+    table += group
+    return table
+
+
 def verdicts(root: Path) -> dict[str, tuple[str, str, claims.Verdict]]:
     """Return by claim: the chapter, the anchor of the heading above the cell, and the verdict in the cell's output."""
     found: dict[str, tuple[str, str, claims.Verdict]] = {}
@@ -89,5 +151,6 @@ def name_repository(app: Sphinx, docname: str, source: list[str]) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("results-table", ResultsTable)
     app.connect("source-read", name_repository)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

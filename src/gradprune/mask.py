@@ -195,7 +195,7 @@ class Masks(Mapping[str, Tensor]):
         masks = cls.from_torch(model)
         for name in masks:
             path, _, attribute = name.rpartition(".")
-            torch_prune.remove(model.get_submodule(path), attribute)  # type: ignore[no-untyped-call]
+            torch_prune.remove(model.get_submodule(path), attribute)
         return masks.apply_(model)
 
     def to_torch_(self, model: nn.Module) -> None:
@@ -209,7 +209,7 @@ class Masks(Mapping[str, Tensor]):
         for name, parameter in self._find(model).items():
             path, _, attribute = name.rpartition(".")
             mask = self[name].to(parameter.device)
-            torch_prune.custom_from_mask(model.get_submodule(path), attribute, mask)  # type: ignore[no-untyped-call]
+            torch_prune.custom_from_mask(model.get_submodule(path), attribute, mask)
 
 
 class Hold:
