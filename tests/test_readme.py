@@ -16,11 +16,20 @@ def test_there_is_an_example():
     assert EXAMPLES
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.splitlines()[-1][:40])
+@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_runs_as_printed(code, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_pruned_loop_reaches_what_the_text_says(tmp_path):
+    (code,) = [code for code in EXAMPLES if "Pruner" in code]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    sparsity, accuracy = (float(number) for number in re.findall(r"([\d.]+)%", done.stdout))
+    print(done.stdout)
+    assert sparsity == pytest.approx(90, abs=0.1)
+    assert accuracy > 93
 
 
 def test_every_file_it_links_to_exists():
