@@ -100,10 +100,11 @@ class ResultsTable(SphinxDirective):
 
 
 def _inner(row: dict[str, Any], key: str) -> Any:
-    value: Any = row
-    for part in key.split("/") if key not in row else [key]:
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+    if key in row or "/" not in key:
+        return row.get(key)
+    outer, inner = key.rsplit("/", 1)
+    nested = row.get(outer)
+    return nested.get(inner) if isinstance(nested, dict) else None
 
 
 def _shown(value: Any) -> str:
