@@ -601,8 +601,8 @@ def test_ten_lines_prune_ones_own_training_loop_on_digits(capsys):
 
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    pruner = gp.Pruner(model, optimizer, gp.Cubic(final=0.9, begin=100, end=500, every=20))
-    for _ in range(60):
+    pruner = gp.Pruner(model, optimizer, gp.Cubic(final=0.9, begin=50, end=300, every=25))
+    for _ in range(40):
         for part in train_part[torch.randperm(len(train_part))].split(100):
             optimizer.zero_grad()
             LOSS(model(x[part]), y[part]).backward()

@@ -262,8 +262,7 @@ class Pruner:
         self._hold = masks.hold(self._optimizer)  # replaces the one before
 
 
-@dataclass(frozen=True)
-class _Ranked:
+class _Ranked(NamedTuple):
     """One tensor of scores a layer; weights themselves, ranked by magnitude, are spared a copy."""
 
     values: dict[str, Tensor]
@@ -291,8 +290,7 @@ def _rank(score: Score, model: nn.Module, layers: Mapping[str, nn.Parameter]) ->
 # ------------------------------------------------------------------------------------------------------------ units
 
 
-@dataclass(frozen=True)
-class _Units:
+class _Units(NamedTuple):
     """What goes or stays together: single weights, or the tiles of a block shape (a channel is the tile (1,))."""
 
     layers: Mapping[str, nn.Parameter]

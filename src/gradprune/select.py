@@ -116,8 +116,7 @@ class Located(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ order
 
 
-@dataclass(frozen=True)
-class _Order:
+class _Order(NamedTuple):
     """Integer keys that compare as the values do, so that one code serves every dtype.
 
     An IEEE number without its sign bit, read as an integer, grows with its magnitude; negating it where the sign bit
@@ -172,8 +171,7 @@ class _Order:
         return magnitude if self.by == "magnitude" else torch.where(bits < 0, -magnitude, magnitude)
 
 
-@dataclass(frozen=True)
-class _Values:
+class _Values(NamedTuple):
     names: list[str]
     tensors: list[Tensor]
     among: Sequence[Tensor] | None
@@ -254,8 +252,7 @@ def _locate(values: _Values, k: int) -> Located:
 # -------------------------------------------------------------------------------------------------------------- CPU
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     tensor: int  # position in the list of tensors
     start: int
     stop: int
