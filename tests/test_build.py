@@ -20,6 +20,7 @@ import pytest
 import tomllib
 import vendor
 import yaml
+from jupyter_cache import get_cache
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from sphinx.util.matching import Matcher
@@ -223,6 +224,14 @@ def test_a_chapter_runs_once_however_often_the_book_is_built(
     build.run_chapters()
     assert ran == ["print(1)"]
     assert "chapter 1 of 1, 01_one.ipynb ... unchanged" in capsys.readouterr().out
+
+
+def test_the_page_is_written_from_the_run_that_is_cached(small_book: Path) -> None:
+    """Run for real: what the kernel leaves in a notebook must not make the cache take it for another one."""
+    build.run_chapters()
+    committed = nbformat.read(small_book / "chapters" / "01_one.ipynb", as_version=4)
+    _, cached = get_cache(str(build.CACHE)).merge_match_into_notebook(committed)
+    assert cached.cells[1].outputs[0].text == "1\n"
 
 
 def change_code(root: Path) -> None:
