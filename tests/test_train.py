@@ -171,3 +171,34 @@ def test_an_interval_needs_two_values():
     for values in ([], [1.0]):
         with pytest.raises(ValueError, match=f"at least two values, not {len(values)}"):
             train.interval(values)
+
+
+def fixed(rate, seed):
+    """A "network" that gives every example the same class: the rate, rounded; data whose parts differ."""
+    model = nn.Linear(1, 3)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(functional.one_hot(torch.tensor(round(rate)), 3))
+
+    def part(labels):
+        return Split(torch.zeros(len(labels), 1), torch.tensor(labels))
+
+    return model, Dataset("fixed", part([0]), part([1, 1, 1, 2]), part([1, 2, 2, seed % 3]), 3)
+
+
+def test_a_rate_is_chosen_on_validation_and_reported_on_test_data():
+    found = train.tune_and_report(fixed, [0.0, 1.0, 2.0], tuning_seeds=[7], seeds=[0, 1])
+    assert found["learning_rate"] == 1.0
+    assert found["tuning"] == [[0.0, 0.0], [1.0, 0.75], [2.0, 0.25]]
+    assert found["accuracy"] == [0.25, 0.5]
+
+
+def test_of_equal_rates_the_first_is_taken():
+    assert train.tune_and_report(fixed, [1.2, 1.0], tuning_seeds=[7], seeds=[0])["learning_rate"] == 1.2
+
+
+def test_a_seed_cannot_be_chosen_on_and_reported_on():
+    with pytest.raises(ValueError, match=r"seeds \[3\] are to be tuned and reported on"):
+        train.tune_and_report(fixed, [1.0], tuning_seeds=[2, 3], seeds=[3, 4])
+    with pytest.raises(ValueError, match="at least one rate"):
+        train.tune_and_report(fixed, [], tuning_seeds=[2], seeds=[3])

@@ -9,6 +9,7 @@ one grid on validation data with a seed that is not used again. Guessing has an 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,8 @@ def train(method: str, length: int, rate: float, seed: int) -> tuple[lab.models.
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Tune one cell at one length on validation data, then report it on test data."""
-    method, length = cell["method"], cell["length"]
-    tuning = {}
-    for rate in RATES:
-        model, data = train(method, length, rate, TUNING_SEED)
-        tuning[rate] = lab.train.accuracy(model, data.validation)
-    rate = max(tuning, key=lambda rate: tuning[rate])
-    trained = [train(method, length, rate, seed) for seed in SEEDS]
-    return {
-        "learning_rate": rate,
-        "tuning": [[rate, round(score, 4)] for rate, score in tuning.items()],
-        "accuracy": [round(lab.train.accuracy(model, data.test), 4) for model, data in trained],
-    }
+    run = partial(train, cell["method"], cell["length"])
+    return lab.train.tune_and_report(run, RATES, tuning_seeds=[TUNING_SEED], seeds=SEEDS)
 
 
 if __name__ == "__main__":

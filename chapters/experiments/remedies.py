@@ -11,10 +11,10 @@ seeds, each with its own split, initial weights and batches; the test part is re
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import gradprune as gp
@@ -52,14 +52,14 @@ def build(method: str, seed: int) -> torch.nn.Sequential:
     return lab.models.mlp([64] + [WIDTH] * depth + [10], **options)
 
 
-def train(method: str, rate: float, seed: int) -> tuple[torch.nn.Sequential, lab.data.Dataset, float]:
-    """Train one network; return it, its data and its accuracy on the validation part."""
+def train(method: str, rate: float, seed: int) -> tuple[torch.nn.Sequential, lab.data.Dataset]:
+    """Train one network; return it and its data."""
     data = lab.data.load("digits", seed=seed)
     model = build(method, seed)
     kind = METHODS[method].get("optimizer", "sgd")
     optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[kind](model.parameters(), lr=rate)
     lab.train.fit(model, data, steps=STEPS, optimizer=optimizer, seed=seed, watch=False)
-    return model, data, lab.train.accuracy(model, data.validation)
+    return model, data
 
 
 def first_gradient(method: str, seed: int) -> float:
@@ -74,14 +74,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Tune one method on validation data, then report it on test data."""
     method = cell["method"]
     rates = RATES[METHODS[method].get("optimizer", "sgd")]
-    tuning = {rate: float(np.mean([train(method, rate, seed)[2] for seed in TUNING_SEEDS])) for rate in rates}
-    rate = max(tuning, key=lambda rate: tuning[rate])
-    trained = [train(method, rate, seed)[:2] for seed in SEEDS]
-    return {
-        "learning_rate": rate,
-        "tuning": [[rate, round(score, 4)] for rate, score in tuning.items()],
-        "accuracy": [round(lab.train.accuracy(model, data.test), 4) for model, data in trained],
-    }
+    return lab.train.tune_and_report(partial(train, method), rates, tuning_seeds=TUNING_SEEDS, seeds=SEEDS)
 
 
 if __name__ == "__main__":

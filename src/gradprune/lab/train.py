@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,40 @@ def accuracy(model: nn.Module, split: Split) -> float:
         for module, training in modes.items():
             module.training = training
     return float(right)
+
+
+Train = Callable[[float, int], tuple[nn.Module, Dataset]]
+
+
+def tune_and_report(
+    train: Train, rates: Sequence[float], *, tuning_seeds: Sequence[int], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Choose a learning rate on validation data, then report it on test data with other seeds, once.
+
+    `train(rate, seed)` returns a trained model and its data. Returns "learning_rate" (of `rates`, the first of those
+    with the best mean validation accuracy over `tuning_seeds`), "tuning" (each rate with that mean) and "accuracy" (on
+    the test part, one a seed of `seeds`), rounded to four digits.
+
+    Raises ValueError where there is no rate or no seed, and where a seed is both tuned and reported on.
+    """
+    if not rates or not tuning_seeds or not seeds:
+        raise ValueError("tuning needs at least one rate, one tuning seed and one seed to report on")
+    both = set(tuning_seeds) & set(seeds)
+    if both:
+        raise ValueError(f"seeds {sorted(both)} are to be tuned and reported on; what was chosen on is no test")
+
+    def validated(rate: float) -> float:
+        runs = [train(rate, seed) for seed in tuning_seeds]
+        return float(np.mean([accuracy(model, data.validation) for model, data in runs]))
+
+    tuning = {rate: validated(rate) for rate in rates}
+    best = max(tuning, key=lambda rate: tuning[rate])
+    trained = [train(best, seed) for seed in seeds]
+    return {
+        "learning_rate": best,
+        "tuning": [[rate, round(score, 4)] for rate, score in tuning.items()],
+        "accuracy": [round(accuracy(model, data.test), 4) for model, data in trained],
+    }
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
