@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -571,6 +572,24 @@ def test_state_dict_and_file_bring_the_same_masks_back_at_a_bit_a_weight(shapes,
         assert list(again) == list(masks)
         assert all(torch.equal(again[name], masks[name]) for name in masks)
     assert all(entry["bits"].numel() == -(-math.prod(entry["shape"]) // 8) for entry in state.values())
+
+
+def test_a_save_that_fails_leaves_the_file_that_was_there_and_no_other(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    path = tmp_path / "masks.safetensors"
+    first = gp.Masks({"fc": torch.tensor([True, False])})
+    first.save(path)
+
+    def half_written(tensors, filename, metadata=None):
+        Path(filename).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half_written)
+    with pytest.raises(OSError, match="no space left"):
+        gp.Masks({"fc": torch.tensor([True, True])}).save(path)
+    assert torch.equal(gp.Masks.load(path)["fc"], first["fc"])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_and_states_that_hold_no_masks_are_errors(tmp_path):

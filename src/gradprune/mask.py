@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -150,11 +151,21 @@ class Masks(Mapping[str, Tensor]):
         return cls({name: _unpack(name, entry["bits"], tuple(entry["shape"])) for name, entry in state.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the masks to a safetensors file, one bit a weight."""
+        """Write the masks to a safetensors file, one bit a weight.
+
+        The file appears whole or not at all: a failed or interrupted call leaves what stood at `path`.
+        """
         state = self.state_dict()
         shapes = {name: entry["shape"] for name, entry in state.items()}
         bits = {name: entry["bits"] for name, entry in state.items()}
-        _safetensors().torch.save_file(bits, path, metadata={"gradprune.masks": json.dumps(shapes)})
+        part = f"{os.fspath(path)}.part"
+        try:
+            _safetensors().torch.save_file(bits, part, metadata={"gradprune.masks": json.dumps(shapes)})
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(part)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
