@@ -90,11 +90,8 @@ class ResultsTable(SphinxDirective):
         rows = [[_shown(value) for value in row] for row in picked if None not in row]
         if not rows:
             raise self.error(f"{path.name} has no row with all of {[column[0] for column in columns]}")
-        machine = result["machine"]
-        if isinstance(machine, dict):
-            machine = ", ".join(f"{key} {value}" for key, value in machine.items())
         versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
-        under = nodes.paragraph("", f"Measured on {result['date']} ({machine}; {versions}) by ")
+        under = nodes.paragraph("", f"Measured on {result['date']} ({result['machine']}; {versions}) by ")
         under += nodes.literal(text=result["command"])
         return [plain_table([column[-1] for column in columns], rows), under]
 

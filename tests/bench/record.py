@@ -1,18 +1,16 @@
 """Run sides in turn, time them, and write what came out with what is needed to get it again."""
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from gradprune.lab import experiment
 
 RESULTS = Path(__file__).resolve().parents[2] / "chapters" / "results"
 
@@ -123,24 +121,9 @@ def _text(value):
 def write(name, rows, *, seeds, **more):
     """Print the rows and write chapters/results/<name>.json."""
     table(rows)
-    record = {
-        "command": " ".join(["python", f"tests/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    how = {
         "clock": {"wall": "wall-clock seconds", "cpu": "seconds of processor time"}[_SETTINGS["clock"]],
         "load": f"{os.getloadavg()[0]:.1f} processes ready to run, on average over the last minute",
-        "seeds": seeds,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "date": datetime.date.today().isoformat(),
-        **more,
-        "rows": rows,
+        "threads": torch.get_num_threads(),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _cpu():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    experiment.save(RESULTS / f"{name}.json", experiment.provenance(seeds) | how | more | {"rows": rows})
