@@ -9,7 +9,6 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from threading import Thread
 from typing import Any, cast
 
 import numpy as np
@@ -17,10 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-
-PIECE = 2**18  # elements that one thread masks at a time
-PARALLEL = 2**20  # elements: below this a second thread costs more than it brings
-MAX_THREADS = 8  # more only wait for the interpreter's lock
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,9 +25,6 @@ _ENTRY_BY_ENTRY = {
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
 }
-
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Masks(Mapping[str, Tensor]):
@@ -350,45 +342,9 @@ def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
     The pairs are of one shape and one device. Multiplying the numbers would keep the sign of zero and turn infinity
     into NaN; multiplying their bits, read as an integer, by 0 or 1 does neither.
     """
-    pieces: list[tuple[Array, Array]] = []
     for tensor, mask in tensors:
-        tensor = tensor.detach()
-        if tensor.device.type == "cpu":
-            pieces += _pieces(tensor, mask)
-            tensor.as_strided(
-                (0,), (1,)
-            ).zero_()  # NumPy's writes are to be seen by autograd's check for in-place changes
-        else:
-            torch.where(mask, tensor, tensor.new_zeros(()), out=tensor)
-    _multiply(pieces)
-
-
-def _pieces(tensor: Tensor, mask: Tensor) -> list[tuple[Array, Array]]:
-    bits = tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]).numpy()
-    keep = mask.detach().numpy().view(np.int8)
-    if tensor.is_contiguous() and mask.is_contiguous():
-        bits, keep = bits.reshape(-1), keep.reshape(-1)
-    rows = max(1, PIECE // max(1, math.prod(bits.shape[1:]))) if bits.ndim else 1
-    return (
-        [(bits[i : i + rows], keep[i : i + rows]) for i in range(0, len(bits), rows)] if bits.ndim else [(bits, keep)]
-    )
-
-
-def _multiply(pieces: list[tuple[Array, Array]]) -> None:
-    """In NumPy and threads of our own: torch's would wait for each other at every piece, for long on a busy machine."""
-
-    def work(share: list[tuple[Array, Array]]) -> None:
-        for bits, keep in share:
-            np.multiply(bits, keep, out=bits)
-
-    large = sum(bits.size for bits, _ in pieces) >= PARALLEL
-    count = min(torch.get_num_threads(), MAX_THREADS) if large else 1
-    others = [Thread(target=work, args=(pieces[i::count],)) for i in range(1, count)]
-    for thread in others:
-        thread.start()
-    work(pieces[::count])
-    for thread in others:
-        thread.join()
+        bits = tensor.detach().view(_INTEGER_OF_SIZE[tensor.element_size()])
+        bits.mul_(mask.view(torch.int8))
 
 
 def count_kept(mask: Tensor) -> int:
