@@ -1,6 +1,7 @@
 """Does every link lead somewhere, does every asset lie beside the pages, and are the pages light enough?"""
 
 import re
+from copy import copy
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -12,6 +13,8 @@ from conftest import CHAPTERS, HTML, NOT_BUILT, built_pages, page_name, soup
 MAX_CHAPTER_BYTES = 3_000_000
 ASSETS = {"script": "src", "img": "src", "link": "href", "source": "src", "iframe": "src", "object": "data"}
 IN_STYLE = re.compile(r"url\(\s*['\"]?([^'\")]+)['\"]?\s*\)|@import\s+['\"]([^'\"]+)['\"]")
+
+CHAPTER_NUMBER = re.compile(r"\b[Cc]hapters? (\d+)")
 
 every_page = pytest.mark.parametrize("page", built_pages(), ids=page_name)
 
@@ -109,3 +112,16 @@ def is_navigation(tag) -> bool:
 def well_formed(address: str) -> bool:
     parts = urlsplit(address)
     return parts.scheme == "https" and "." in parts.netloc and not re.search(r"\s", address)
+
+
+@pytest.mark.parametrize("page", sorted((HTML / "book" / "api").glob("*.html")), ids=page_name)
+def test_a_docstring_links_each_written_chapter_that_it_names(page: Path) -> None:
+    written = {int(path.stem[:2]) for path in CHAPTERS}
+    article = copy(soup(page).find("article"))
+    named = {int(number) for number in CHAPTER_NUMBER.findall(article.get_text())}
+    for link in article.find_all("a"):
+        link.replace_with("(link)")
+    unlinked = {int(number) for number in CHAPTER_NUMBER.findall(article.get_text())}
+    assert unlinked & written == set()
+    if page.stem == "probe":
+        assert named == {1}, "the page of chapter 1's module names it"

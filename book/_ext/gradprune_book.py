@@ -141,14 +141,38 @@ def verdicts(root: Path) -> dict[str, tuple[str, str, claims.Verdict]]:
     return found
 
 
-def name_repository(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Write the repository's address, which _config.yml alone holds, where a page says {repository}."""
+def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Write the repository's address, which _config.yml alone holds, and links to the chapters where a page asks."""
     source[0] = source[0].replace("{{ repository }}", app.config.html_theme_options["repository_url"])
+    chapters = written_chapters(Path(app.srcdir))
+    source[0] = re.sub(
+        r"{{ chapter (\d+) }}",
+        lambda match: f"{{doc}}`{match[1]} </{chapters[match[1]]}>`" if match[1] in chapters else match[1],
+        source[0],
+    )
+
+
+def link_chapters(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Link the chapters that a docstring names, those that are written."""
+    chapters = written_chapters(Path(app.srcdir))
+
+    def link(match: re.Match[str]) -> str:
+        return re.sub(
+            r"\d+", lambda at: f":doc:`{at[0]} </{chapters[at[0]]}>`" if at[0] in chapters else at[0], match[0]
+        )
+
+    lines[:] = re.sub(r"\b[Cc]hapters? \d+(?:(?:, | and )\d+)*", link, "\n".join(lines)).split("\n")
+
+
+def written_chapters(root: Path) -> dict[str, str]:
+    """Return by number, without leading zeros, the documents of the chapters that exist."""
+    return {str(int(path.name[:2])): f"chapters/{path.stem}" for path in (root / "chapters").glob("[0-9][0-9]_*.ipynb")}
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("results-table", ResultsTable)
-    app.connect("source-read", name_repository)
+    app.connect("source-read", fill_in)
+    app.connect("autodoc-process-docstring", link_chapters)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
