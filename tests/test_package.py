@@ -24,8 +24,8 @@ TEXTS = sorted(
 )
 
 
-# What a function may ask for when it is called: files of masks, prettier tables.
-OPTIONAL = {"safetensors", "rich", "pandas"}
+# What a function may ask for when it is called: files of masks, prettier tables, a bar, a picture.
+OPTIONAL = {"safetensors", "rich", "pandas", "tqdm", "matplotlib"}
 
 
 def imported(path, *, wherever=True):

@@ -1,5 +1,6 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
+from gradprune.correct import History, Round, distill_loss, iterate
 from gradprune.mask import Masks
 from gradprune.probe import Recorder, Trace, gradient_norms, jacobian_singular_values
 from gradprune.prune import Pruner, Regrow, prune
@@ -24,18 +25,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Cubic",
     "Geometric",
+    "History",
     "Linear",
     "Masks",
     "OneShot",
     "Pruner",
     "Recorder",
     "Regrow",
+    "Round",
     "Trace",
     "activation",
+    "distill_loss",
     "fisher",
     "gradient",
     "gradient_norms",
     "grasp",
+    "iterate",
     "jacobian_singular_values",
     "keep_largest",
     "kth_smallest",

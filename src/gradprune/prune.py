@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,16 @@ from gradprune.score import magnitude
 from gradprune.select import keep_largest
 
 Score = Callable[[nn.Module], Mapping[str, Tensor]]
+
+
+class AsPrune(TypedDict, total=False):
+    """Those arguments of ``prune`` that whatever calls it repeatedly hands on."""
+
+    scope: Scope
+    granularity: Granularity
+    include: Patterns
+    exclude: Patterns
+    min_keep: int | None
 
 
 def prune(
@@ -136,12 +146,9 @@ class Pruner:
         *,
         amount: Literal["sparsity", "threshold"] = "sparsity",
         regrow: Regrow | None = None,
-        scope: Scope = "global",
-        granularity: Granularity = "weight",
-        include: Patterns = None,
-        exclude: Patterns = None,
-        min_keep: int | None = None,
+        **as_prune: Unpack[AsPrune],
     ) -> None:
+        granularity, scope = as_prune.get("granularity", "weight"), as_prune.get("scope", "global")
         require(amount in ("sparsity", "threshold"), f'amount must be "sparsity" or "threshold", got {amount!r}')
         require(
             regrow is None or granularity == "weight",
@@ -150,13 +157,7 @@ class Pruner:
         require(not isinstance(scope, Mapping), "a schedule and a scope with sparsities by name exclude each other")
         self.model, self.schedule, self.score, self.regrow = model, schedule, score, regrow
         self._kind, self._optimizer = amount, optimizer
-        self._as_prune: dict[str, Any] = {
-            "scope": scope,
-            "granularity": granularity,
-            "include": include,
-            "exclude": exclude,
-            "min_keep": min_keep,
-        }
+        self._as_prune = as_prune
         first = schedule(0)
         layers, _ = prepare(model, **self._amount(first), **self._as_prune)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -207,7 +208,7 @@ class Pruner:
 
     def _amount(self, value: float) -> dict[str, Any]:
         """As an argument of prune. N:M is a sparsity by itself, reached at whatever step the schedule leaves 0."""
-        n_of_m, _ = parse_granularity(self._as_prune["granularity"])
+        n_of_m, _ = parse_granularity(self._as_prune.get("granularity", "weight"))
         return {} if n_of_m is not None and value == 0 else {self._kind: value}
 
     def _before_step(self, *_: Any) -> None:
