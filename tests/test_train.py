@@ -112,6 +112,31 @@ def test_what_comes_after_backward_sees_the_gradients_of_its_step_before_the_ste
     assert torch.equal(model[0].weight, before[0].weight)
 
 
+def test_a_rate_multiplies_the_learning_rate_of_its_step_alone():
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    model = models.mlp([4, 8, 3])
+    optimizer = Watched(model.parameters(), lr=0.1)
+    train.fit(model, dataset(), steps=4, optimizer=optimizer, rate=lambda step: 1 - step / 4)
+    assert seen == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_loss_of_ones_own_is_minimised_and_recorded():
+    def matched(scores, y, x):
+        assert len(scores) == len(y) == len(x)
+        return (scores - 1).square().mean()
+
+    history, model = fitted(steps=60, loss=matched)
+    assert history.losses[-1] < 0.1 * history.losses[0]
+    assert (model(dataset().train.x) - 1).square().mean().item() < 0.1 * history.losses[0]
+
+
 def test_no_progress_bar_is_drawn_under_a_test(capsys, monkeypatch):
     fitted()
     captured = capsys.readouterr()

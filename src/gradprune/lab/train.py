@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from gradprune.lab.data import Dataset, Split
 from gradprune.lab.setup import progress_wanted
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 @dataclass
 class History:
@@ -35,13 +37,16 @@ def fit(
     seed: int = 0,
     watch: bool = True,
     after_backward: Callable[[int], object] | None = None,
+    rate: Callable[[int], float] | None = None,
+    loss: Loss | None = None,
 ) -> History:
     """Train `model` on the training part of `data` for `steps` steps of cross-entropy and return what was seen.
 
     Batches are drawn without replacement, shuffled each epoch by a generator of their own seeded with `seed`, so that
     two models with one seed see the same batches whatever else draws random numbers. `after_backward(step)` is called
-    between `backward` and the step. `watch` computes the validation accuracy after every epoch. The test part is never
-    read.
+    between `backward` and the step. `rate(step)` multiplies the optimizer's learning rate, for that step alone.
+    `loss(scores, y, x)` is minimised instead of the cross-entropy, where it is given. `watch` computes the validation
+    accuracy after every epoch. The test part is never read.
 
     Raises ValueError for a number of steps or a batch size below 1.
     """
@@ -52,20 +57,27 @@ def fit(
     device = next(model.parameters()).device
     x, y = data.train.x.to(device), data.train.y.to(device)
     order: list[Tensor] = []
+    full = [group["lr"] for group in optimizer.param_groups]
     for step in tqdm(range(steps), desc="training", leave=False, disable=not progress_wanted()):
         if not order:
             order = list(torch.randperm(len(y), generator=generator).split(batch_size))
         batch = order.pop(0)
         model.train()
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(x[batch]), y[batch])
-        loss.backward()
+        scores = model(x[batch])
+        value = functional.cross_entropy(scores, y[batch]) if loss is None else loss(scores, y[batch], x[batch])
+        value.backward()
         if after_backward is not None:
             after_backward(step)
+        if rate is not None:
+            for group, lr in zip(optimizer.param_groups, full, strict=True):
+                group["lr"] = lr * rate(step)
         optimizer.step()
-        history.losses.append(loss.item())
+        history.losses.append(value.item())
         if watch and not order:
             history.validation.append(accuracy(model, data.validation))
+    for group, lr in zip(optimizer.param_groups, full, strict=True):
+        group["lr"] = lr
     return history
 
 
