@@ -315,14 +315,14 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_correct as t
 from pathlib import Path
-_, weights = t.run(Path(sys.argv[2]), retrain=60)
+_, weights = t.run(Path(sys.argv[2]), retrain=25)
 print("done", float(sum(v.double().sum() for v in weights.values())))
 """
 
 
 def test_a_process_killed_by_the_system_goes_on_from_its_file(tmp_path: Path) -> None:
     path, here = tmp_path / "c", str(Path(__file__).parent)
-    whole, weights = run(None, retrain=60)
+    whole, weights = run(None, retrain=25)
     command = [sys.executable, "-c", SCRIPT, here, str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not path.exists() and process.poll() is None:
@@ -330,7 +330,7 @@ def test_a_process_killed_by_the_system_goes_on_from_its_file(tmp_path: Path) ->
     process.send_signal(signal.SIGKILL)  # as soon as round 0 is in the file
     output, _ = process.communicate()
     assert "done" not in output
-    again, after = run(path, retrain=60)
+    again, after = run(path, retrain=25)
     assert again.entries == whole.entries
     assert all(torch.equal(after[name], weights[name]) for name in weights)
 
