@@ -626,6 +626,31 @@ def test_masks_come_from_and_go_to_torch_nn_utils_prune():
         gp.Masks.from_torch(small_model())
 
 
+def test_masked_gradients_leave_the_norm_to_what_can_move():
+    model = small_model()
+    masks = gp.prune(model, sparsity=0.8)
+    x, y = batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert masks.mask_gradients_(model) is masks
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, before[name].where(masks[name], 0.0) if name in masks else before[name])
+    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]) < nn.utils.get_total_norm(before.values())
+
+
+def test_gradients_that_cannot_be_masked_are_refused_and_missing_ones_passed_over():
+    model = small_model()
+    masks = gp.prune(model, sparsity=0.8)
+    masks.mask_gradients_(model)
+    last = list(masks)[-1]
+    for name in masks:
+        model.get_parameter(name).grad = torch.ones_like(model.get_parameter(name))
+    model.get_parameter(last).grad = torch.ones_like(model.get_parameter(last)).to_sparse()
+    with pytest.raises(ValueError, match=f"gradient of '{last}' is sparse"):
+        masks.mask_gradients_(model)
+    assert bool((model.get_parameter(next(iter(masks))).grad == 1).all())
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.sampled_from([(), (0,), (1,), (0, 3), (7, 5), (3, 4, 5), (2, 3, 2, 2)]),

@@ -81,6 +81,21 @@ class Masks(Mapping[str, Tensor]):
         self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
         return self
 
+    def mask_gradients_(self, model: nn.Module) -> Masks:
+        """Set the gradients of the pruned weights of `model` to zero; what has no gradient is passed over.
+
+        Holding does not need it: pruned weights stay zero whatever their gradients are. But a norm does, taken to clip
+        by it or to look at it: without this it counts gradients that move nothing. Returns these masks, for chaining.
+        Raises ValueError, before any gradient is changed, where a name or a shape is not the model's, and for a sparse
+        gradient. Chapter 4.
+        """
+        gradients = {name: p.grad for name, p in self._find(model).items() if p.grad is not None}
+        for name, gradient in gradients.items():
+            if gradient.layout != torch.strided:
+                raise ValueError(f"the gradient of {name!r} is sparse ({gradient.layout}); make it dense first")
+        zero_pruned_((gradient, self[name].to(gradient.device)) for name, gradient in gradients.items())
+        return self
+
     def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> Hold:
         """Keep the pruned weights exactly zero after every step of `optimizer`, until the handle is removed.
 
