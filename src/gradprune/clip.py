@@ -18,9 +18,10 @@ from gradprune.gradients import Params, with_gradient
 NonFinite = Literal["raise", "zero", "skip"]
 
 SMALL = 2**14
-"""Tensors of one shape with at most so many entries are joined, so that one call serves all of them."""
+"""Tensors of at most so many entries are joined where one call can then serve all of them."""
 
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = {torch.float16, torch.bfloat16}
+_DOUBLE = {torch.float64, torch.complex128}
 _CHUNK = 2**17  # entries that stay in cache
 
 
@@ -33,10 +34,11 @@ def clip_by_value_(params: Params, limit: float, *, nonfinite: NonFinite = "rais
     first. `log` notes how often and how hard it engaged.
 
     `nonfinite` says what becomes of a gradient with an entry that is not finite: "raise" leaves everything as it was
-    and raises, "zero" sets that whole gradient to zero, "skip" sets all of them to zero. The last two count in `log`,
-    and warn where there is none.
+    and raises, "zero" sets that whole gradient to zero, "skip" sets all of them to zero; momentum and weight
+    decay still act in the step that follows. The last two count in `log`, and warn where there is none.
 
-    Raises ValueError where limit <= 0, and where an entry is not finite under "raise", naming the parameter.
+    Raises ValueError where limit <= 0, where `log` is of another kind of clipping, and where an entry is not finite
+    under "raise", naming the parameter; TypeError for a gradient that is neither dense nor sparse COO.
     Chapter 2, equation 2.2; Mikolov (2012).
     """
     limit = _require_positive("limit", limit)
@@ -411,7 +413,7 @@ def _clip_by_norm_(found: _Gradients, bound: Callable[[float], float], norm_type
 
 def _as_tensor(norm: float, values: Sequence[Tensor]) -> Tensor:
     beyond = math.isfinite(norm) and not (1e-37 < norm < 3e38 or norm == 0)
-    double = beyond or not {torch.float64, torch.complex128}.isdisjoint({v.dtype for v in values})
+    double = beyond or not _DOUBLE.isdisjoint({v.dtype for v in values})
     device = values[0].device
     return torch.tensor(norm, dtype=torch.float64 if double and device.type != "mps" else torch.float32, device=device)
 
@@ -421,10 +423,11 @@ def _scale_(values: Sequence[Tensor], factor: float) -> None:
     while factor < 1e-30:
         _scale_(values, 1e-30)
         factor *= 1e30
-    by_device = _by_device(values)
-    for device, here in by_device.items():
-        # On the CPU a tensor saves one conversion a call inside; elsewhere a number saves a transfer.
-        torch._foreach_mul_(here, torch.tensor(factor, dtype=torch.float64) if device.type == "cpu" else factor)
+    double = not _DOUBLE.isdisjoint({v.dtype for v in values})
+    for device, here in _by_device(values).items():
+        # On the CPU a tensor of their dtype saves a conversion for each of them; elsewhere a number saves a transfer.
+        scalar = torch.tensor(factor, dtype=torch.float64 if double else torch.float32)
+        torch._foreach_mul_(here, scalar if device.type == "cpu" else factor)
 
 
 def _by_device(values: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
@@ -461,14 +464,16 @@ def _norm(values: Sequence[Tensor], p: float) -> float:
 def _plain_norm(values: list[Tensor], p: float) -> float:
     """The p-norm of tensors on one device; half precision is summed in float32."""
     half, full = [], values
-    if not {*_HALF}.isdisjoint({v.dtype for v in values}):
+    if not _HALF.isdisjoint({v.dtype for v in values}):
         half, full = [v for v in values if v.dtype in _HALF], [v for v in values if v.dtype not in _HALF]
     norms = [*torch._foreach_norm(full, p)] if full else []
     for value in half:
-        if value.device.type == "cpu" and value.is_contiguous():  # a float32 copy of all of it would leave the cache
-            norms += [torch.linalg.vector_norm(chunk.float(), p) for chunk in value.view(-1).split(_CHUNK)]
-        else:
+        if value.device.type != "cpu" or not value.is_contiguous():
             norms.append(torch.linalg.vector_norm(value, p, dtype=torch.float32))
+            continue
+        copy = torch.empty(min(value.numel(), _CHUNK))  # of a piece: a float32 copy of all would leave the cache
+        for chunk in value.view(-1).split(_CHUNK):
+            norms.append(torch.linalg.vector_norm(copy[: len(chunk)].copy_(chunk), p))
     return float(torch.linalg.vector_norm(torch.stack(norms), p))
 
 
@@ -531,14 +536,14 @@ def _count_over(value: Tensor, limit: float) -> int:
 
 def _clamp_(values: Sequence[Tensor], limit: float) -> None:
     """Clamp to [-limit, limit]; a large tensor on the CPU in one pass instead of two."""
-    together: list[Tensor] = []
-    for value in values:
-        if value.is_complex():
-            value.mul_(limit / value.abs().clamp_(min=limit))
-        elif value.device.type == "cpu" and value.numel() > SMALL:
-            value.clamp_(-limit, limit)
-        else:
-            together.append(value)
+    together = list(values)
+    if any(v.is_complex() or v.numel() > SMALL for v in values):
+        together = [v for v in values if not (v.is_complex() or (v.numel() > SMALL and v.device.type == "cpu"))]
+        for value in values:
+            if value.is_complex():
+                value.mul_(limit / value.abs().clamp_(min=limit))
+            elif value.numel() > SMALL and value.device.type == "cpu":
+                value.clamp_(-limit, limit)
     for here in _by_device(together).values() if together else ():
         torch._foreach_clamp_min_(here, -limit)
         torch._foreach_clamp_max_(here, limit)
@@ -604,13 +609,16 @@ _Order = tuple[list[int], list[int]]
 def _ratios(units: Sequence[_Unit], eps: float, *, precise: bool) -> tuple[Tensor, _Order]:
     """The norm of each unit's gradient over that of its weights, in one vector, and which tensor they belong to.
 
-    Small tensors whose units have one length are joined, so that two calls serve them all. With `precise`, the norms
-    are right also where squares leave the range of the dtype.
+    Small tensors whose units have one shape are joined, so that two calls serve them all. With `precise`, the norms are
+    right also where squares leave the range of the dtype.
     """
     alike: dict[Any, list[int]] = {}
-    for at, (gradient, _, axes) in enumerate(units):
-        key: Any = (gradient.dtype, gradient.device, gradient.shape[axes:] if axes else None, axes)
-        alike.setdefault(at if axes and gradient.numel() > SMALL else key, []).append(at)
+    for at, (gradient, weight, axes) in enumerate(units):
+        key: Any = (gradient.shape[axes:], axes, gradient.dtype, gradient.device)
+        alike.setdefault(at if gradient.numel() > SMALL or weight.shape != gradient.shape else key, []).append(at)
+    for key in [key for key, places in alike.items() if len(places) == 1 and not units[places[0]][2]]:
+        (at,) = alike.pop(key)  # a unit by itself, and of a shape that no other has
+        alike.setdefault(units[at][0].device, []).append(at)
     if not units:
         return torch.zeros(0), ([], [])
     of_gradients, of_weights = [], []
@@ -619,36 +627,46 @@ def _ratios(units: Sequence[_Unit], eps: float, *, precise: bool) -> tuple[Tenso
         of_gradients.append(_unit_norms([units[at][0] for at in places], axes, precise))
         of_weights.append(_unit_norms([units[at][1] for at in places], axes, precise))
     device = units[0][0].device
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     norms, weights = (torch.cat([n.to(device) for n in vectors]) for vectors in (of_gradients, of_weights))
     weights = weights.where(weights.isfinite(), math.nan).clamp_(min=eps)  # a share of infinity bounds nothing
     places = [at for group in alike.values() for at in group]
-    counts = [gradient.shape[:axes].numel() if axes else 1 for gradient, _, axes in (units[at] for at in places)]
+    counts = [
+        grad.shape[0] if axes == 1 else grad.shape[:axes].numel() for grad, _, axes in (units[at] for at in places)
+    ]
     return norms / weights, (places, counts)
 
 
 def _unit_norms(tensors: list[Tensor], axes: int, precise: bool) -> Tensor:
-    """The norms of the units of tensors, whose units have one length, in one vector."""
-    if not axes:  # a tensor is a unit
+    """The norms of the units of tensors, in one vector; the units have one shape, or each tensor is one."""
+    if not axes and len({t.shape for t in tensors}) > 1:
         if precise:
             return torch.tensor([_norm([t], 2.0) for t in tensors], dtype=torch.float64, device=tensors[0].device)
         return torch.stack(torch._foreach_norm([t.float() if t.dtype in _HALF else t for t in tensors]))
-    if len(tensors) > 1:
-        rows = torch.cat([t.flatten(0, axes - 1).flatten(1) if t.ndim > 2 else t for t in tensors])
-        axes = 1
-    else:
+    if len(tensors) == 1:
         (rows,) = tensors
+    else:
+        if not axes:  # a tensor is a unit
+            rows = torch.stack(tensors)
+        elif tensors[0].ndim == 2:
+            rows = torch.cat(tensors)
+        else:
+            rows = torch.cat([t.flatten(0, axes - 1) for t in tensors])
+        axes = 1
     units, rest = rows.shape[:axes], tuple(range(axes, rows.ndim))
     if not rows.numel():
-        return torch.zeros(math.prod(units), device=rows.device)
-    norms: Tensor
+        return torch.zeros(units.numel(), device=rows.device)
+    if not rest:  # an entry is a unit
+        return rows.abs().flatten()
+    of_rows: Tensor
     if precise:
         rows = _wide(rows)
         most = rows.abs().amax(dim=rest, keepdim=True)
         most = most.where(most > 0, 1.0)
-        norms = torch.linalg.vector_norm(rows / most, dim=rest) * most.view(units)
+        of_rows = torch.linalg.vector_norm(rows / most, dim=rest) * most.view(units)
     else:
-        norms = torch.linalg.vector_norm(rows.float() if rows.dtype in _HALF else rows, dim=rest)
-    return norms.flatten()
+        of_rows = torch.linalg.vector_norm(rows.float() if rows.dtype in _HALF else rows, dim=rest)
+    return of_rows.flatten()
 
 
 def _by_tensor(joined: Tensor, order: _Order) -> list[Tensor]:
@@ -662,17 +680,19 @@ def _scale_units_(units: Sequence[_Unit], scales: Tensor, over: Tensor, order: _
     places, counts = order
     engaged = np.bincount(np.repeat(np.arange(len(counts)), counts)[over.numpy()], minlength=len(counts)).nonzero()[0]
     pieces = scales.split(counts)
-    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    grads, factors = [], []
     for at in engaged.tolist():
         gradient, _, axes = units[places[at]]
-        grads, factors = by_device.setdefault(gradient.device, ([], []))
+        factor = pieces[at]
+        if gradient.ndim == 2:
+            factor = factor.unsqueeze(1)
+        elif gradient.ndim != 1:
+            factor = factor.view((*gradient.shape[:axes], *(1,) * (gradient.ndim - axes)))
         grads.append(gradient)
-        piece = pieces[at]
-        if gradient.ndim != 1:
-            piece = piece.view((*gradient.shape[:axes], *(1,) * (gradient.ndim - axes)))
-        factors.append(piece)
-    for device, (grads, factors) in by_device.items():
-        torch._foreach_mul_(grads, factors if device == scales.device else [f.to(device) for f in factors])
+        if gradient.device != scales.device:
+            factor = factor.to(gradient.device, torch.float32 if gradient.device.type == "mps" else scales.dtype)
+        factors.append(factor)
+    torch._foreach_mul_(grads, factors)
 
 
 def _require_positive(what: str, value: float) -> float:
