@@ -1,5 +1,6 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
+from gradprune.clip import AutoClip, ClipLog, clip_adaptive_, clip_by_norm_, clip_by_value_
 from gradprune.correct import History, Round, distill_loss, iterate
 from gradprune.mask import Masks
 from gradprune.probe import Recorder, Trace, gradient_norms, jacobian_singular_values
@@ -23,6 +24,8 @@ from gradprune.select import keep_largest, kth_smallest
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoClip",
+    "ClipLog",
     "Cubic",
     "Geometric",
     "History",
@@ -35,6 +38,9 @@ __all__ = [
     "Round",
     "Trace",
     "activation",
+    "clip_adaptive_",
+    "clip_by_norm_",
+    "clip_by_value_",
     "distill_loss",
     "fisher",
     "gradient",
