@@ -18,11 +18,13 @@ from gradprune.score import (
     taylor,
 )
 from gradprune.select import keep_largest, kth_smallest
+from gradprune.sparsify import ErrorFeedback, keep_top_gradients_, threshold_gradients_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Cubic",
+    "ErrorFeedback",
     "Geometric",
     "Linear",
     "Masks",
@@ -38,6 +40,7 @@ __all__ = [
     "grasp",
     "jacobian_singular_values",
     "keep_largest",
+    "keep_top_gradients_",
     "kth_smallest",
     "magnitude",
     "movement",
@@ -47,4 +50,5 @@ __all__ = [
     "snip",
     "synflow",
     "taylor",
+    "threshold_gradients_",
 ]
