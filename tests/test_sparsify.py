@@ -449,7 +449,7 @@ def test_momentum_is_that_of_the_optimizer_where_all_is_sent_late():
 
 
 def dgc_by_hand(gradient_steps, density, momentum):
-    """Lin et al. (2018), algorithm 4 in one process, on Python numbers."""
+    """Lin et al. (2018), momentum correction and factor masking in one process, on Python numbers."""
     size = len(gradient_steps[0])
     u, v, sent = [0.0] * size, [0.0] * size, []
     for g in gradient_steps:

@@ -40,7 +40,7 @@ def threshold_gradients_(params: Params, threshold: float | None = None, *, rati
 
     Raises ValueError, before any gradient is changed, where neither or both are given, where the number is negative
     or not finite, and where a gradient is sparse, complex or not finite (the parameter is named).
-    Chapter 3, equations 3.1 and 3.6.
+    Chapter 3, equations 3.1 and 3.3.
     """
     name, amount = _one_of(threshold=threshold, ratio=ratio)
     _require_not_negative(name, amount)
@@ -59,7 +59,7 @@ def keep_top_gradients_(params: Params, density: float, *, scope: Scope = "globa
 
     Raises ValueError, before any gradient is changed, where `density` is not in [0, 1], for an unknown scope, and
     where a gradient is sparse, complex or not finite (the parameter is named).
-    Aji and Heafield (2017), section 3; chapter 3.
+    Aji and Heafield (2017), for all tensors as one; chapter 3.
     """
     _require_fraction("density", density)
     _require_scope(scope)
@@ -96,8 +96,8 @@ class ErrorFeedback:
     ``scaler.unscale_(optimizer)``.
 
     Raises ValueError, before anything is changed, for numbers out of range, an unknown scope, no parameters, and not
-    exactly one rule. Seide et al. (2014), section 3.2, and Strom (2015) for the residual; Karimireddy et al. (2019),
-    algorithm 1; Lin et al. (2018), sections 3.1 to 3.3, for momentum, clipping and warm-up. Chapter 3.
+    exactly one rule. Seide et al. (2014) and Strom (2015) for the residual, Karimireddy et al. (2019) for why it helps,
+    Lin et al. (2018), section 3, for momentum, clipping and warm-up. Chapter 3, equations 3.5 and 3.6.
     """
 
     def __init__(
