@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradprune.gradients import with_gradient
+from gradprune.gradients import by_name, with_gradient
 
 
 def _model() -> nn.Sequential:
@@ -52,3 +52,12 @@ def test_one_name_for_two_tensors_is_an_error() -> None:
     first, second = _model().parameters(), _model().parameters()
     with pytest.raises(ValueError, match="two different parameters are called 'a'"):
         with_gradient([("a", next(first)), ("a", next(second))])
+
+
+def test_by_name_is_all_parameters_with_or_without_a_gradient() -> None:
+    model = _model()
+    model[0].weight.grad = None
+    assert list(by_name(model)) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert list(by_name([model[0].weight, model[0].weight])) == ["parameter 0"]
+    with pytest.raises(ValueError, match="two different parameters are called 'a'"):
+        by_name([("a", model[0].weight), ("a", model[0].bias)])

@@ -20,6 +20,7 @@ from gradprune.score import (
     taylor,
 )
 from gradprune.select import keep_largest, kth_smallest
+from gradprune.sparsify import ErrorFeedback, keep_top_gradients_, threshold_gradients_
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "AutoClip",
     "ClipLog",
     "Cubic",
+    "ErrorFeedback",
     "Geometric",
     "History",
     "Linear",
@@ -49,6 +51,7 @@ __all__ = [
     "iterate",
     "jacobian_singular_values",
     "keep_largest",
+    "keep_top_gradients_",
     "kth_smallest",
     "magnitude",
     "movement",
@@ -58,4 +61,5 @@ __all__ = [
     "snip",
     "synflow",
     "taylor",
+    "threshold_gradients_",
 ]

@@ -18,10 +18,19 @@ def with_gradient(params: Params) -> dict[str, Tensor]:
 
     Raises TypeError where something else than a tensor is among them, ValueError where a name stands for two tensors.
     """
+    return _each_once((name, parameter) for name, parameter in _named(params) if parameter.grad is not None)
+
+
+def by_name(params: Params) -> dict[str, Tensor]:
+    """Return all the parameters, with a gradient or without, by name; as ``with_gradient`` in all else."""
+    return _each_once(_named(params))
+
+
+def _each_once(pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, parameter in _named(params):
-        if parameter.grad is None or id(parameter) in seen:
+    for name, parameter in pairs:
+        if id(parameter) in seen:
             continue
         if name in found:
             raise ValueError(f"two different parameters are called {name!r}")
