@@ -32,6 +32,7 @@ COLOURS = {
     "corrected": "#00875f",
     "random": "#808080",
     "predicted": "#808080",
+    "printed": "#b0488c",
     "sigmoid": "#cc5500",
     "tanh": "#0077bb",
     "relu": "#00875f",
