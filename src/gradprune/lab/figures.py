@@ -30,6 +30,7 @@ COLOURS = {
     "dense": "#0077bb",
     "pruned": "#cc5500",
     "corrected": "#00875f",
+    "learned": "#8265d6",
     "random": "#808080",
     "predicted": "#808080",
     "sigmoid": "#cc5500",
