@@ -1,6 +1,9 @@
-"""What only the chapters use: data, models, training, figures, sliders, claims. Nothing in gradprune imports it."""
+"""What only the chapters use: data, models, training, figures, sliders, claims, what the documents print.
 
-from gradprune.lab import claims, data, experiment, figures, models, sliders, train
+Nothing in gradprune imports it.
+"""
+
+from gradprune.lab import claims, data, documents, experiment, figures, models, sliders, train
 from gradprune.lab.setup import device, start
 
-__all__ = ["claims", "data", "device", "experiment", "figures", "models", "sliders", "start", "train"]
+__all__ = ["claims", "data", "device", "documents", "experiment", "figures", "models", "sliders", "start", "train"]

@@ -33,6 +33,7 @@ COLOURS = {
     "learned": "#8265d6",
     "random": "#808080",
     "predicted": "#808080",
+    "printed": "#b0488c",
     "sigmoid": "#cc5500",
     "tanh": "#0077bb",
     "relu": "#00875f",
