@@ -149,3 +149,41 @@ def test_a_recurrent_net_refuses_an_unknown_cell_and_an_empty_sequence():
         models.Recurrent("mamba", 1, 4, 2)
     with pytest.raises(ValueError, match=r"at least one step; the input is of shape \(2, 0, 1\)"):
         models.Recurrent("rnn", 1, 4, 2)(torch.zeros(2, 0, 1))
+
+
+@pytest.mark.parametrize("normalise", ["none", "batch"])
+@pytest.mark.parametrize("name", ["digits", "mnist1d"])
+def test_a_convolutional_network_takes_what_the_data_sets_give(name, normalise):
+    shape = {"digits": (8, 8), "mnist1d": (40,)}[name]
+    model = models.conv(shape, normalise=normalise)
+    x = torch.randn(7, math.prod(shape))
+    assert model(x).shape == (7, 10)
+    assert torch.equal(model.input(x), x.view(7, 1, *shape))
+    kinds = [type(m) for m in model if "norm" in type(m).__module__]
+    assert kinds == ([] if normalise == "none" else [(nn.BatchNorm1d, nn.BatchNorm2d)[len(shape) - 1]] * 3)
+
+
+def test_the_published_network_for_mnist1d_has_its_5210_parameters():
+    # greydanus/mnist1d: convolutions 1-25 (5 wide), 25-25, 25-25 (3 wide), stride 2, padding 1, and 125 to 10.
+    model = models.conv((40,), channels=(25, 25, 25), kernels=(5, 3, 3))
+    assert model.head.in_features == 125
+    assert sum(p.numel() for p in model.parameters()) == (25 * 5 + 25) + 2 * (25 * 25 * 3 + 25) + (125 * 10 + 10)
+    assert [name for name, _ in model.named_parameters()][::2] == [
+        "conv1.weight", "conv2.weight", "conv3.weight", "head.weight",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": (2, 3, 4)}, r"one or two dimensions.*\(2, 3, 4\)"),
+        ({"shape": (8, 8), "channels": ()}, "one kernel for each"),
+        ({"shape": (8, 8), "kernels": (5, 3)}, r"one kernel for each of the channels \[16, 32, 32\].*\[5, 3\]"),
+        ({"shape": (8,), "kernels": 12}, r"layer 1 leaves nothing of an input of shape \(8,\)"),
+        ({"shape": (8, 8), "activation": "swish"}, "unknown activation 'swish'"),
+        ({"shape": (8, 8), "normalise": "layer"}, "unknown normalisation 'layer'"),
+    ],
+)
+def test_a_convolutional_network_that_cannot_be_is_refused_with_the_reason(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.conv(**arguments)

@@ -15,6 +15,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, sync_playwright
 
 from conftest import CHAPTERS, HTML, NOT_BUILT, built_pages, page_name, soup
+from gradprune.lab import claims
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -219,6 +220,49 @@ def test_every_slider_changes_picture_and_words_by_keyboard(context: BrowserCont
         for handle in explorer.locator("[role=slider]").all():
             walk(explorer, handle)
     assert seen.wrong == []
+    seen.page.close()
+
+
+def test_the_statements_are_narrowed_down_by_document_kind_and_verdict(context: BrowserContext) -> None:
+    seen = visit(context, HTML / "book" / "claims.html")
+    form, rows = seen.page.locator("form.gp-filter"), seen.page.locator("table.gp-claims tbody tr:visible")
+    everything = list(claims.all_claims().values())
+    assert rows.count() == len(everything) == 83
+    wanted = [claim.id for claim in everything if claim.document == 1 and claim.kind == "formula"]
+    form.get_by_label("document").focus()
+    seen.page.keyboard.press("ArrowDown")
+    seen.page.keyboard.press("ArrowDown")
+    form.get_by_label("kind").select_option("formula")
+    assert [row.locator("td").first.inner_text() for row in rows.all()] == wanted
+    assert form.locator("output").inner_text() == f"{len(wanted)} shown"
+    form.get_by_label("verdict").select_option("open")
+    assert all("open, chapter" in row.inner_text() for row in rows.all())
+    assert seen.wrong == []
+    seen.page.close()
+
+
+def test_the_counts_of_the_statements_add_up(context: BrowserContext) -> None:
+    seen = visit(context, HTML / "book" / "claims.html")
+    lines = [row.inner_text().split("\t") for row in seen.page.locator("table").first.locator("tbody tr").all()]
+    counts = [[int(cell) for cell in line[1:-1]] for line in lines]
+    assert [sum(column) for column in zip(*counts[:-1], strict=True)] == counts[-1]
+    for line, numbers in zip(lines[:-1], counts, strict=False):
+        assert sum(numbers) == sum(claim.document == int(line[0]) for claim in claims.all_claims().values())
+    open_rows = seen.page.locator("table.gp-claims tbody tr.gp-verdict-open").count()
+    assert counts[-1][-1] == open_rows
+    seen.page.close()
+
+
+def test_a_verdict_links_to_the_cell_that_computed_it(context: BrowserContext) -> None:
+    seen = visit(context, HTML / "book" / "claims.html")
+    links = seen.page.locator("table.gp-claims strong a").all()
+    assert links
+    for link in links:
+        claim = link.locator("xpath=ancestor::tr").locator("td").first.inner_text()
+        path, _, anchor = (link.get_attribute("href") or "").partition("#")
+        cell = soup(HTML / "book" / path).find(id=anchor)
+        assert cell is not None
+        assert f"Verdict on {claim}: {link.inner_text()[:20]}" in " ".join(cell.get_text().split())
     seen.page.close()
 
 

@@ -22,8 +22,21 @@ DOCUMENTS = (
 )
 
 
+OUTCOMES = {
+    "holds": "holds",
+    "when": "holds when",
+    "fails": "fails",
+    "none": "no meaning",
+    "open": "open",
+}
+KINDS = ("formula", "procedure", "snippet", "effect", "scope", "next")
+
+
 class ClaimsTable(SphinxDirective):
-    """All claims, one table for each document; a settled one with its verdict, linked to the cell that computed it."""
+    """All claims, counted and then one table for each document, with a filter where scripts run.
+
+    A settled claim has its verdict, linked to the cell that computed it.
+    """
 
     def run(self) -> list[nodes.Node]:
         """Return the tables."""
@@ -32,7 +45,11 @@ class ClaimsTable(SphinxDirective):
             self.env.note_dependency(str(Path(self.env.srcdir) / f"{chapter}.ipynb"))
         rows = list(claims.all_claims().values())
         settled = sum(claim.id in found for claim in rows)
-        out: list[nodes.Node] = [nodes.paragraph(text=f"{settled} of {len(rows)} statements are settled so far.")]
+        out: list[nodes.Node] = [
+            nodes.paragraph(text=f"{settled} of {len(rows)} statements are settled so far."),
+            self.counts(rows, found),
+            nodes.raw("", filter_form(len(rows)), format="html"),
+        ]
         for number, title in enumerate(DOCUMENTS):
             section = nodes.section(ids=[f"document-{number}"])
             section += nodes.title(text=f"Document {number}: {title}")
@@ -40,18 +57,31 @@ class ClaimsTable(SphinxDirective):
             out.append(section)
         return out
 
+    def counts(self, rows: list[claims.Claim], found: dict[str, tuple[str, str, claims.Verdict]]) -> nodes.table:
+        """Return how many claims of each document came out in which way, and the share of the settled that hold."""
+        lines = []
+        for number in (*range(len(DOCUMENTS)), None):
+            outcomes = [outcome(claim, found) for claim in rows if number in (None, claim.document)]
+            counted = [outcomes.count(key) for key in OUTCOMES]
+            known = len(outcomes) - outcomes.count("open")
+            share = f"{(counted[0] + counted[1]) / known:.0%} of {known}" if known else "–"
+            lines.append(["all" if number is None else str(number), *map(str, counted), share])
+        return plain_table(["document", *OUTCOMES.values(), "of settled, hold"], lines)
+
     def table(self, rows: list[claims.Claim], found: dict[str, tuple[str, str, claims.Verdict]]) -> nodes.table:
-        """Return one document's claims: id, statement, verdict."""
+        """Return one document's claims: id, kind, statement, verdict."""
         table = nodes.table(classes=["gp-claims"])
-        group = nodes.tgroup(cols=3)
-        group += [nodes.colspec(colwidth=width) for width in (8, 46, 46)]
+        group = nodes.tgroup(cols=4)
+        group += [nodes.colspec(colwidth=width) for width in (8, 10, 38, 44)]
         head = nodes.row()
-        head += [nodes.entry("", nodes.paragraph(text=text)) for text in ("id", "statement", "verdict")]
+        head += [nodes.entry("", nodes.paragraph(text=text)) for text in ("id", "kind", "statement", "verdict")]
         group += nodes.thead("", head)
         body = nodes.tbody()
         for claim in rows:
-            row = nodes.row(ids=[claim.id.lower()])
+            classes = [f"gp-{what}-{value}" for what, value in facets(claim, found).items()]
+            row = nodes.row(ids=[claim.id.lower()], classes=classes)
             row += nodes.entry("", nodes.paragraph(text=claim.id))
+            row += nodes.entry("", nodes.paragraph(text=claim.kind))
             row += nodes.entry("", nodes.paragraph(text=claim.says))
             row += nodes.entry("", self.verdict(claim, found))
             body += row
@@ -67,6 +97,33 @@ class ClaimsTable(SphinxDirective):
         target = self.env.app.builder.get_relative_uri(self.env.docname, chapter) + anchor
         link = nodes.reference("", verdict.outcome, refuri=target)
         return nodes.paragraph("", "", nodes.strong("", "", link), nodes.Text(f". {verdict.because}"))
+
+
+def outcome(claim: claims.Claim, found: dict[str, tuple[str, str, claims.Verdict]]) -> str:
+    """Return the key of OUTCOMES that a claim came out with."""
+    if claim.id not in found:
+        return "open"
+    said = found[claim.id][2].outcome
+    return {"holds": "holds", "fails": "fails", "has no meaning": "none"}.get(said, "when")
+
+
+def facets(claim: claims.Claim, found: dict[str, tuple[str, str, claims.Verdict]]) -> dict[str, str]:
+    """Return what a claim can be filtered by."""
+    return {"document": str(claim.document), "kind": claim.kind, "verdict": outcome(claim, found)}
+
+
+def filter_form(total: int) -> str:
+    """Return the form that narrows the tables down; gradprune.js shows it and does the narrowing."""
+    choices = {
+        "document": {str(number): f"{number}: {title}" for number, title in enumerate(DOCUMENTS)},
+        "kind": {kind: kind for kind in KINDS},
+        "verdict": OUTCOMES,
+    }
+    fields = []
+    for name, options in choices.items():
+        listed = "".join(f'<option value="{value}">{text}</option>' for value, text in options.items())
+        fields.append(f'<label>{name} <select name="{name}"><option value="">any</option>{listed}</select></label>')
+    return f'<form class="gp-filter" hidden>{" ".join(fields)} <output>{total} shown</output></form>'
 
 
 class ResultsTable(SphinxDirective):
@@ -127,18 +184,26 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> nodes.t
 
 
 def verdicts(root: Path) -> dict[str, tuple[str, str, claims.Verdict]]:
-    """Return by claim: the chapter, the anchor of the heading above the cell, and the verdict in the cell's output."""
+    """Return by claim: the chapter, the anchor of the cell, and the verdict in the cell's output."""
     found: dict[str, tuple[str, str, claims.Verdict]] = {}
     for path in sorted((root / "chapters").glob("[0-9]*.ipynb")):
-        anchor = ""
         for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "markdown":
-                for heading in re.findall(r"^#{2,3} (.+)$", cell.source, re.MULTILINE):
-                    anchor = "#" + nodes.make_id(heading)
             for output in cell.get("outputs", []):
                 for verdict in claims.found_in(output.get("text", "")):
-                    found[verdict.id] = (f"chapters/{path.stem}", anchor, verdict)
+                    found[verdict.id] = (f"chapters/{path.stem}", "#" + anchor_of(verdict.id), verdict)
     return found
+
+
+def mark_verdicts(app: Sphinx, doctree: nodes.document) -> None:
+    """Give each cell whose output holds a verdict the anchor that the claims page links to."""
+    for cell in doctree.findall(lambda node: isinstance(node, nodes.container) and "cell_output" in node["classes"]):
+        for verdict in claims.found_in(cell.astext()):
+            cell["ids"].append(anchor_of(verdict.id))
+
+
+def anchor_of(claim: str) -> str:
+    """Return the anchor of the cell that settles a claim."""
+    return f"verdict-{claim.lower()}"
 
 
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -174,5 +239,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("results-table", ResultsTable)
     app.connect("source-read", fill_in)
+    app.connect("doctree-read", mark_verdicts)
     app.connect("autodoc-process-docstring", link_chapters)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -56,3 +56,27 @@ document.addEventListener("DOMContentLoaded", () => {
   // The role of an entry in a bibliography is no longer part of ARIA, and hides that it stands in a list.
   for (const entry of document.querySelectorAll(".citation-list > .citation")) entry.setAttribute("role", "listitem");
 });
+
+// The claims page: three choices that narrow its tables down. Without scripts the form stays hidden and all is shown.
+document.addEventListener("DOMContentLoaded", () => {
+  const form = document.querySelector("form.gp-filter");
+  if (!form) return;
+  const tables = [...document.querySelectorAll("table.gp-claims")];
+  const narrow = () => {
+    const wanted = [...new FormData(form)].filter(([, value]) => value).map(([name, value]) => `gp-${name}-${value}`);
+    let shown = 0;
+    for (const table of tables) {
+      const rows = [...table.tBodies[0].rows];
+      for (const row of rows) row.hidden = !wanted.every((name) => row.classList.contains(name));
+      const left = rows.filter((row) => !row.hidden).length;
+      table.closest("section").hidden = left === 0;
+      shown += left;
+    }
+    form.querySelector("output").textContent = `${shown} shown`;
+  };
+  form.addEventListener("change", narrow);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.querySelector("output").setAttribute("aria-live", "polite");
+  form.hidden = false;
+  narrow(); // a browser keeps choices over a reload
+});

@@ -21,7 +21,7 @@ import torch
 import gradprune as gp
 from gradprune import lab
 
-CELLS = [("sigmoid", 0.5), ("sigmoid", 0.8), ("tanh", 0.5), ("ReLU", 0.5), ("tanh, orthogonal", 0.5)]
+CELLS = [("sigmoid", 0.5), ("tanh", 0.5), ("ReLU", 0.5), ("tanh, orthogonal", 0.5)]
 
 
 def build(method: str, sparsity: float, seed: int) -> tuple[torch.nn.Sequential, gp.Masks]:

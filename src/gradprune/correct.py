@@ -24,7 +24,7 @@ from gradprune.schedule import Cubic, Geometric, Linear, OneShot
 from gradprune.score import magnitude
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
 Rewind = Literal["weights", "learning rate"] | None
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -85,7 +85,7 @@ class History:
             for e in self.entries
         ]
 
-    def plot(self, metric: str | None = None) -> Figure:
+    def plot(self, metric: str | None = None) -> matplotlib.figure.Figure:
         """Draw `metric` over sparsity: dense, after pruning, after correction. Needs matplotlib.
 
         `metric` is a name that `evaluate` gave; the only one need not be named. Raises ValueError where nothing was

@@ -88,7 +88,7 @@ class ErrorFeedback:
     last value over the first epochs, such as ``lambda t: max(0.001, 0.25 ** (1 + t // steps_per_epoch))``.
 
     Memory: one residual for each parameter that has had a gradient, two with momentum, in float32 for half precision;
-    during a step one sum more. It holds no parameter alive, and drops the residual with the parameter. A parameter
+    during a step as much again. It holds no parameter alive, and drops the residual with the parameter. A parameter
     without a gradient takes no part in a step: what waits for it goes on waiting. What rounding to half precision
     takes off an entry that is sent waits, too.
 

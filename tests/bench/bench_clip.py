@@ -35,12 +35,12 @@ def convolutions():
 
 
 CASES = {  # shapes, and how many rounds to time
-    "4 tensors, 4,810 entries": (perceptron(), 400),
-    "200 tensors, 105,600 entries": ([(32, 32), (32,)] * 100, 100),
-    "200 tensors of as many shapes": ([(32 + i, 32) for i in range(100)] + [(32 + i,) for i in range(100)], 100),
-    "144 tensors of a transformer, 9.5 million": (transformer(), 20),
-    "72 tensors of a convolutional net, 14 million": (convolutions(), 20),
-    "2 tensors, 34 million": ([(4096, 4096)] * 2, 10),
+    "4 small": (perceptron(), 400),
+    "200 small": ([(32, 32), (32,)] * 100, 100),
+    "200 small, all shapes": ([(32 + i, 32) for i in range(100)] + [(32 + i,) for i in range(100)], 100),
+    "transformer, 144 tensors, 9.5 M": (transformer(), 20),
+    "conv net, 72 tensors, 14 M": (convolutions(), 20),
+    "2 large, 34 M": ([(4096, 4096)] * 2, 10),
 }
 
 
@@ -79,7 +79,7 @@ def made(shapes, dtype):
     return parameters, lambda: torch._foreach_copy_(grads, originals)
 
 
-def compared(task, case, shapes, rounds, sides, dtype=torch.float32):
+def compared(kind, task, case, shapes, rounds, sides, dtype=torch.float32):
     """Rows of one task: the first of the sides is ours, and the others are the measure."""
     parameters, restore = made(shapes, dtype)
     calls = {name: lambda side=side: side(parameters) for name, side in sides.items()}
@@ -87,8 +87,8 @@ def compared(task, case, shapes, rounds, sides, dtype=torch.float32):
     seconds = in_turn(calls, rounds, before=restore)
     ours = next(iter(seconds))
     return [
-        {"task": task, "gradients": case, "side": name, **summary(taken),
-         "ours over this": ratios(seconds[ours], taken) if name != ours else None}
+        {"kind": kind, "task": task, "gradients": case, "side": name, **summary(taken),
+         f"{kind} ratio": ratios(seconds[ours], taken) if name != ours else None}
         for name, taken in seconds.items()
     ]  # fmt: skip
 
@@ -100,23 +100,23 @@ def rows(scale):
     for case, (shapes, most) in CASES.items():
         rounds = max(3, round(most * scale))
         for what, bound in (("engaged", FAR), ("idle", NEAR)):
-            found += compared(f"by norm, {what}", case, shapes, rounds, {
+            found += compared("norm", what, case, shapes, rounds, {
                 "gradprune": lambda p, bound=bound: gp.clip_by_norm_(p, bound),
                 "torch": lambda p, bound=bound: nn.utils.clip_grad_norm_(p, bound),
             })  # fmt: skip
-            found += compared(f"by value, {what}", case, shapes, rounds, {
+            found += compared("value", what, case, shapes, rounds, {
                 "gradprune": lambda p, bound=bound: gp.clip_by_value_(p, bound),
                 "torch": lambda p, bound=bound: nn.utils.clip_grad_value_(p, bound),
             })  # fmt: skip
         for what, factor in (("engaged", 0.01), ("idle", 1e6)):
-            found += compared(f"adaptive, {what}", case, shapes, max(3, rounds // 2), {
+            found += compared("adaptive", what, case, shapes, max(3, rounds // 2), {
                 "gradprune": lambda p, factor=factor: gp.clip_adaptive_(p, factor),
                 "loop over the tensors": lambda p, factor=factor: loop_over_tensors(p, factor),
                 **{name: lambda p, factor=factor, side=side: side(p, factor) for name, side in timm.items()},
             })  # fmt: skip
-    case = "2 tensors, 34 million"
+    case = "2 large, 34 M"
     for dtype in (torch.float16, torch.bfloat16):
-        found += compared(f"by norm, {dtype}".replace("torch.", ""), case, CASES[case][0], max(3, round(10 * scale)), {
+        found += compared("norm", str(dtype).removeprefix("torch."), case, CASES[case][0], max(3, round(10 * scale)), {
             "gradprune": lambda p: gp.clip_by_norm_(p, FAR),
             "torch": lambda p: nn.utils.clip_grad_norm_(p, FAR),
         }, dtype)  # fmt: skip
@@ -133,5 +133,5 @@ if __name__ == "__main__":
         [{key: value for key, value in row.items() if value is not None} for row in rows(arguments.scale)],
         seeds=[0],
         about="engaged: every gradient, entry or unit far over its bound; idle: none. Gradients are restored before "
-        "each call, outside the time. `ours over this` is the ratio of times, turn by turn.",
+        "each call, outside the time. The ratio is our time over this side's, turn by turn.",
     )

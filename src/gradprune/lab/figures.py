@@ -30,6 +30,7 @@ COLOURS = {
     "dense": "#0077bb",
     "pruned": "#cc5500",
     "corrected": "#00875f",
+    "learned": "#8265d6",
     "random": "#808080",
     "predicted": "#808080",
     "printed": "#b0488c",
@@ -38,6 +39,9 @@ COLOURS = {
     "relu": "#00875f",
     "gelu": "#b0488c",
     "linear": "#808080",
+    "unclipped": "#cc5500",
+    "clipped": "#0077bb",
+    "percentile": "#00875f",
 }
 PAGE_BACKGROUNDS = ("#ffffff", "#121212")  # of the theme, light and dark
 _INK = "#010203"  # stands for the page's text colour until the SVG is written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -68,6 +69,53 @@ def mlp(
     model = nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
     initialise_(model, init, gain=gain, bias_std=bias_std)
     return model
+
+
+def conv(
+    shape: Sequence[int],
+    classes: int = 10,
+    *,
+    channels: Sequence[int] = (16, 32, 32),
+    kernels: int | Sequence[int] = 3,
+    stride: int = 2,
+    padding: int = 1,
+    activation: str = "relu",
+    normalise: str = "none",
+) -> nn.Sequential:
+    """Return a convolutional network for inputs of `shape`: (40,) for MNIST-1D, (8, 8) for the digits.
+
+    It takes what `lab.data.load` gives, one flat row an example, and views it as one channel of `shape`. Each entry of
+    `channels` is a convolution with as many filters, its normalisation ("none" or "batch") and activation; what they
+    leave is read by one linear layer. The modules are named: input, conv1, activation1, conv2 and so on, flatten, head.
+    ``conv((40,), channels=(25, 25, 25), kernels=(5, 3, 3))`` is the network of Greydanus and Kobak (2024).
+
+    Raises ValueError for a shape of other than one or two dimensions, for no channels or not one kernel for each, where
+    a layer leaves nothing of its input, and for an unknown activation or normalisation.
+    """
+    if len(shape) not in (1, 2):
+        raise ValueError(f"shape has one or two dimensions, such as (40,) or (8, 8), not {tuple(shape)}")
+    sizes = [kernels] * len(channels) if isinstance(kernels, int) else list(kernels)
+    if not channels or len(sizes) != len(channels):
+        raise ValueError(f"one kernel for each of the channels {list(channels)}, at least one; not {sizes}")
+    _known("activation", activation, ACTIVATIONS)
+    convolution = (nn.Conv1d, nn.Conv2d)[len(shape) - 1]
+    normalisations = {"none": None, "batch": (nn.BatchNorm1d, nn.BatchNorm2d)[len(shape) - 1]}
+    if normalise not in normalisations:
+        raise ValueError(f"unknown normalisation {normalise!r} of a convolution; known are 'none', 'batch'")
+    batch_norm = normalisations[normalise]
+    layers: dict[str, nn.Module] = {"input": nn.Unflatten(1, (1, *shape))}
+    extent = list(shape)
+    for i, (inputs, outputs, kernel) in enumerate(zip((1, *channels), channels, sizes, strict=False), start=1):
+        extent = [(n + 2 * padding - kernel) // stride + 1 for n in extent]
+        if min(extent) < 1:
+            raise ValueError(f"layer {i} leaves nothing of an input of shape {tuple(shape)}; fewer layers, or padding")
+        layers[f"conv{i}"] = convolution(inputs, outputs, kernel, stride, padding)
+        if batch_norm is not None:
+            layers[f"norm{i}"] = batch_norm(outputs)
+        layers[f"activation{i}"] = ACTIVATIONS[activation]()
+    layers["flatten"] = nn.Flatten()
+    layers["head"] = nn.Linear(channels[-1] * math.prod(extent), classes)
+    return nn.Sequential(OrderedDict(layers))
 
 
 def initialise_(model: nn.Module, init: str, *, gain: float | None = None, bias_std: float = 0.0) -> None:
