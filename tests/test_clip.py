@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import gradprune as gp
-from gradprune import clip
+from gradprune import norms
 
 QUICK = settings(deadline=None, max_examples=50, derandomize=True)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -142,7 +142,7 @@ def test_gradients_whose_squares_underflow_are_clipped_by_their_true_norm():
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_half_precision_is_summed_in_float32_also_in_pieces(dtype):
-    for size in (10, 3 * clip._CHUNK + 5):
+    for size in (10, 3 * norms.CHUNK + 5):
         grad = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)
         strided = torch.empty(size, 2, dtype=dtype)[:, 0]
         strided.copy_(grad)
@@ -185,10 +185,13 @@ def test_mixed_dtypes_are_one_vector():
 def test_several_devices_are_one_vector():
     parameters = held(*random_grads([(3,), (4,)]))
     meta = torch.device("meta")
-    assert list(clip._by_device([parameters[0].grad, torch.empty(2, device=meta)])) == [torch.device("cpu"), meta]
-    assert clip._combined([3.0, 4.0], 2.0) == pytest.approx(5.0)
-    assert clip._combined([3e200, 4e200], 2.0) == pytest.approx(5e200)
-    assert clip._combined([0.0, 0.0], 2.0) == 0.0
+    assert list(norms.grouped_by_device([parameters[0].grad, torch.empty(2, device=meta)])) == [
+        torch.device("cpu"),
+        meta,
+    ]
+    assert norms.combined_norm([3.0, 4.0], 2.0) == pytest.approx(5.0)
+    assert norms.combined_norm([3e200, 4e200], 2.0) == pytest.approx(5e200)
+    assert norms.combined_norm([0.0, 0.0], 2.0) == 0.0
 
 
 def test_complex_gradients_have_the_norm_of_their_moduli():

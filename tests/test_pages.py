@@ -175,7 +175,9 @@ def test_every_formula_is_typeset(opened: Visit) -> None:
     formulas = len(soup(opened.path).select("span.math, div.math"))
     typeset = opened.page.locator(".math mjx-container")
     assert typeset.count() >= formulas, "formulas of the source are missing from the page"
-    assert opened.page.locator("[data-mml-node=merror]").count() == 0, "MathJax could not read a formula"
+    assert opened.page.locator("[data-mml-node=merror], [data-mjx-error]").count() == 0, (
+        "MathJax could not read a formula"
+    )
     left = re.findall(TYPED_FORMULA, opened.page.evaluate(PROSE))
     assert left == [], "formulas left as they were typed"
 

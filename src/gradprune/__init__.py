@@ -1,6 +1,7 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
-from gradprune.clip import AutoClip, ClipLog, clip_adaptive_, clip_by_norm_, clip_by_value_
+from gradprune.clip import AutoClip, clip_adaptive_, clip_by_norm_, clip_by_value_
+from gradprune.cliplog import ClipLog
 from gradprune.correct import History, Round, distill_loss, iterate
 from gradprune.mask import Masks
 from gradprune.probe import Recorder, Trace, gradient_norms, jacobian_singular_values

@@ -1,0 +1,174 @@
+"""Which entries of a gradient belong to one unit, and how large is each unit's beside its weights (chapter 2)?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradprune.gradients import Params
+from gradprune.norms import HALF, SMALL, norm_of, widened
+
+
+class Gradients(Protocol):
+    """The gradients of one call, with what they belong to, in one order."""
+
+    parameters: list[Tensor]
+    grads: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names."""
+
+
+Unit = tuple[Tensor, Tensor, int]
+"""A gradient, and the weights it belongs to, seen so that the first so many axes number the units."""
+
+
+def units_of(found: Gradients, params: Params) -> list[Unit]:
+    """Return each gradient with its weights and the number of axes that number the units."""
+    groups = {}
+    if isinstance(params, nn.Module):
+        for module in params.modules():
+            if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+                groups[id(module.weight)] = module.groups
+    if not groups and found.values is found.grads:
+        return [(g, w, 1 if g.ndim > 1 else 0) for g, w in zip(found.grads, found.parameters, strict=True)]
+    units: list[Unit] = []
+    for weight, grad, value in zip(found.parameters, found.grads, found.values, strict=True):
+        if value.ndim < 2 and value is grad:
+            units.append((value, weight, 0))
+        elif id(weight) in groups:
+            count = groups[id(weight)]
+            units.append((_outputs_first(value, count), _outputs_first(weight, count), 2))
+        elif value is grad:
+            units.append((value, weight, 1))
+        elif grad.ndim == 1:
+            units.append((value, weight, 0))
+        elif grad.sparse_dim() == 1:
+            units.append((value, weight.index_select(0, grad.coalesce().indices()[0]), 1))
+        else:
+            raise ValueError(
+                f"the sparse gradient of {found.names[len(units)]!r} has {grad.sparse_dim()} sparse axes; clipping by "
+                "unit needs one, so that what it holds are whole rows"
+            )
+    return units
+
+
+def absent_units(found: Gradients) -> int:
+    """How many units the sparse gradients do not hold, since theirs is zero."""
+    if found.values is found.grads:
+        return 0
+    pairs = zip(found.grads, found.values, strict=True)
+    return sum(len(grad) - len(value) for grad, value in pairs if grad.is_sparse and grad.ndim > 1)
+
+
+def _outputs_first(weight: Tensor, groups: int) -> Tensor:
+    """See a transposed convolution's weight (in, out / groups, ...) as (groups, out / groups, in / groups, ...)."""
+    seen: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    return seen
+
+
+def require_finite_weights(names: Sequence[str], units: Sequence[Unit]) -> None:
+    """Raise ValueError for weights that are not finite, naming them."""
+    for name, (_, weight, _) in zip(names, units, strict=True):
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"the weights of {name!r} are not finite, so no share of their norm can bound a gradient")
+
+
+Order = tuple[list[int], list[int]]
+"""Of a vector over all units: the tensors in the order in which theirs come, and how many units each has."""
+
+
+def ratios_of(units: Sequence[Unit], eps: float, *, precise: bool) -> tuple[Tensor, Order]:
+    """The norm of each unit's gradient over that of its weights, in one vector, and which tensor they belong to.
+
+    Small tensors whose units have one shape are joined, so that two calls serve them all. With `precise`, the norms are
+    right also where squares leave the range of the dtype.
+    """
+    alike: dict[Any, list[int]] = {}
+    for at, (gradient, weight, axes) in enumerate(units):
+        key: Any = (gradient.shape[axes:], axes, gradient.dtype, gradient.device)
+        alike.setdefault(at if gradient.numel() > SMALL or weight.shape != gradient.shape else key, []).append(at)
+    for key in [key for key, places in alike.items() if len(places) == 1 and not units[places[0]][2]]:
+        (at,) = alike.pop(key)  # a unit by itself, and of a shape that no other has
+        alike.setdefault(units[at][0].device, []).append(at)
+    if not units:
+        return torch.zeros(0), ([], [])
+    of_gradients, of_weights = [], []
+    for places in alike.values():
+        axes = units[places[0]][2]
+        of_gradients.append(_unit_norms([units[at][0] for at in places], axes, precise))
+        of_weights.append(_unit_norms([units[at][1] for at in places], axes, precise))
+    device = units[0][0].device
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    norms, weights = (torch.cat([n.to(device) for n in vectors]) for vectors in (of_gradients, of_weights))
+    weights = weights.where(weights.isfinite(), math.nan).clamp_(min=eps)  # a share of infinity bounds nothing
+    places = [at for group in alike.values() for at in group]
+    counts = [
+        grad.shape[0] if axes == 1 else grad.shape[:axes].numel() for grad, _, axes in (units[at] for at in places)
+    ]
+    return norms / weights, (places, counts)
+
+
+def _unit_norms(tensors: list[Tensor], axes: int, precise: bool) -> Tensor:
+    """The norms of the units of tensors, in one vector; the units have one shape, or each tensor is one."""
+    if not axes and len({t.shape for t in tensors}) > 1:
+        if precise:
+            return torch.tensor([norm_of([t], 2.0) for t in tensors], dtype=torch.float64, device=tensors[0].device)
+        return torch.stack(torch._foreach_norm([t.float() if t.dtype in HALF else t for t in tensors]))
+    if len(tensors) == 1:
+        (rows,) = tensors
+    else:
+        if not axes:  # a tensor is a unit
+            rows = torch.stack(tensors)
+        elif tensors[0].ndim == 2:
+            rows = torch.cat(tensors)
+        else:
+            rows = torch.cat([t.flatten(0, axes - 1) for t in tensors])
+        axes = 1
+    units, rest = rows.shape[:axes], tuple(range(axes, rows.ndim))
+    if not rows.numel():
+        return torch.zeros(units.numel(), device=rows.device)
+    if not rest:  # an entry is a unit
+        return rows.abs().flatten()
+    of_rows: Tensor
+    if precise:
+        rows = widened(rows)
+        most = rows.abs().amax(dim=rest, keepdim=True)
+        most = most.where(most > 0, 1.0)
+        of_rows = torch.linalg.vector_norm(rows / most, dim=rest) * most.view(units)
+    else:
+        of_rows = torch.linalg.vector_norm(rows.float() if rows.dtype in HALF else rows, dim=rest)
+    return of_rows.flatten()
+
+
+def cut_by_tensor(joined: Tensor, order: Order) -> list[Tensor]:
+    """Cut a vector over all units into one a tensor, in the tensors' own order."""
+    found = dict(zip(order[0], joined.split(order[1]), strict=True))
+    return [found[place] for place in sorted(found)]
+
+
+def scale_units_(units: Sequence[Unit], scales: Tensor, over: Tensor, order: Order) -> None:
+    """Multiply the units by their scales, in the tensors in which one is over its bound."""
+    places, counts = order
+    engaged = np.bincount(np.repeat(np.arange(len(counts)), counts)[over.numpy()], minlength=len(counts)).nonzero()[0]
+    pieces = scales.split(counts)
+    grads, factors = [], []
+    for at in engaged.tolist():
+        gradient, _, axes = units[places[at]]
+        factor = pieces[at]
+        if gradient.ndim == 2:
+            factor = factor.unsqueeze(1)
+        elif gradient.ndim != 1:
+            factor = factor.view((*gradient.shape[:axes], *(1,) * (gradient.ndim - axes)))
+        grads.append(gradient)
+        if gradient.device != scales.device:
+            factor = factor.to(gradient.device, torch.float32 if gradient.device.type == "mps" else scales.dtype)
+        factors.append(factor)
+    torch._foreach_mul_(grads, factors)
