@@ -48,9 +48,7 @@ def network(method: str, seed: int) -> nn.Module:
         return lab.models.mlp([40, 256, 256, 10], "relu", skip=True)
     if method == "GRU":
         return Gru()
-    sizes = [(1, 5), (25, 3), (25, 3)]
-    layers = [nn.Sequential(nn.Conv1d(a, 25, k, stride=2, padding=1), nn.ReLU()) for a, k in sizes]
-    return nn.Sequential(nn.Unflatten(1, (1, 40)), *layers, nn.Flatten(), nn.Linear(125, 10))
+    return lab.models.conv((40,), channels=(25, 25, 25), kernels=(5, 3, 3))
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:

@@ -33,27 +33,7 @@ def network(name: str, kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if kind == "perceptron":
         return lab.models.mlp([64 if name == "digits" else 40, 300, 100, 10], "relu")
-    if name == "digits":
-        return nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)),
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * 4 * 4, 10),
-        )
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 40)),
-        nn.Conv1d(1, 24, 5, stride=2, padding=2),
-        nn.ReLU(),
-        nn.Conv1d(24, 48, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv1d(48, 48, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(48 * 5, 10),
-    )
+    return lab.models.conv((8, 8) if name == "digits" else (40,))
 
 
 def decay(step: int) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune import allocate
-from gradprune.checks import require
+from gradprune.checks import require, require_fraction
 from gradprune.eligible import Patterns, eligible
 from gradprune.granularity import Granularity, Ranked, Units, check_divides, parse_granularity
 from gradprune.mask import count_kept
@@ -197,7 +197,7 @@ def _check_amount(
     sparsity: float | None, threshold: float | None, scope: Scope, n_of_m: tuple[int, int] | None
 ) -> None:
     if sparsity is not None:
-        require(0.0 <= sparsity <= 1.0, f"sparsity must be in [0, 1], got {sparsity}")
+        require_fraction("sparsity", sparsity)
     if threshold is not None:
         require(not math.isnan(threshold), "threshold must be a number, got NaN")
     if n_of_m is not None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradprune.checks import require_fraction
+
 
 @dataclass(frozen=True)
 class OneShot:
@@ -19,7 +21,7 @@ class OneShot:
     at: int = 0
 
     def __post_init__(self) -> None:
-        _require_fraction("sparsity", self.sparsity)
+        require_fraction("sparsity", self.sparsity)
         _require_at_least("at", self.at, 0)
 
     def __call__(self, step: int) -> float:
@@ -87,7 +89,7 @@ class Geometric:
     rounds: int
 
     def __post_init__(self) -> None:
-        _require_fraction("rate", self.rate)
+        require_fraction("rate", self.rate)
         _require_at_least("every", self.every, 1)
         _require_at_least("rounds", self.rounds, 1)
 
@@ -107,18 +109,13 @@ def _share_left(ramp: Linear | Cubic, step: int) -> float | None:
 
 
 def _check_ramp(ramp: Linear | Cubic) -> None:
-    _require_fraction("final", ramp.final)
-    _require_fraction("initial", ramp.initial)
+    require_fraction("final", ramp.final)
+    require_fraction("initial", ramp.initial)
     _require_at_least("begin", ramp.begin, 0)
     _require_at_least("end", ramp.end, ramp.begin)
     _require_at_least("every", ramp.every, 1)
     if ramp.initial > ramp.final:
         raise ValueError(f"initial must be at most final, which is {ramp.final}; got {ramp.initial}")
-
-
-def _require_fraction(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def _require_at_least(name: str, value: int, least: int) -> None:

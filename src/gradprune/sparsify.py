@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradprune.checks import require_fraction
 from gradprune.gradients import Params, by_name, with_gradient
 from gradprune.mask import count_kept, zero_pruned_
 from gradprune.select import keep_largest
@@ -61,7 +62,7 @@ def keep_top_gradients_(params: Params, density: float, *, scope: Scope = "globa
     where a gradient is sparse, complex or not finite (the parameter is named).
     Aji and Heafield (2017), for all tensors as one; chapter 3.
     """
-    _require_fraction("density", density)
+    require_fraction("density", density)
     _require_scope(scope)
     gradients = _checked(with_gradient(params))
     masks = _largest(gradients, density, scope)
@@ -333,12 +334,7 @@ def _one_of(**given: Any) -> tuple[str, Any]:
 
 
 def _require_amount(called: str, rule: str, value: float) -> None:
-    (_require_fraction if rule == "density" else _require_not_negative)(called, value)
-
-
-def _require_fraction(called: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{called} must be in [0, 1], got {value}")
+    (require_fraction if rule == "density" else _require_not_negative)(called, value)
 
 
 def _require_not_negative(called: str, value: float) -> None:
