@@ -18,7 +18,7 @@ from gradprune import lab
 
 STEPS, CORRECTION = 800, 800
 RATES = (0.001, 0.003, 0.01)
-SHARES = (0.1, 0.3, 1.0)
+SHARES = (0.3, 1.0, 3.0, 10.0)
 TUNING_SEEDS = [100, 101]
 
 
