@@ -1,8 +1,11 @@
 """Which architectures does chapter 7 prune? One short entry each, all by the one protocol of `base`."""
 
+from gradprune.lab.zoo import base, dense, sequences, tasks
 from gradprune.lab.zoo.base import Architecture
 
-ARCHITECTURES: tuple[Architecture, ...] = ()
+__all__ = ["ARCHITECTURES", "Architecture", "base", "by_name", "tasks"]
+
+ARCHITECTURES: tuple[Architecture, ...] = (*dense.ROWS, *sequences.ROWS)
 
 
 def by_name(name: str) -> Architecture:
