@@ -246,3 +246,36 @@ def test_the_parts_of_the_text_share_no_block() -> None:
     assert len(task.train) + len(task.validation) + len(task.test) == total
     spelled = {part: "".join(zoo.sequences.ALPHABET[i] for i in getattr(task, part)) for part in ("train", "test")}
     assert spelled["test"][:200] not in spelled["train"]
+
+
+def made_up(magnitude: list[float], random: list[float], validation: float = 0.97) -> zoo.table.Row:
+    """A row of accuracies at 50, 80 and 90 %, the same after either scope, over three seeds that hardly differ."""
+    architecture = dataclasses.replace(ACCURACY, level=0.95)
+
+    def cell(means: list[float]) -> dict[str, object]:
+        values = [[mean - 0.001, mean, mean + 0.001] for mean in means]
+        return {"sparsities": [0.5, 0.8, 0.9], "pruned": values, "corrected": values}
+
+    dense = {"validation": [validation] * 3, "test": [0.96, 0.96, 0.96], "continued": [0.98, 0.98, 0.98]}
+    cells = {("magnitude", s): cell(magnitude) for s in base.SCOPES} | {
+        ("random", s): cell(random) for s in base.SCOPES
+    }
+    return zoo.table.Row(architecture, dense, cells)
+
+
+def test_it_works_where_magnitude_holds_at_80_percent_and_beats_chance_somewhere() -> None:
+    assert made_up([0.96, 0.95, 0.5], [0.9, 0.7, 0.4]).works()
+    assert not made_up([0.96, 0.93, 0.5], [0.9, 0.7, 0.4]).works()  # too much lost at 80 %
+    assert not made_up([0.96, 0.95, 0.5], [0.96, 0.95, 0.5]).works()  # no better than chance
+    assert not made_up([0.96, 0.95, 0.5], [0.9, 0.7, 0.4], validation=0.94).works()  # never trained to its level
+
+
+def test_a_rows_summary_is_of_its_own_cells() -> None:
+    row = made_up([0.96, 0.95, 0.5], [0.9, 0.95, 0.6])
+    assert row.largest("magnitude", "global") == 0.8
+    assert row.largest("random", "global") is None
+    assert row.largest("magnitude", "global", against="continued") == 0.5
+    assert row.ahead("layer") == [True, False, False]
+    assert row.lost("magnitude", "layer") == pytest.approx([0, 0.5, 23])
+    assert zoo.table.percent(0.95) == "95 %"
+    assert zoo.table.percent(None) == "none"

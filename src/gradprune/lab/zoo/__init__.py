@@ -1,9 +1,9 @@
 """Which architectures does chapter 7 prune? One short entry each, all by the one protocol of `base`."""
 
-from gradprune.lab.zoo import base, dense, sequences, tasks
+from gradprune.lab.zoo import base, dense, sequences, table, tasks
 from gradprune.lab.zoo.base import Architecture
 
-__all__ = ["ARCHITECTURES", "Architecture", "base", "by_name", "tasks"]
+__all__ = ["ARCHITECTURES", "Architecture", "base", "by_name", "sequences", "table", "tasks"]
 
 ARCHITECTURES: tuple[Architecture, ...] = (*dense.ROWS, *sequences.ROWS)
 
