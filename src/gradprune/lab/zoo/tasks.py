@@ -84,10 +84,10 @@ INPUTS, RELEVANT, NOISE = 64, 8, 0.5
 
 
 @cache
-def sparse_line(seed: int) -> Regress:
+def sparse_line(seed: int, correlation: float = 0.5) -> Regress:
     """Return 64 correlated inputs of which 8 matter: y = x w + noise, a fresh w for each seed.
 
-    Neighbouring inputs have a correlation of 0.5; the 8 weights are 0.5 to 1.5 in size, of either sign, and the noise
+    Inputs have mean 0, variance 1 and, k places apart, a correlation of ``correlation**k``. The 8 weights are 0.5 to 1.5 in size, of either sign, and the noise
     has a standard deviation of 0.5. 256 examples to train on and 256 to choose on, 1,000 to report on.
     """
     generator = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ def sparse_line(seed: int) -> Regress:
     def draw(count: int) -> Split:
         x = generator.standard_normal((count, INPUTS))
         for at in range(1, INPUTS):
-            x[:, at] = 0.5 * x[:, at - 1] + np.sqrt(0.75) * x[:, at]
+            x[:, at] = correlation * x[:, at - 1] + np.sqrt(1 - correlation**2) * x[:, at]
         y = x @ weights[:, None] + NOISE * generator.standard_normal((count, 1))
         return Split(torch.from_numpy(x).float(), torch.from_numpy(y).float())
 
