@@ -1,11 +1,32 @@
 """Which architectures does chapter 7 prune? One short entry each, all by the one protocol of `base`."""
 
-from gradprune.lab.zoo import base, dense, sequences, table, tasks
+from gradprune.lab.zoo import (
+    base,
+    combined,
+    dense,
+    generative,
+    heads,
+    phase,
+    quantum,
+    searched,
+    sequences,
+    table,
+    tasks,
+)
 from gradprune.lab.zoo.base import Architecture
 
 __all__ = ["ARCHITECTURES", "Architecture", "base", "by_name", "sequences", "table", "tasks"]
 
-ARCHITECTURES: tuple[Architecture, ...] = (*dense.ROWS, *sequences.ROWS)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    *dense.ROWS,
+    *sequences.ROWS,
+    *searched.ROWS,
+    *heads.ROWS,
+    *generative.ROWS,
+    *quantum.ROWS,
+    *phase.ROWS,
+    *combined.ROWS,
+)
 
 
 def by_name(name: str) -> Architecture:

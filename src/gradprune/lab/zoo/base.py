@@ -81,7 +81,7 @@ class Architecture:
     rates: tuple[float, ...]
     build: Callable[[int], nn.Module]
     task: Callable[[int], Task]
-    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adam"
+    optimizer: Literal["sgd", "momentum", "adam", "adamw", "adam without momentum"] = "adam"
     include: str | tuple[str, ...] | None = None
     score: Score = field(default=gp.magnitude)
 
@@ -102,6 +102,7 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": partial(torch.optim.SGD, momentum=0.9),
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "adam without momentum": partial(torch.optim.Adam, betas=(0.0, 0.99)),  # for adversaries: Karras et al. (2018)
 }
 
 
