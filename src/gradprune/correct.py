@@ -347,6 +347,8 @@ class _Run:
             return
         parts = {"model": _copy_of(self.model), "rewound": self.rewound or {}, "dense": self.dense or {}}
         tensors = {f"{part}/{name}": t.contiguous() for part, values in parts.items() for name, t in values.items()}
+        as_pairs = [name for name, t in tensors.items() if t.is_complex()]  # a format without them: (real, imaginary)
+        tensors |= {name: torch.view_as_real(tensors[name].resolve_conj()) for name in as_pairs}
         masks = self.masks.state_dict()
         tensors |= {f"mask/{name}": entry["bits"] for name, entry in masks.items()}
         tensors["random/cpu"] = torch.get_rng_state()
@@ -356,6 +358,7 @@ class _Run:
             "call": self._call,
             "shapes": {name: entry["shape"] for name, entry in masks.items()},
             "entries": [vars(entry) for entry in self.entries],
+            "complex": as_pairs,
         }
         _write(self.path, tensors, json.dumps(told))
 
@@ -371,7 +374,9 @@ class _Run:
             parts: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 part, _, name = key.partition("/")
-                parts.setdefault(part, {})[name] = file.get_tensor(key)
+                tensor = file.get_tensor(key)
+                tensor = torch.view_as_complex(tensor) if key in told.get("complex", []) else tensor
+                parts.setdefault(part, {})[name] = tensor
         self.model.load_state_dict(parts["model"])
         self.rewound, self.dense = parts.get("rewound", {}), parts.get("dense")
         bits = parts.get("mask", {})

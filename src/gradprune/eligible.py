@@ -25,20 +25,21 @@ _NEVER = (
 def eligible(model: nn.Module, include: Patterns, exclude: Patterns) -> dict[str, nn.Parameter]:
     """Return the parameters that may be pruned, by name, a tied one once.
 
-    They are floating, trainable, of two dimensions or more, and neither an embedding's nor a normalisation's; glob
-    patterns over the names narrow that down. Raises ValueError where nothing is left, or a pattern matches nothing.
+    They are floating or complex, trainable, of two dimensions or more, and neither an embedding's nor a
+    normalisation's; glob patterns over the names narrow that down. Raises ValueError where nothing is left, or a
+    pattern matches nothing.
     """
     never = {id(p) for m in model.modules() if isinstance(m, _NEVER) for p in m.parameters(recurse=False)}
     every = dict(model.named_parameters())
     layers = {
         name: p
         for name, p in every.items()
-        if p.is_floating_point() and p.requires_grad and p.dim() >= 2 and id(p) not in never
+        if (p.is_floating_point() or p.is_complex()) and p.requires_grad and p.dim() >= 2 and id(p) not in never
     }
     if not layers:
         raise ValueError(
-            f"the model has nothing to prune: none of its {len(every)} parameters is floating, trainable, of two "
-            "dimensions or more, and neither an embedding's nor a normalisation's"
+            f"the model has nothing to prune: none of its {len(every)} parameters is floating or complex, trainable, "
+            "of two dimensions or more, and neither an embedding's nor a normalisation's"
         )
     included = _matching("include", include, layers, every) if include is not None else set(layers)
     excluded = _matching("exclude", exclude, every, every) if exclude is not None else set()

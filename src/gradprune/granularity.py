@@ -13,6 +13,8 @@ from gradprune.checks import require
 from gradprune.mask import count_kept
 from gradprune.select import By
 
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
 Granularity = Literal["weight", "channel"] | str | tuple[int, ...]
 
 
@@ -126,3 +128,29 @@ def check_divides(
                 f"{name!r} has {size} entries along dimension {dim}, not a multiple of {b}; exclude it, or choose a "
                 f"granularity that divides its shape {tuple(p.shape)}",
             )
+
+
+def check_channels(model: nn.Module, layers: Mapping[str, nn.Parameter], granularity: Granularity) -> None:
+    """Raise ValueError where the rows of a parameter are no output units, and units are what is to go.
+
+    A gate's rows are a part of each unit of a recurrent layer, the rest of which is in the other gates and the other
+    matrix; an attention layer's queries, keys and values act only together.
+    """
+    if granularity != "channel":
+        return
+    names = {id(p): name for name, p in layers.items()}
+    for module in model.modules():
+        for own, p in module.named_parameters(recurse=False):
+            if id(p) not in names:
+                continue
+            if isinstance(module, _RECURRENT) and own.startswith(("weight_ih", "weight_hh")):
+                raise ValueError(
+                    f"a row of {names[id(p)]!r} is no unit: each unit of a recurrent layer is spread over the rows of "
+                    "all its gates in weight_ih and in weight_hh. Exclude both, or prune single weights"
+                )
+            if isinstance(module, nn.MultiheadAttention) and own == "in_proj_weight":
+                raise ValueError(
+                    f"a row of {names[id(p)]!r} is no unit: it packs the queries, keys and values of all heads. "
+                    f"Exclude it, or take the granularity ({module.head_dim},), with which the queries, the keys or "
+                    "the values of one head go as a whole"
+                )

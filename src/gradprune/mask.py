@@ -338,14 +338,14 @@ class _Keeper:
         """Forget what the optimizer remembers of pruned entries: momentum, second moments and the like."""
         masks = dict(self._pruned())
         joined = _lbfgs_parameters(optimizer)
-        sizes = [p.numel() for p in joined]
+        sizes = [p.numel() * (2 if p.is_complex() else 1) for p in joined]
         for parameter, state in cast(Mapping[nn.Parameter, dict[str, Any]], optimizer.state).items():
             for value in _tensors_in(state.values()):
                 if parameter in masks and value.shape == parameter.shape:
                     zero_pruned_([(value, masks[parameter])])
                 elif joined and value.numel() == sum(sizes):
                     parts = zip(torch.split(value, sizes), joined, strict=True)
-                    zero_pruned_((part, masks[p].reshape(-1)) for part, p in parts if p in masks)
+                    zero_pruned_((part, _joined_mask(p, masks[p])) for part, p in parts if p in masks)
 
 
 _KEEPERS: weakref.WeakKeyDictionary[Optimizer, _Keeper] = weakref.WeakKeyDictionary()
@@ -358,8 +358,12 @@ def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
     into NaN; multiplying their bits, read as an integer, by 0 or 1 does neither.
     """
     for tensor, mask in tensors:
-        bits = tensor.detach().view(_INTEGER_OF_SIZE[tensor.element_size()])
-        bits.mul_(mask.view(torch.int8))
+        tensor, kept = tensor.detach(), mask.view(torch.int8)
+        if tensor.is_conj():
+            tensor = tensor.conj()  # the same memory, and zero is its own conjugate
+        if tensor.element_size() not in _INTEGER_OF_SIZE:  # complex128
+            tensor, kept = torch.view_as_real(tensor), kept.unsqueeze(-1)
+        tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]).mul_(kept)
 
 
 def count_kept(mask: Tensor) -> int:
@@ -379,6 +383,11 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 def _lbfgs_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """LBFGS keeps vectors over all parameters, joined in this order; the others keep no such thing."""
     return optimizer.param_groups[0]["params"] if isinstance(optimizer, torch.optim.LBFGS) else []
+
+
+def _joined_mask(parameter: nn.Parameter, mask: Tensor) -> Tensor:
+    """As LBFGS joins parameters: flat, real and imaginary parts in turn."""
+    return mask.reshape(-1).repeat_interleave(2 if parameter.is_complex() else 1)
 
 
 def _pack(mask: Tensor) -> Tensor:

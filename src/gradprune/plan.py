@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradprune import allocate
 from gradprune.checks import require, require_fraction
 from gradprune.eligible import Patterns, eligible
-from gradprune.granularity import Granularity, Ranked, Units, check_divides, parse_granularity
+from gradprune.granularity import Granularity, Ranked, Units, check_channels, check_divides, parse_granularity
 from gradprune.mask import count_kept
 from gradprune.select import keep_largest, keep_n_of_m
 
@@ -41,6 +41,7 @@ def prepare(
     _check_scope(scope, layers)
     _check_within(within, layers)
     check_divides(layers, n_of_m, block)
+    check_channels(model, layers, granularity)
     whole = min_keep is None or (isinstance(min_keep, int) and min_keep >= 0)
     require(whole, f"min_keep must be a whole number from 0, got {min_keep!r}")
     return layers, _plan(Units(layers, block, within), sparsity, threshold, scope, n_of_m, min_keep)
@@ -125,6 +126,7 @@ def _keep_at_least(units: Units, threshold: float, floors: Mapping[str, int], ra
     masks = {}
     for name, values in ranked.values.items():
         require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
+        values = values.abs() if values.is_complex() else values  # a complex weight that is ranked by magnitude
         keep = values >= threshold
         if ranked.by == "magnitude":
             keep = keep.logical_or_(values <= -threshold) if threshold > 0 else torch.ones_like(keep)

@@ -61,18 +61,19 @@ def prune(
     sparsity nor threshold is given; any other tuple, or a string such as ``"4x4"``, is the shape of a block over the
     first dimensions, with the further ones whole. A channel or block is ranked by the mean of its scores (for
     magnitudes its L1 norm over its size), and as many go as come nearest to the wanted number of weights. A dimension
-    that the block, or m, does not divide is an error.
+    that the block, or m, does not divide is an error, and so is ``"channel"`` for a matrix that packs the gates of a
+    recurrent layer or the queries, keys and values of an attention layer: its rows are no units.
 
-    Eligible are floating, trainable parameters of two dimensions or more, neither an embedding's nor a
+    Eligible are floating or complex, trainable parameters of two dimensions or more, neither an embedding's nor a
     normalisation's; a tied tensor counts once. `include` and `exclude`, glob patterns over parameter names, narrow
-    that down.
+    that down. A complex number is one weight, its magnitude the modulus.
 
     A sparsity empties no layer: each keeps at least `min_keep` weights, 1 unless given; 0 lets layers be emptied, as
     do a threshold, a sparsity by name, and a sparsity that leaves fewer weights than there are layers (with a
     warning). `within`, earlier masks, says which weights may stay at all.
 
     Raises ValueError, before anything is changed, where an argument is out of range, a pattern matches nothing,
-    nothing is eligible, or a score is missing, of another shape, or NaN. Chapter 4.
+    nothing is eligible, or a score is missing, of another shape, complex, or NaN. Chapter 4.
     """
     layers, choose = prepare(
         model, sparsity, threshold, scope, granularity, include, exclude, min_keep=min_keep, within=within
@@ -268,4 +269,8 @@ def _rank(score: Score, model: nn.Module, layers: Mapping[str, nn.Parameter]) ->
             raise ValueError(f"the score has no value for {name!r}; give it one, or exclude the parameter")
         if scores[name].shape != p.shape:
             raise ValueError(f"the score of {name!r} has shape {tuple(scores[name].shape)}, wanted {tuple(p.shape)}")
+        if scores[name].is_complex():
+            raise ValueError(
+                f"the score of {name!r} is complex, which has no order: take its modulus, or its real part"
+            )
     return Ranked({name: scores[name].detach() for name in layers})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 INDEX_BYTES = 4  # of a column or row index in CSR
 COMPRESSED_AT_A_TIME = 2**22  # bytes
@@ -131,9 +132,12 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
 
     A layer is a module with parameters of its own; a tied tensor counts where it comes first. `example` is the model's
     input, a tensor, or a tuple or dict of its arguments; with it, FLOPs of one forward pass are counted by torch's own
-    counter (a multiplication and an addition are 2). Effective FLOPs leave out the share of zero weights. Bytes: dense
-    as stored; bit mask, one bit a weight and the nonzeros; CSR, the nonzeros with a 4-byte column each and a 4-byte
-    offset a row; compressed, the stored bytes after zlib at level 1. Tensors of one dimension are encoded as they are.
+    counter (a multiplication and an addition are 2; of complex numbers they are 8). A product with a weight, or with a
+    part of one such as the keys' share of an attention layer's joint matrix, counts for the layer that has the weight,
+    and effective FLOPs leave out the share of zeros in that part. All else, attention's own products among it, is
+    effective as it is, and so is a product with a weight computed from parameters. Bytes: dense as stored; bit mask,
+    one bit a weight and the nonzeros; CSR, the nonzeros with a 4-byte column each and a 4-byte offset a row;
+    compressed, the stored bytes after zlib at level 1. Tensors of one dimension are encoded as they are.
     `latency` times the forward pass with ``torch.utils.benchmark``, in seconds, the median.
 
     The model is run in eval mode without gradients, and left as it was. Raises ValueError where `latency` is asked for
@@ -141,7 +145,7 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
     """
     if latency and example is None:
         raise ValueError("latency needs an example: the model's input, or a tuple or dict of its arguments")
-    flops, all_flops = ({}, 0) if example is None else _flops(model, example)
+    flops = {} if example is None else _flops(model, example)
     counted: set[int] = set()
     rows = []
     for name, module in model.named_modules():
@@ -149,24 +153,29 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
         if own:
             new = [p.detach() for p in own.values() if id(p) not in counted]
             counted |= {id(p) for p in own.values()}
-            layer_flops = flops.get(name, 0) if example is not None else None
-            rows.append(_row(name or "(model)", type(module).__name__, new, layer_flops, _density(own)))
-    if example is not None:
-        elsewhere = all_flops - sum(row.flops or 0 for row in rows)
-        if elsewhere:
-            rows.append(_row("(other)", "", [], elsewhere, 1.0))
+            layer_flops = None if example is None else flops.pop(module, _Flops())
+            rows.append(_row(name or "(model)", type(module).__name__, new, layer_flops))
+    elsewhere = sum((f.all for f in flops.values()), 0)
+    if elsewhere:  # in modules without parameters, and so without zeros
+        rows.append(_row("(other)", "", [], _Flops(elsewhere, elsewhere)))
     return Report(tuple(rows), _sum(rows), _latency(model, example) if latency else None)
 
 
-def _row(name: str, kind: str, tensors: list[Tensor], flops: int | None, density: float) -> Row:
+@dataclass
+class _Flops:
+    all: int = 0
+    effective: float = 0.0
+
+
+def _row(name: str, kind: str, tensors: list[Tensor], flops: _Flops | None) -> Row:
     nonzeros = [int(torch.count_nonzero(t)) for t in tensors]
     return Row(
         name,
         kind,
         parameters=sum(t.numel() for t in tensors),
         nonzeros=sum(nonzeros),
-        flops=flops,
-        effective_flops=None if flops is None else round(flops * density),
+        flops=None if flops is None else flops.all,
+        effective_flops=None if flops is None else round(flops.effective),
         bytes_dense=sum(t.nbytes for t in tensors),
         bytes_bitmask=sum(_bitmask_bytes(t, n) for t, n in zip(tensors, nonzeros, strict=True)),
         bytes_csr=sum(_csr_bytes(t, n) for t, n in zip(tensors, nonzeros, strict=True)),
@@ -180,12 +189,6 @@ def _sum(rows: list[Row]) -> Row:
         return None if None in numbers else sum(numbers)
 
     return Row("total", "", *(total(column) for column in Row._fields[2:]))
-
-
-def _density(own: Mapping[str, Tensor]) -> float:
-    weights = [p.detach() for p in own.values() if p.dim() >= 2]
-    total = sum(p.numel() for p in weights)
-    return sum(int(torch.count_nonzero(p)) for p in weights) / total if total else 1.0
 
 
 def _bitmask_bytes(tensor: Tensor, nonzeros: int) -> int:
@@ -208,22 +211,102 @@ def _compressed_bytes(tensor: Tensor) -> int:
         return sum(pool.map(lambda piece: len(zlib.compress(piece, 1)), pieces))
 
 
-def _flops(model: nn.Module, example: Any) -> tuple[dict[str, int], int]:
-    """FLOPs by module name, each without its children's, and those of the whole pass."""
-    from torch.utils.flop_counter import FlopCounterMode
+def _flops(model: nn.Module, example: Any) -> dict[nn.Module, _Flops]:
+    """FLOPs by the module that has the weight, or else by the one that ran."""
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-    counter = FlopCounterMode(display=False)
-    with _evaluated(model), counter:
+    count = _Count(model)
+    formulas = {op: count.watching(formula) for op, formula in flop_registry.items()}
+    with _evaluated(model), _plain_kernels(), count, FlopCounterMode(display=False, custom_mapping=formulas):
         _call(model, example)
-    counts, root = counter.get_flop_counts(), type(model).__name__
-    inclusive = {
-        name: sum(counts.get(f"{root}.{name}" if name else root, {}).values()) for name, _ in model.named_modules()
-    }
-    own = dict(inclusive)
-    for name, module in model.named_modules():
-        for child, _ in module.named_children():
-            own[name] -= inclusive.get(f"{name}.{child}" if name else child, 0)
-    return own, counter.get_total_flops()
+    return count.found
+
+
+class _Count:
+    """Sees every product: whose weight takes part in it, and how many of that weight's entries are zero?"""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: dict[nn.Module, _Flops] = {}
+        self._model, self._running = model, [model]
+        self._owners: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for p in module.parameters(recurse=False):
+                if p.dim() >= 2:
+                    self._owners.setdefault(p.untyped_storage().data_ptr(), []).append(module)
+        self._densities: dict[Any, float] = {}
+
+    def __enter__(self) -> _Count:
+        self._hooks: list[RemovableHandle] = []
+        for module in self._model.modules():
+            self._hooks.append(module.register_forward_pre_hook(self._begin))
+            self._hooks.append(module.register_forward_hook(self._end))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        self._running.append(module)
+
+    def _end(self, *_: Any) -> None:
+        self._running.pop()
+
+    def watching(self, formula: Callable[..., int]) -> Callable[..., int]:
+        """The formula of torch's counter, which also tells what it counted here."""
+
+        def counted(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+            flops = formula(*args, out_val=out_val, **kwargs)
+            flops *= 4 if isinstance(out_val, Tensor) and out_val.is_complex() else 1
+            module, weight = self._weight_among(args)
+            found = self.found.setdefault(module, _Flops())
+            found.all += flops
+            found.effective += flops * (1.0 if weight is None else self._density(weight))
+            return flops
+
+        counted._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
+        return counted
+
+    def _weight_among(self, args: Iterable[Any]) -> tuple[nn.Module, Tensor | None]:
+        """The weight, or the part of one, and its module: the one that runs where it has one itself."""
+        running, elsewhere = self._running[-1], None
+        for tensor in args:
+            if isinstance(tensor, Tensor) and tensor.dim() >= 2:
+                owners = self._owners.get(tensor.untyped_storage().data_ptr(), [])
+                if running in owners:
+                    return running, tensor
+                if owners and elsewhere is None:
+                    elsewhere = owners[0], tensor
+        return elsewhere or (running, None)
+
+    def _density(self, weight: Tensor) -> float:
+        key = (weight.data_ptr(), weight.shape, weight.stride())
+        if key not in self._densities:
+            self._densities[key] = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+        return self._densities[key]
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Without the fused kernels of recurrent and attention layers, in which the counter sees no product."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _disabled(torch.backends.mkldnn), _disabled(torch.backends.cudnn), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _disabled(backend: Any) -> Iterator[None]:
+    before, backend.enabled = backend.enabled, False
+    try:
+        yield
+    finally:
+        backend.enabled = before
 
 
 def _latency(model: nn.Module, example: Any) -> float:

@@ -9,10 +9,14 @@ Scores that look at data take ``batches``, an iterable of pairs (inputs, targets
 evaluated in eval mode (no dropout, stored batch statistics), so that a score does not depend on chance or on how
 the samples are batched. Its mode, buffers, gradients and the random generators are put back as they were, also when an
 exception ends the call.
+
+A complex number a + bi is one weight. g is then the gradient as torch gives it, dL/da + i dL/db, and w g stands for
+a dL/da + b dL/db, the real part of conj(w) g: what both parts contribute together. Scores are real.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
@@ -21,18 +25,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradprune.checks import require
+
 Batches = Iterable[tuple[Any, Any]]
 Loss = Callable[[Any, Any], Tensor]
 Scores = dict[str, Tensor]
 
 
 def magnitude(model: nn.Module) -> Scores:
-    """The weight's size: ``|w|``.
+    """The weight's size: ``|w|``, of a complex weight the modulus.
 
     Needs no data. Shapes as the parameters'; the unit is the weight's own.
     Han et al. (2015), section 3; chapter 4.
     """
     return {name: p.detach().abs() for name, p in _floating(model).items()}
+
+
+def rotation(model: nn.Module, period: float = 2 * math.pi) -> Scores:
+    """How far an angle is from one that turns nothing: its distance from the nearest multiple of `period`.
+
+    For the angles of a parametrised quantum circuit. Setting one to zero drops its gate: a rotation by 0 is the
+    identity. A rotation by a multiple of 2 pi is it too, up to a sign of the whole state, which nothing measures; a
+    controlled one only by multiples of 4 pi, so give that. Between 0 and half a period, in radians. Scores real
+    parameters only; which of them are angles, the `include` of ``prune`` says.
+    Raises ValueError where the period is not positive and finite.
+    Wang et al. (2022) for dropping gates of small angles, Hu et al. (2022) for other angles that save one; chapter 7.
+    """
+    require(0 < period < math.inf, f"period must be positive and finite, got {period}")
+    angles = {name: p.detach() for name, p in _floating(model).items() if not p.is_complex()}
+    return {name: (w - period * (w / period).round()).abs() for name, w in angles.items()}
 
 
 def random(model: nn.Module, generator: torch.Generator | None = None) -> Scores:
@@ -99,10 +120,10 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
         product = [torch.zeros_like(w) for w in weights]
         for batch in kept:
             gradients = _grad(_loss(model, batch, loss), weights, create_graph=True)
-            along = sum(((g * v).sum() for g, v in zip(gradients, mean_gradient, strict=True)), torch.zeros(()))
+            along = sum((_product(v, g).sum() for g, v in zip(gradients, mean_gradient, strict=True)), torch.zeros(()))
             if along.requires_grad:  # else the loss is linear in every weight, and H is zero
                 _add(product, _grad(along, weights), 1 / len(kept))
-    return {name: p.detach() * h for (name, p), h in zip(parameters.items(), product, strict=True)}
+    return {name: _product(p.detach(), h) for (name, p), h in zip(parameters.items(), product, strict=True)}
 
 
 def synflow(model: nn.Module, inputs: Any) -> Scores:
@@ -114,19 +135,23 @@ def synflow(model: nn.Module, inputs: Any) -> Scores:
     Tanaka et al. (2020), equation 2 and algorithm 1; chapter 4.
     """
 
+    def wide(value: Tensor) -> torch.dtype:
+        return torch.complex128 if value.is_complex() else torch.float64
+
     def ones(value: Any) -> Any:
-        return torch.ones_like(value, dtype=torch.float64) if value.is_floating_point() else value
+        return torch.ones_like(value, dtype=wide(value)) if _is_floating(value) else value
 
     def absolute(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: t.detach().abs().double() if t.is_floating_point() else t for name, t in tensors}
+        return {name: t.detach().abs().to(wide(t)) if _is_floating(t) else t for name, t in tensors}
 
     with _evaluated(model) as parameters:
         state = absolute(model.named_parameters()) | absolute(model.named_buffers())
         weights = [state[name].requires_grad_() for name in parameters]
         args, kwargs = _arguments(_map_tensors(ones, inputs))
         output = torch.func.functional_call(model, state, args, kwargs)
-        flow = _grad(_first_tensor(output).sum(), weights)
-    return {name: (w * g).detach().abs() for name, w, g in zip(parameters, weights, flow, strict=True)}
+        total = _first_tensor(output).sum()
+        flow = _grad(total.real if total.is_complex() else total, weights)
+    return {name: _product(w, g).detach().abs() for name, w, g in zip(parameters, weights, flow, strict=True)}
 
 
 def fisher(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
@@ -138,16 +163,16 @@ def fisher(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     """
     with _evaluated(model) as parameters:
         weights = list(parameters.values())
-        squares = [torch.zeros_like(w) for w in weights]
+        squares = _zeros(weights)
         samples = 0
         for batch in batches:
             for sample in _single_samples(batch):
-                _add(squares, [g.square() for g in _grad(_loss(model, sample, loss), weights)], 1.0)
+                gradients = _grad(_loss(model, sample, loss), weights)
+                _add(squares, [_product(w, g).square() for w, g in zip(weights, gradients, strict=True)], 1.0)
                 samples += 1
         if samples == 0:
             raise ValueError("batches held no sample; an iterator that was used up before cannot be used again")
-    pairs = zip(parameters.items(), squares, strict=True)
-    return {name: p.detach().square() * s / (2 * samples) for (name, p), s in pairs}
+    return {name: s / (2 * samples) for name, s in zip(parameters, squares, strict=True)}
 
 
 def activation(model: nn.Module, batches: Batches) -> Scores:
@@ -162,7 +187,7 @@ def activation(model: nn.Module, batches: Batches) -> Scores:
 
     def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
         features = _features(module, args[0].detach())
-        total = features.float().square().sum(dim=1)
+        total = (features.abs() if features.is_complex() else features).float().square().sum(dim=1)
         squares[module] = squares[module] + total if module in squares else total
 
     layers = [m for m in model.modules() if isinstance(m, _INPUT_LAYERS)]
@@ -198,14 +223,14 @@ def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) ->
     """
     with _evaluated(model) as parameters:
         weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-        total = [torch.zeros_like(w) for w in weights.values()]
+        total = _zeros(list(weights.values()))
         for inputs, targets in _as_list(batches):
             args, kwargs = _arguments(inputs)
             value = _scalar(loss(torch.func.functional_call(model, weights, args, kwargs), targets))
             gradients = _grad(value, list(weights.values()))
             with torch.no_grad():
                 for score, w, g in zip(total, weights.values(), gradients, strict=True):
-                    score.sub_(w * g)
+                    score.sub_(_product(w, g))
                     w.sub_(g, alpha=lr)
     return dict(zip(parameters, total, strict=True))
 
@@ -214,7 +239,21 @@ def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) ->
 
 
 def _floating(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    return {name: p for name, p in model.named_parameters() if _is_floating(p)}
+
+
+def _is_floating(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def _product(w: Tensor, g: Tensor) -> Tensor:
+    """w g, entry by entry; of complex numbers what their parts' products add up to."""
+    return (w.conj() * g).real if w.is_complex() else w * g
+
+
+def _zeros(weights: list[Any]) -> list[Tensor]:
+    """One real total for each weight."""
+    return [torch.zeros_like(w.real if w.is_complex() else w) for w in weights]
 
 
 @contextmanager
@@ -260,7 +299,7 @@ def _stored_gradients(model: nn.Module) -> Scores:
 
 def _weight_times_gradient(model: nn.Module, batches: Batches | None, loss: Loss | None) -> Scores:
     parameters = dict(model.named_parameters())
-    return {name: (parameters[name].detach() * g).abs_() for name, g in _gradients(model, batches, loss).items()}
+    return {name: _product(parameters[name].detach(), g).abs() for name, g in _gradients(model, batches, loss).items()}
 
 
 def _loss(model: nn.Module, batch: tuple[Any, Any], loss: Loss) -> Tensor:
@@ -272,6 +311,8 @@ def _loss(model: nn.Module, batch: tuple[Any, Any], loss: Loss) -> Tensor:
 def _scalar(value: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"loss must return a scalar, got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise ValueError("loss must be real, not complex; take its absolute value or its real part")
     return value
 
 

@@ -43,7 +43,8 @@ def kth_smallest(tensors: Tensors, k: int, *, by: By = "value") -> Tensor:
 
     `tensors` is one tensor, an iterable of tensors or a mapping from names to tensors, of any shapes, on the CPU or on
     accelerators; nothing is joined or sorted as a whole. ``by="magnitude"`` ranks floating values by what they are
-    without their sign. Returns a 0-d tensor of the common dtype, on the device of the first tensor.
+    without their sign, complex ones by their modulus. Returns a 0-d tensor of the common dtype (the modulus's, of
+    complex values), on the device of the first tensor.
     Raises ValueError where k is not between 1 and the number of values, where a value is NaN (the tensor is named),
     and where integers and floating values are mixed.
     Floyd and Rivest (1975), algorithm SELECT, for the bracket from a sample; chapter 4.
@@ -197,6 +198,8 @@ def _collect(tensors: Tensors, by: By, among: Sequence[Tensor] | None = None) ->
     for name, tensor in zip(names, given, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if by == "magnitude":
+        given = [_modulus(t.detach()) if t.is_complex() else t for t in given]
     dtype = _common_dtype(names, given)
     found = [t.detach() if t.dtype in _INDEXED else t.detach().to(_compared_as(t.dtype)) for t in given]
     order = _Order(_compared_as(dtype), by)
@@ -207,10 +210,18 @@ def _collect(tensors: Tensors, by: By, among: Sequence[Tensor] | None = None) ->
     return _Values(names, found, among, order, dtype, sum(t.numel() for t in found))
 
 
+def _modulus(values: Tensor) -> Tensor:
+    """The modulus of complex values, NaN where either part is: beside an infinity it would be lost."""
+    return values.abs().masked_fill_(values.isnan(), math.nan)
+
+
 def _common_dtype(names: list[str], tensors: list[Tensor]) -> torch.dtype:
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.is_complex() or tensor.dtype == torch.uint64:
-            raise ValueError(f"{name} is {tensor.dtype}; values must be real numbers, or integers of at most 63 bits")
+            raise ValueError(
+                f"{name} is {tensor.dtype}; values must be real numbers, or integers of at most 63 bits"
+                + ("; by='magnitude' ranks complex ones by their modulus" if tensor.is_complex() else "")
+            )
     dtypes = {t.dtype for t in tensors}
     if len({d.is_floating_point for d in dtypes}) > 1:
         raise ValueError(f"values must be all floating or all integer, got {sorted(map(str, dtypes))}")

@@ -3,7 +3,19 @@
 Nothing in gradprune imports it.
 """
 
-from gradprune.lab import claims, data, documents, experiment, figures, models, sliders, train
+from gradprune.lab import claims, data, documents, experiment, figures, models, sliders, train, zoo
 from gradprune.lab.setup import device, start
 
-__all__ = ["claims", "data", "device", "documents", "experiment", "figures", "models", "sliders", "start", "train"]
+__all__ = [
+    "claims",
+    "data",
+    "device",
+    "documents",
+    "experiment",
+    "figures",
+    "models",
+    "sliders",
+    "start",
+    "train",
+    "zoo",
+]

@@ -1,0 +1,37 @@
+"""Which architectures does chapter 7 prune? One short entry each, all by the one protocol of `base`."""
+
+from gradprune.lab.zoo import (
+    base,
+    combined,
+    dense,
+    generative,
+    heads,
+    phase,
+    quantum,
+    searched,
+    sequences,
+    table,
+    tasks,
+)
+from gradprune.lab.zoo.base import Architecture
+
+__all__ = ["ARCHITECTURES", "Architecture", "base", "by_name", "sequences", "table", "tasks"]
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    *dense.ROWS,
+    *sequences.ROWS,
+    *searched.ROWS,
+    *heads.ROWS,
+    *generative.ROWS,
+    *quantum.ROWS,
+    *phase.ROWS,
+    *combined.ROWS,
+)
+
+
+def by_name(name: str) -> Architecture:
+    """Return the architecture of that name. Raises ValueError, with the known names, where there is none."""
+    found = {architecture.name: architecture for architecture in ARCHITECTURES}
+    if name not in found:
+        raise ValueError(f"unknown architecture {name!r}; known are {', '.join(map(repr, found))}")
+    return found[name]
