@@ -1,5 +1,6 @@
 """Does a chapter's first cell make it repeatable, and are the book's files found?"""
 
+import os
 import random
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def test_the_device_is_the_one_asked_for_else_the_gpu_that_is_there_else_the_cpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("GRADPRUNE_DEVICE", "cpu")
     assert lab.device() == torch.device("cpu")
+
+
+def test_a_start_under_test_turns_off_the_bars_of_others_too(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    setup.start(0)
+    assert os.environ["TQDM_DISABLE"] == "1"
 
 
 def test_progress_is_drawn_only_where_someone_watches(monkeypatch):

@@ -434,10 +434,14 @@ def _measuring(evaluate: Evaluate | None) -> Callable[[nn.Module], dict[str, flo
 
 
 def _bar(rounds: range, done: int) -> Any:
-    """The rounds that are left, under a bar in a terminal where tqdm is installed."""
+    """The rounds that are left, under a bar where tqdm is installed, in a terminal or a notebook.
+
+    tqdm's own variable TQDM_DISABLE turns it off.
+    """
     left = rounds[done:]
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return left
-    return tqdm(left, desc="rounds", initial=done, total=len(rounds), disable=None)
+    disable = True if os.environ.get("TQDM_DISABLE") else None
+    return tqdm(left, desc="rounds", initial=done, total=len(rounds), disable=disable)

@@ -11,7 +11,7 @@ import torch
 
 
 def start(seed: int = 0) -> None:
-    """Make what follows repeatable: seeds, one thread, deterministic algorithms, the CPU.
+    """Make what follows repeatable: seeds, one thread, deterministic algorithms, the CPU, no progress bars under test.
 
     `seed` seeds Python, NumPy and torch. Torch promises the same numbers on one version and one kind of machine only,
     so the chapters print rounded numbers. Call it in the first cell of a notebook.
@@ -22,6 +22,8 @@ def start(seed: int = 0) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_default_device(None)  # the CPU; naming it would slow down every call into torch
+    if not progress_wanted():
+        os.environ["TQDM_DISABLE"] = "1"  # of bars that are not the lab's
 
 
 def device() -> torch.device:
