@@ -8,10 +8,10 @@ convolutional network on MNIST-1D by the mean validation accuracy over the two t
 trials. Its best is the row "found by a search" of the chapter's table.
 
 Table "pruning": that network is to lose 80 or 95 % of its weights, whatever the way. Four rules say how its layers
-share the loss (the same share, ERK, all ranked together, LAMP), by magnitude. Two searches choose the score, and a rule or
-each layer's own share, by the validation accuracy after the correction: Optuna's estimator, whose first STARTS trials
-are random, and as many random trials from the same space. Correction as in the chapter's protocol. The test part is
-read once for each seed and method, of the network with the best validation accuracy.
+share the loss (the same share, ERK, all ranked together, LAMP), by magnitude. Two searches choose the score, and a rule
+or each layer's own share, by the validation accuracy after the correction: Optuna's estimator, whose first STARTS
+trials are random, and as many random trials from the same space. Correction as in the chapter's protocol. The test
+part is read once for each seed and method, of the network with the best validation accuracy.
 """
 
 from __future__ import annotations
