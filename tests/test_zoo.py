@@ -276,6 +276,7 @@ def test_a_rows_summary_is_of_its_own_cells() -> None:
     assert row.largest("random", "global") is None
     assert row.largest("magnitude", "global", against="continued") == 0.5
     assert row.ahead("layer") == [True, False, False]
+    assert row.behind("layer") == [False, False, True]
     assert row.lost("magnitude", "layer") == pytest.approx([0, 0.5, 23])
     assert zoo.table.percent(0.95) == "95 %"
     assert zoo.table.percent(None) == "none"

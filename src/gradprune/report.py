@@ -132,12 +132,13 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
 
     A layer is a module with parameters of its own; a tied tensor counts where it comes first. `example` is the model's
     input, a tensor, or a tuple or dict of its arguments; with it, FLOPs of one forward pass are counted by torch's own
-    counter (a multiplication and an addition are 2; of complex numbers they are 8). A product with a weight, or with a
-    part of one such as the keys' share of an attention layer's joint matrix, counts for the layer that has the weight,
-    and effective FLOPs leave out the share of zeros in that part. All else, attention's own products among it, is
-    effective as it is, and so is a product with a weight computed from parameters. Bytes: dense as stored; bit mask,
-    one bit a weight and the nonzeros; CSR, the nonzeros with a 4-byte column each and a 4-byte offset a row;
-    compressed, the stored bytes after zlib at level 1. Tensors of one dimension are encoded as they are.
+    counter (a multiplication and an addition are 2; of complex numbers they are 8, or 6 in a convolution, which torch
+    computes as three real ones). A product with a weight, or with a part of one such as the keys' share of an attention
+    layer's joint matrix, counts for the layer that has the weight, and effective FLOPs leave out the share of zeros in
+    that part. All else, attention's own products among it, is effective as it is, and so is a product with a weight
+    computed from parameters. Bytes: dense as stored; bit mask, one bit a weight and the nonzeros; CSR, the nonzeros
+    with a 4-byte column each and a 4-byte offset a row; compressed, the stored bytes after zlib at level 1. Tensors of
+    one dimension are encoded as they are.
     `latency` times the forward pass with ``torch.utils.benchmark``, in seconds, the median.
 
     The model is run in eval mode without gradients, and left as it was. Raises ValueError where `latency` is asked for

@@ -60,10 +60,18 @@ class Row:
         cell = self.cells[score, scope]
         return base.largest_sparsity(self.architecture, self.dense[against], cell[when], cell["sparsities"])
 
+    def advantages(self, scope: str, when: str = "corrected") -> list[tuple[float, float, float]]:
+        """Return how much better magnitude is than random at each sparsity: the mean and its interval's ends."""
+        pairs = zip(self.cells["magnitude", scope][when], self.cells["random", scope][when], strict=True)
+        return [base.advantage(self.architecture, ours, other) for ours, other in pairs]
+
     def ahead(self, scope: str, when: str = "corrected") -> list[bool]:
         """Whether magnitude beats random beyond the interval, at each sparsity."""
-        pairs = zip(self.cells["magnitude", scope][when], self.cells["random", scope][when], strict=True)
-        return [base.advantage(self.architecture, ours, other)[1] > 0 for ours, other in pairs]
+        return [low > 0 for _, low, _ in self.advantages(scope, when)]
+
+    def behind(self, scope: str, when: str = "corrected") -> list[bool]:
+        """Whether random beats magnitude beyond the interval, at each sparsity."""
+        return [high < 0 for _, _, high in self.advantages(scope, when)]
 
     def works(self, scope: str | None = None) -> bool:
         """Whether pruning by magnitude works on this network, in `scope` or in either, by what was fixed beforehand."""

@@ -87,8 +87,9 @@ INPUTS, RELEVANT, NOISE = 64, 8, 0.5
 def sparse_line(seed: int, correlation: float = 0.5) -> Regress:
     """Return 64 correlated inputs of which 8 matter: y = x w + noise, a fresh w for each seed.
 
-    Inputs have mean 0, variance 1 and, k places apart, a correlation of ``correlation**k``. The 8 weights are 0.5 to 1.5 in size, of either sign, and the noise
-    has a standard deviation of 0.5. 256 examples to train on and 256 to choose on, 1,000 to report on.
+    Inputs have mean 0, variance 1 and, k places apart, a correlation of ``correlation**k``. The 8 weights are 0.5 to
+    1.5 in size, of either sign, and the noise has a standard deviation of 0.5. 256 examples to train on and 256 to
+    choose on, 1,000 to report on.
     """
     generator = np.random.default_rng(seed)
     weights = true_weights(seed)
