@@ -22,6 +22,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, *, widget_state: bool
             notebook,
             timeout=CELL_TIMEOUT,
             store_widget_state=widget_state,
+            coalesce_streams=True,  # what one cell prints is one block, however it was buffered
             record_timing=False,  # times in the cells would make the cache take the notebook for another one
             resources={"metadata": {"path": str(folder)}},
             config=Config({"KernelManager": {"transport": "ipc", "ip": str(Path(private) / "kernel")}}),
