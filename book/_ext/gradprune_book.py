@@ -234,6 +234,15 @@ def written_chapters(root: Path) -> dict[str, str]:
     return {str(int(path.name[:2])): f"chapters/{path.stem}" for path in (root / "chapters").glob("[0-9][0-9]_*.ipynb")}
 
 
+def flatten_module_list(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Make the list of the package's sources one list: Sphinx puts that of a subpackage between two items."""
+    if page == "_modules/index":
+        heading, _, items = context["body"].partition("<ul>")
+        context["body"] = f"{heading}<ul>{re.sub('</?ul>', '', items)}</ul>"
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_directive("claims-table", ClaimsTable)
@@ -241,4 +250,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", fill_in)
     app.connect("doctree-read", mark_verdicts)
     app.connect("autodoc-process-docstring", link_chapters)
+    app.connect("html-page-context", flatten_module_list)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
