@@ -18,29 +18,26 @@ from torch import Tensor, nn
 
 from gradprune.lab import data
 from gradprune.lab.zoo.base import Architecture, Part
-from gradprune.lab.zoo.tasks import Classify, Split
+from gradprune.lab.zoo.tasks import Classify, Split, Supervised
 
 SHOWN, AHEAD = 12, 3
 
 
 @dataclass(frozen=True)
-class Phases:
+class Phases(Supervised):
     """Say where a phase will be: the networks return a point in the plane, whose direction is the answer.
 
     Networks take phases of shape (examples, steps) in radians, each in [-pi, pi), and embed them as they like. The loss
     is the squared distance of the point from the one on the unit circle, the score the mean angle between the two.
     """
 
-    train: Split
-    validation: Split
-    test: Split
     batch: int = 64
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Return the squared distance of a batch drawn with replacement."""
-        chosen = torch.randint(len(self.train.x), (self.batch,), generator=generator)
-        point: Tensor = model(self.train.x[chosen])
-        return (point - on_circle(self.train.y[chosen])).square().sum(1).mean()
+        x, y = self.draw(generator)
+        point: Tensor = model(x)
+        return (point - on_circle(y)).square().sum(1).mean()
 
     def score(self, model: nn.Module, part: Part) -> float:
         """Return the mean circular error in radians: pi / 2 for a guess, 0 for perfection."""

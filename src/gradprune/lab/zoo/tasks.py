@@ -23,18 +23,28 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Classify:
-    """Name the class: cross-entropy on random batches of `batch`, the share that is right on a part."""
+class Supervised:
+    """Three parts of a data set, the first of which is read in random batches of `batch`."""
 
     train: Split
     validation: Split
     test: Split
     batch: int = 32
 
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return inputs and what is wanted for them, a batch drawn with replacement."""
+        chosen = torch.randint(len(self.train.x), (self.batch,), generator=generator)
+        return self.train.x[chosen], self.train.y[chosen]
+
+
+@dataclass(frozen=True)
+class Classify(Supervised):
+    """Name the class: cross-entropy on random batches, the share that is right on a part."""
+
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Return the cross-entropy of a batch drawn with replacement."""
-        chosen = torch.randint(len(self.train.x), (self.batch,), generator=generator)
-        return functional.cross_entropy(model(self.train.x[chosen]), self.train.y[chosen])
+        x, y = self.draw(generator)
+        return functional.cross_entropy(model(x), y)
 
     def score(self, model: nn.Module, part: Part) -> float:
         """Return the accuracy, 0 to 1."""
@@ -43,18 +53,13 @@ class Classify:
 
 
 @dataclass(frozen=True)
-class Regress:
+class Regress(Supervised):
     """Give the number: squared error on random batches; on a part, its mean as a share of the variance of y there."""
-
-    train: Split
-    validation: Split
-    test: Split
-    batch: int = 32
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Return the mean squared error of a batch drawn with replacement."""
-        chosen = torch.randint(len(self.train.x), (self.batch,), generator=generator)
-        return functional.mse_loss(model(self.train.x[chosen]), self.train.y[chosen])
+        x, y = self.draw(generator)
+        return functional.mse_loss(model(x), y)
 
     def score(self, model: nn.Module, part: Part) -> float:
         """Return the unexplained share: 0 is perfect, 1 is as good as the mean."""
