@@ -27,8 +27,8 @@ from torch.nn import functional
 
 import gradprune as gp
 from gradprune import lab
-from gradprune.allocate import share_out
 from gradprune.lab.zoo import base, searched
+from gradprune.weights.allocate import share_out
 
 SPARSITIES = [0.8, 0.95]
 RULES = ["layer", "erk", "global", "lamp"]

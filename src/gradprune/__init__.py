@@ -1,14 +1,18 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
-from gradprune.clip import AutoClip, clip_adaptive_, clip_by_norm_, clip_by_value_
-from gradprune.cliplog import ClipLog
-from gradprune.correct import History, Round, distill_loss, iterate
-from gradprune.mask import Masks
-from gradprune.probe import Recorder, Trace, gradient_norms, jacobian_singular_values
-from gradprune.prune import Pruner, Regrow, prune
-from gradprune.report import report
-from gradprune.schedule import Cubic, Geometric, Linear, OneShot
-from gradprune.score import (
+from gradprune.core.select import keep_largest, kth_smallest
+from gradprune.deploy.report import Report, Row, report
+from gradprune.gradients.clip import AutoClip, clip_adaptive_, clip_by_norm_, clip_by_value_
+from gradprune.gradients.cliplog import ClipLog
+from gradprune.gradients.probe import Recorder, Trace, gradient_norms, jacobian_singular_values
+from gradprune.gradients.sparsify import ErrorFeedback, keep_top_gradients_, threshold_gradients_
+from gradprune.recovery.correct import Entry, History, Round, distill_loss, iterate
+from gradprune.weights.hold import Hold
+from gradprune.weights.mask import Masks
+from gradprune.weights.prune import prune
+from gradprune.weights.pruner import Event, Pruner, Regrow
+from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
+from gradprune.weights.score import (
     activation,
     fisher,
     gradient,
@@ -21,8 +25,6 @@ from gradprune.score import (
     synflow,
     taylor,
 )
-from gradprune.select import keep_largest, kth_smallest
-from gradprune.sparsify import ErrorFeedback, keep_top_gradients_, threshold_gradients_
 
 __version__ = "0.1.0"
 
@@ -30,16 +32,21 @@ __all__ = [
     "AutoClip",
     "ClipLog",
     "Cubic",
+    "Entry",
     "ErrorFeedback",
+    "Event",
     "Geometric",
     "History",
+    "Hold",
     "Linear",
     "Masks",
     "OneShot",
     "Pruner",
     "Recorder",
     "Regrow",
+    "Report",
     "Round",
+    "Row",
     "Trace",
     "activation",
     "clip_adaptive_",

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import gradprune as gp
 from gradprune.lab.train import interval
-from gradprune.mask import Masks
-from gradprune.plan import Scope
-from gradprune.prune import Score
+from gradprune.weights.mask import Masks
+from gradprune.weights.plan import Scope
+from gradprune.weights.prune import Score
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 SCORES, SCOPES = ("magnitude", "random"), ("global", "layer")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradprune as gp
-from gradprune import sparsify
+from gradprune.gradients import sparsify
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(0,), (1,), (), (3,), (2, 3), (5, 1, 4), (7, 9)]

@@ -78,7 +78,7 @@ def test_progress_is_drawn_only_where_someone_watches(monkeypatch):
 
 
 def test_the_books_files_are_found_from_below_and_their_absence_is_said(monkeypatch, tmp_path):
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     monkeypatch.chdir(root / "chapters")
     assert setup.repository() == root
     monkeypatch.chdir(tmp_path)

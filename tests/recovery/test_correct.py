@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradprune as gp
-from gradprune.correct import History, Round
+from gradprune.recovery.correct import History, Round
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(64, 6, generator=GENERATOR), torch.randint(0, 3, (64,), generator=GENERATOR)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradprune.gradients import by_name, with_gradient
+from gradprune.gradients.params import by_name, with_gradient
 
 
 def _model() -> nn.Sequential:

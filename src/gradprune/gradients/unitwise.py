@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradprune.gradients import Params
-from gradprune.norms import HALF, SMALL, norm_of, widened
+from gradprune.gradients.norms import HALF, SMALL, norm_of, widened
+from gradprune.gradients.params import Params
 
 
 class Gradients(Protocol):

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradprune.checks import require_fraction
-from gradprune.gradients import Params, by_name, with_gradient
-from gradprune.mask import count_kept, zero_pruned_
-from gradprune.select import keep_largest
+from gradprune.core.checks import fraction
+from gradprune.core.masked import count_kept, zero_pruned_
+from gradprune.core.select import keep_largest
+from gradprune.gradients.params import Params, by_name, with_gradient
 
 Amount = float | Callable[[int], float]
 Scope = Literal["global", "layer"]
@@ -62,7 +62,7 @@ def keep_top_gradients_(params: Params, density: float, *, scope: Scope = "globa
     where a gradient is sparse, complex or not finite (the parameter is named).
     Aji and Heafield (2017), for all tensors as one; chapter 3.
     """
-    require_fraction("density", density)
+    fraction("density", density)
     _require_scope(scope)
     gradients = _checked(with_gradient(params))
     masks = _largest(gradients, density, scope)
@@ -334,7 +334,7 @@ def _one_of(**given: Any) -> tuple[str, Any]:
 
 
 def _require_amount(called: str, rule: str, value: float) -> None:
-    (require_fraction if rule == "density" else _require_not_negative)(called, value)
+    (fraction if rule == "density" else _require_not_negative)(called, value)
 
 
 def _require_not_negative(called: str, value: float) -> None:

@@ -14,7 +14,7 @@ import gradprune as gp
 from gradprune import lab
 from gradprune.lab.zoo import base, by_name, combined, generative, heads, phase, quantum, searched
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "chapters" / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "chapters" / "experiments"
 
 
 def experiment(name):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import gradprune as gp
-from gradprune import norms
+from gradprune.gradients import norms
 
 QUICK = settings(deadline=None, max_examples=50, derandomize=True)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

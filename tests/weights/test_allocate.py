@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradprune import allocate
+from gradprune.weights import allocate
 
 
 @st.composite

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from gradprune.checks import require
+from gradprune.core.checks import require
 
 Patterns = str | Sequence[str] | None
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import gradprune as gp
-from gradprune.mask import count_kept, zero_pruned_
+from gradprune.core.masked import count_kept, zero_pruned_
 
 
 def small_model(dtype=torch.float32):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from gradprune.checks import require
-from gradprune.mask import Hold, Masks
-from gradprune.plan import prepare
-from gradprune.prune import AsPrune, Score, prune
-from gradprune.schedule import Cubic, Geometric, Linear, OneShot
-from gradprune.score import magnitude
+from gradprune.core.checks import require
+from gradprune.weights.hold import Hold
+from gradprune.weights.mask import Masks
+from gradprune.weights.plan import prepare
+from gradprune.weights.prune import AsPrune, Score, prune
+from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
+from gradprune.weights.score import magnitude
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradprune.checks import require_fraction
+from gradprune.core.checks import fraction
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class OneShot:
     at: int = 0
 
     def __post_init__(self) -> None:
-        require_fraction("sparsity", self.sparsity)
+        fraction("sparsity", self.sparsity)
         _require_at_least("at", self.at, 0)
 
     def __call__(self, step: int) -> float:
@@ -89,7 +89,7 @@ class Geometric:
     rounds: int
 
     def __post_init__(self) -> None:
-        require_fraction("rate", self.rate)
+        fraction("rate", self.rate)
         _require_at_least("every", self.every, 1)
         _require_at_least("rounds", self.rounds, 1)
 
@@ -109,8 +109,8 @@ def _share_left(ramp: Linear | Cubic, step: int) -> float | None:
 
 
 def _check_ramp(ramp: Linear | Cubic) -> None:
-    require_fraction("final", ramp.final)
-    require_fraction("initial", ramp.initial)
+    fraction("final", ramp.final)
+    fraction("initial", ramp.initial)
     _require_at_least("begin", ramp.begin, 0)
     _require_at_least("end", ramp.end, ramp.begin)
     _require_at_least("every", ramp.every, 1)

@@ -12,10 +12,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from gradprune.cliplog import Call, ClipLog, checked_window, require_keys
-from gradprune.gradients import Params, with_gradient
-from gradprune.norms import SMALL, count_over, grouped_by_device, largest_of, most_of, norm_of
-from gradprune.unitwise import absent_units, cut_by_tensor, ratios_of, require_finite_weights, scale_units_, units_of
+from gradprune.gradients.cliplog import Call, ClipLog, checked_window, require_keys
+from gradprune.gradients.norms import SMALL, count_over, grouped_by_device, largest_of, most_of, norm_of
+from gradprune.gradients.params import Params, with_gradient
+from gradprune.gradients.unitwise import (
+    absent_units,
+    cut_by_tensor,
+    ratios_of,
+    require_finite_weights,
+    scale_units_,
+    units_of,
+)
 
 NonFinite = Literal["raise", "zero", "skip"]
 _DOUBLE = {torch.float64, torch.complex128}

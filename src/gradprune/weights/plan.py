@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradprune import allocate
-from gradprune.checks import require, require_fraction
-from gradprune.eligible import Patterns, eligible
-from gradprune.granularity import Granularity, Ranked, Units, check_channels, check_divides, parse_granularity
-from gradprune.mask import count_kept
-from gradprune.select import keep_largest, keep_n_of_m
+from gradprune.core.checks import fraction, require
+from gradprune.core.masked import count_kept
+from gradprune.core.select import keep_largest, keep_n_of_m
+from gradprune.weights import allocate
+from gradprune.weights.eligible import Patterns, eligible
+from gradprune.weights.granularity import Granularity, Ranked, Units, check_channels, check_divides, parse_granularity
 
 Scope = Literal["global", "layer", "erk", "lamp"] | Mapping[str, float]
 Choose = Callable[[Ranked], dict[str, Tensor]]
@@ -199,7 +199,7 @@ def _check_amount(
     sparsity: float | None, threshold: float | None, scope: Scope, n_of_m: tuple[int, int] | None
 ) -> None:
     if sparsity is not None:
-        require_fraction("sparsity", sparsity)
+        fraction("sparsity", sparsity)
     if threshold is not None:
         require(not math.isnan(threshold), "threshold must be a number, got NaN")
     if n_of_m is not None:

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradprune.checks import require
-from gradprune.mask import count_kept
-from gradprune.select import By
+from gradprune.core.checks import require
+from gradprune.core.masked import count_kept
+from gradprune.core.select import By
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 

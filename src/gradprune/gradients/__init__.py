@@ -1,0 +1,1 @@
+"""Watch, bound and threshold gradients (chapters 1 to 3)."""

@@ -1,0 +1,1 @@
+"""Get back what pruning cost (chapter 5)."""

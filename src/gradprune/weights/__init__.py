@@ -1,0 +1,1 @@
+"""Score weights, choose which go, and hold them at zero (chapter 4)."""
