@@ -37,7 +37,7 @@ OUTCOMES = {
     "none": "no meaning",
     "open": "open",
 }
-PAPER = "paper.css"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 KINDS = ("formula", "procedure", "snippet", "effect", "scope", "next")
 
 
@@ -246,19 +246,38 @@ def keep_still_pictures(app: Sphinx, doctree: nodes.document) -> None:
             )
 
 
-def print_in_light(app: Sphinx, failure: Exception | None) -> None:
-    """Write the rules by which a page that is dark on the screen is light on paper: the light theme's own."""
-    if failure or app.builder.name != "html":
-        return
-    static = Path(app.outdir) / "_static"
-    rules = []
-    for sheet in ("styles/pydata-sphinx-theme.css", "styles/sphinx-book-theme.css", "pygments.css"):
-        text = re.sub(r"/\*.*?\*/", "", (static / sheet).read_text(encoding="utf-8"), flags=re.DOTALL)
-        for selector, style in re.findall(r"([^{}]*)\{([^{}]*)\}", text):
-            light = [part for part in selector.split(",") if re.search(r'data-theme="?light', part)]
-            if light:
-                rules.append(f"{','.join(light).strip().replace('light', 'dark')}{{{style.strip()}}}")
-    (static / PAPER).write_text("@media print{\n" + "\n".join(rules) + "\n}\n", encoding="utf-8")
+def keep_dark_to_screens(app: Sphinx, failure: Exception | None) -> None:
+    """Make a page light on paper, though it is dark on the screen, and light where no script sets its theme."""
+    if failure is None and app.builder.name == "html":
+        for path in (Path(app.outdir) / "_static").rglob("*.css"):
+            text = path.read_text(encoding="utf-8")
+            if "data-theme" in text:
+                path.write_text(dark_on_screens_only(text), encoding="utf-8")
+
+
+def dark_on_screens_only(sheet: str) -> str:
+    """Return a style sheet whose rules for dark hold on screens only, and those for light also elsewhere.
+
+    The theme is an attribute that a script sets; where none runs it stays "auto".
+    """
+
+    def rewrite(rule: re.Match[str]) -> str:
+        selectors, style = (
+            re.split(r",(?![^(]*\))", rule[1].strip()),
+            rule[2],
+        )  # a comma inside :is(...) divides nothing
+        dark = [part for part in selectors if re.search(r'data-theme="?dark', part)]
+        kept = [part for part in selectors if part not in dark]
+        light = [part for part in kept if re.search(r'data-theme="?light', part)]
+        kept += [re.sub(r'(data-theme="?)light', r"\1auto", part) for part in light]
+        paper = [re.sub(r'(data-theme="?)light', r"\1dark", part) for part in light]
+        rules = [f"{','.join(kept)}{{{style}}}"] if kept else []
+        rules += [f"@media screen{{{','.join(dark)}{{{style}}}}}"] if dark else []
+        rules += [f"@media print{{{','.join(paper)}{{{style}}}}}"] if paper else []
+        return "\n".join(rules)
+
+    without_comments = re.sub(r"/\*.*?\*/", "", sheet, flags=re.DOTALL)
+    return re.sub(r"([^{};]*data-theme[^{};]*)\{([^{}]*)\}", rewrite, without_comments)
 
 
 def anchor_of(claim: str) -> str:
@@ -319,12 +338,11 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("results-table", ResultsTable)
     app.add_directive("type-names", TypeNames)
-    app.add_css_file(PAPER, priority=900)  # after the theme's
     app.connect("source-read", fill_in)
     app.connect("doctree-read", mark_verdicts)
     app.connect("doctree-read", keep_still_pictures)
     app.connect("autodoc-process-docstring", link_chapters)
     app.connect("missing-reference", link_type)
     app.connect("html-page-context", flatten_module_list)
-    app.connect("build-finished", print_in_light, priority=900)  # after the theme has written its colours of code
+    app.connect("build-finished", keep_dark_to_screens, priority=900)  # after the theme has written its colours of code
     return {"parallel_read_safe": True, "parallel_write_safe": True}
