@@ -71,8 +71,7 @@ class Masks(Mapping[str, Tensor]):
         """
         parameters = self._find(model)
         zero_pruned_((parameter, self[name].to(parameter.device)) for name, parameter in parameters.items())
-        self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
-        return self
+        return self.belonging_to(parameters)
 
     def mask_gradients_(self, model: nn.Module) -> Masks:
         """Set the gradients of the pruned weights of `model` to zero; what has no gradient is passed over.
@@ -135,6 +134,11 @@ class Masks(Mapping[str, Tensor]):
         warn_of_unowned(parameters, optimizers, stacklevel=2)
         zero_pruned_(held.items())
         return Hold(optimizers, held)
+
+    def belonging_to(self, parameters: Mapping[str, nn.Parameter]) -> Masks:
+        """Remember these parameters, by the masks' names, as the ones to ``hold``; return these masks."""
+        self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
+        return self
 
     def _find(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by the masks' names, checked."""
