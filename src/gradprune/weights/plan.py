@@ -35,7 +35,7 @@ def prepare(
     within: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, nn.Parameter], Choose]:
     """The eligible parameters and the way from their scores to masks, with every argument checked."""
-    layers = eligible(model, include, exclude)
+    layers = {name: weight.parameter for name, weight in eligible(model, include, exclude).items()}
     n_of_m, block = parse_granularity(granularity)
     _check_amount(sparsity, threshold, scope, n_of_m)
     _check_scope(scope, layers)
