@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -63,6 +62,16 @@ def matches(pattern: str, weight: Weight) -> bool:
     return any(fnmatchcase(name, pattern) for name in weight.names)
 
 
+def as_patterns(argument: str, patterns: Any) -> list[str]:
+    """Return one or several glob patterns as a list, or raise TypeError; `argument` is what it is called."""
+    given = [patterns] if isinstance(patterns, str) else patterns
+    if isinstance(given, Iterable) and not isinstance(given, bytes):
+        given = list(given)
+        if all(isinstance(pattern, str) for pattern in given):
+            return given
+    raise TypeError(f"{argument} must be a glob pattern or a list of them, such as '0.*', got {patterns!r}")
+
+
 def _stated(every: dict[str, Weight], axes: StatedAxes) -> dict[str, Weight]:
     """The weights with the axes that the caller states."""
     if axes is None:
@@ -88,10 +97,9 @@ def _without_matrices(every: Mapping[str, Weight]) -> dict[str, Weight]:
             f"of two dimensions or more, and neither an embedding's nor a normalisation's{hint}"
         )
     reasons = "; ".join(f"{name!r} {w.reason}" for name, w in list(guessed.items())[:3])
-    warnings.warn(
+    checks.warn(
         f"the model has no matrix of a layer, so what looks like none is pruned ({reasons}); name it by include= to "
-        "say that it is meant",
-        stacklevel=2,
+        "say that it is meant"
     )
     return guessed
 
@@ -101,7 +109,7 @@ def _matching(
 ) -> dict[str, Weight]:
     """The weights that a pattern matches, among `beside` where it matches none of `names`."""
     found: dict[str, Weight] = {}
-    for pattern in _as_patterns(argument, patterns):
+    for pattern in as_patterns(argument, patterns):
         for among in (names, beside):
             matched = {name: w for name, w in among.items() if matches(pattern, w)}
             if matched:
@@ -110,15 +118,6 @@ def _matching(
             raise ValueError(f"{argument} pattern {pattern!r} matches {_instead(pattern, every)}")
         found |= matched
     return found
-
-
-def _as_patterns(argument: str, patterns: Any) -> list[str]:
-    given = [patterns] if isinstance(patterns, str) else patterns
-    if isinstance(given, Iterable) and not isinstance(given, bytes):
-        given = list(given)
-        if all(isinstance(pattern, str) for pattern in given):
-            return given
-    raise TypeError(f"{argument} must be a glob pattern or a list of them, such as '0.*', got {patterns!r}")
 
 
 def _instead(pattern: str, every: Mapping[str, Weight]) -> str:
