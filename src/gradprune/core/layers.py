@@ -139,6 +139,8 @@ def _layer_axes(module: nn.Module, attribute: str) -> tuple[Axes, str] | None:
     kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers.")]
     if "Conv1D" in kinds and attribute == "weight":
         return Axes(1, 0), ""
+    if attribute == "weight" and any(kind.endswith("Router") for kind in kinds):  # to experts, by F.linear
+        return Axes(), ""
     stacked = [_STACKS[kind] for kind in kinds if kind in _STACKS]
     if kinds and isinstance(getattr(module, "is_transposed", None), bool):
         stacked.append(bool(module.is_transposed))
