@@ -200,7 +200,7 @@ def _weight(
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return use._replace(reason=f"is {parameter.dtype}")
         if parameter.dim() < 2:
-            return use._replace(reason=f"has {parameter.dim()} dimensions")
+            return use._replace(reason=f"has {parameter.dim()} dimension{'' if parameter.dim() else 's'}")
     if isinstance(layer, _EMBEDDINGS):
         return use._replace(reason="is an embedding's")
     if isinstance(layer, _NORMS):

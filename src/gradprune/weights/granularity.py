@@ -70,17 +70,20 @@ class Units(NamedTuple):
         for name, values in ranked.values.items():
             tiles = _over_tiles(canonical(self.layers[name], values), self._tile(name))
             tiles = tiles.abs() if ranked.by == "magnitude" else tiles
-            means[name] = tiles.mean(dim=-1, dtype=torch.promote_types(tiles.dtype, torch.float32))
+            wide = torch.promote_types(tiles.dtype, torch.float32)
+            means[name] = tiles.mean(dim=-1, dtype=wide) if tiles.numel() else tiles.sum(dim=-1, dtype=wide)
         return Ranked(means)
 
     def expand(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Masks over units as masks over weights."""
         if self.block is None:
             return dict(masks)
-        return {
-            name: as_stored(self.layers[name], _repeat_tiles(mask, self._tile(name), self._shape(name)))
-            for name, mask in masks.items()
-        }
+        found = {}
+        for name, mask in masks.items():
+            found[name] = as_stored(self.layers[name], _repeat_tiles(mask, self._tile(name), self._shape(name)))
+            if self.within is not None:  # a unit may stay of which a part is gone
+                found[name] &= self.within[name]
+        return found
 
     def _shape(self, name: str) -> torch.Size:
         return canonical(self.layers[name], self.layers[name].parameter).shape

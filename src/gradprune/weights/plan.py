@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.masked import count_kept
-from gradprune.core.select import keep_largest, keep_n_of_m
+from gradprune.core.select import By, keep_largest, keep_n_of_m
 from gradprune.weights import allocate
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
 
@@ -101,8 +101,14 @@ def _keep_n_of_m(units: Units, n: int, m: int, ranked: Ranked) -> dict[str, Tens
     for name, weight in units.layers.items():
         values, allowed = canonical(weight, ranked.values[name]), units.allowed(name)
         dim = weight.axes.depth + 1 if weight.axes is not None else 1
-        mask = as_stored(weight, keep_n_of_m(values, n, m, dim=dim, by=ranked.by, name=repr(name)))
-        masks[name] = mask if allowed is None else mask & allowed
+        if allowed is None:
+            mask = keep_n_of_m(values, n, m, dim=dim, by=ranked.by, name=repr(name))
+        else:
+            grouped = values.movedim(dim, -1)
+            among = canonical(weight, allowed).movedim(dim, -1).reshape(-1, m)
+            mask = _keep_in_rows(name, grouped.reshape(-1, m), n, ranked.by, among).logical_and_(among)
+            mask = mask.view(grouped.shape).movedim(-1, dim)
+        masks[name] = as_stored(weight, mask)
     return masks
 
 
@@ -190,12 +196,12 @@ def _units_nearest(units: Units, values: Mapping[str, Tensor], among: Sequence[T
     if units.block is None:
         return weights
     flat = torch.cat([v.reshape(-1).cpu() for v in values.values()])
-    costs = torch.cat([torch.full((v.numel(),), units.cost(name)) for name, v in values.items()])
+    costs = torch.cat([torch.full((v.numel(),), units.cost(name), device="cpu") for name, v in values.items()])
     if among is not None:
         allowed = torch.cat([a.reshape(-1).cpu() for a in among])
         flat, costs = flat[allowed], costs[allowed]
     held = costs[flat.sort(stable=True).indices.flip(0)].cumsum(0)
-    distances = (torch.cat([torch.zeros(1, dtype=held.dtype), held]) - weights).abs()
+    distances = (torch.cat([torch.zeros(1, dtype=held.dtype, device="cpu"), held]) - weights).abs()
     return int(distances.argmin())
 
 
@@ -235,21 +241,26 @@ def _keep_per_row(units: Units, counts: Mapping[str, int], warning: str, ranked:
         checks.warn(warning)
     masks = {}
     for name, count in counts.items():
-        values = _rows(units, name, ranked.values[name])
-        require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
         allowed = None if units.within is None else _rows(units, name, units.within[name])
-        mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
-        step = max(1, ROWS_AT_A_TIME // max(values.shape[1], 1))
-        for start in range(0, len(values), step):
-            part = slice(start, start + step)
-            size = values[part].abs() if ranked.by == "magnitude" else values[part]
-            order = size.sort(dim=1, stable=True).indices
-            if allowed is not None:  # what may not stay goes first
-                order = order.gather(1, allowed[part].gather(1, order).sort(dim=1, stable=True).indices)
-            mask[part] = torch.ones_like(mask[part]).scatter_(1, order[:, : values.shape[1] - count], False)
+        mask = _keep_in_rows(name, _rows(units, name, ranked.values[name]), count, ranked.by, allowed)
         weight = units.layers[name]
         masks[name] = as_stored(weight, mask.view(canonical(weight, weight.parameter).shape))
     return masks
+
+
+def _keep_in_rows(name: str, values: Tensor, count: int, by: By, allowed: Tensor | None) -> Tensor:
+    """A mask that is True for the `count` largest of each row, of those allowed first; the later of equals stays."""
+    require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    step = max(1, ROWS_AT_A_TIME // max(values.shape[1], 1))
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        size = values[part].abs() if by == "magnitude" else values[part]
+        order = size.sort(dim=1, stable=True).indices
+        if allowed is not None:  # what may not stay goes first
+            order = order.gather(1, allowed[part].gather(1, order).sort(dim=1, stable=True).indices)
+        mask[part] = torch.ones_like(mask[part]).scatter_(1, order[:, : values.shape[1] - count], False)
+    return mask
 
 
 def _rows(units: Units, name: str, tensor: Tensor) -> Tensor:

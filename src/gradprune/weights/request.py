@@ -69,7 +69,7 @@ class Request:
             layers = with_axes(layers)
             check_fits(layers, n_of_m, block)
         outputs = ""
-        if block is not None and len(block) == 1:
+        if block is not None and len(block) == 1 and len(layers) > 1:
             last = last_of(weights_of(model))
             named = include is not None and last is not None and any(matches(pattern, last) for pattern in include)
             outputs = last.name if last is not None and last.name in layers and not named else ""
