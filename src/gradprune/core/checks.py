@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -17,11 +19,21 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+_PACKAGE = __name__.partition(".")[0]
+
 
 def require(holds: bool, message: str) -> None:
     """Raise ValueError with `message` unless the condition holds."""
     if not holds:
         raise ValueError(message)
+
+
+def warn(message: str) -> None:
+    """Warn, at the line outside this package that called into it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def number(
