@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -17,11 +19,21 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+_PACKAGE = __name__.partition(".")[0]
+
 
 def require(holds: bool, message: str) -> None:
     """Raise ValueError with `message` unless the condition holds."""
     if not holds:
         raise ValueError(message)
+
+
+def warn(message: str) -> None:
+    """Warn, at the line outside this package that called into it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def number(
@@ -56,15 +68,13 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
 
     Refused are bool, text, complex numbers, None (TypeError); 2.5, NaN, infinities, what is out of range (ValueError).
     """
-    wanted = "a whole number"
-    if least is not None or most is not None:
-        ends = (least if least is not None else -math.inf, most if most is not None else math.inf)
-        wanted += f" of at least {least}" if most is None else f" between {ends[0]} and {ends[1]}"
-    plain = _plain(name, value, wanted)
+    plain = _plain(name, value, "a whole number")
     if isinstance(plain, float) and not (math.isfinite(plain) and plain == int(plain)):
-        raise ValueError(f"{name} must be {wanted}, got {_shown(value)}")
+        raise ValueError(f"{name} must be a whole number, got {_shown(value)}")
     converted = int(plain)
-    if (least is not None and converted < least) or (most is not None and converted > most):
+    low, high = -math.inf if least is None else least, math.inf if most is None else most
+    if not low <= converted <= high:
+        wanted = f"at least {least}" if most is None else f"between {least} and {most}"
         raise ValueError(f"{name} must be {wanted}, got {_shown(value)}")
     return converted
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from gradprune.core.masked import count_kept, zero_pruned_
-from gradprune.weights.hold import Hold
+from gradprune.core.steps import Optimizers, as_list, not_owned, ridden
+from gradprune.weights.hold import Hold, warn_of_unowned
 
 
 class Masks(Mapping[str, Tensor]):
@@ -71,8 +71,7 @@ class Masks(Mapping[str, Tensor]):
         """
         parameters = self._find(model)
         zero_pruned_((parameter, self[name].to(parameter.device)) for name, parameter in parameters.items())
-        self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
-        return self
+        return self.belonging_to(parameters)
 
     def mask_gradients_(self, model: nn.Module) -> Masks:
         """Set the gradients of the pruned weights of `model` to zero; what has no gradient is passed over.
@@ -89,33 +88,57 @@ class Masks(Mapping[str, Tensor]):
         zero_pruned_((gradient, self[name].to(gradient.device)) for name, gradient in gradients.items())
         return self
 
-    def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> Hold:
+    def hold(self, optimizer: Optimizers, model: nn.Module | None = None) -> Hold:
         """Keep the pruned weights exactly zero after every step of `optimizer`, until the handle is removed.
 
-        Momentum, weight decay, a loaded optimizer state or a loaded model cannot revive them: the optimizer's own
-        post-step hook sets them to zero after each step, one pass over the weights. What the optimizer remembers of
-        them (momentum, second moments) is set to zero now, when a state is loaded or saved, when other masks take over,
-        and at the end; in between it is inert, as nothing reads it but a step that is undone. An optimizer whose step
-        mixes entries (LBFGS, Muon, any that torch.optim does not have) also gets gradients that are zero there. No
-        parameter name, forward pass or module is touched. A parameter has one mask in an optimizer: a later call
-        replaces an earlier one.
+        They are set to zero now and after each step, whatever momentum, weight decay or a loaded state says; what the
+        optimizer remembers of them is forgotten. No parameter name, forward pass or module is touched. A parameter has
+        one mask in an optimizer: a later call replaces an earlier one. Give all optimizers that move masked weights.
+        Wrapped ones (accelerate, Lightning, SAM, Lookahead) are looked into. Weights that are written otherwise than by
+        a step (an average, a loaded checkpoint) come back until the next step: ask ``masks.holds(model)``, mend by
+        ``masks.apply_(model)``. Of an optimizer that first climbs (SAM), mask the gradients before the climb, by
+        ``masks.mask_gradients_(model)``, or its second forward pass is that of a network with pruned weights alive.
 
-        The parameters are those of the model that the masks were made from or applied to; else pass `model`. Those
-        the optimizer does not own are left alone. The weights and the state are set to zero at once.
-        Returns a handle with ``remove()``, which is also a context manager. Raises ValueError where the masks belong
-        to no model, where a shape differs, and where the optimizer owns none of the parameters.
+        Args:
+            optimizer: what moves the weights, or a list of all that do.
+            model: the model whose parameters are held; by default the one the masks were made from or applied to.
+
+        Returns:
+            A handle with ``remove()``, which is also a context manager.
+
+        Raises:
+            TypeError: `optimizer` is no optimizer, or one whose steps cannot be watched.
+            ValueError: the masks belong to no model, a name or shape is not the model's, or the optimizers have none of
+                the parameters. Nothing has been changed then.
+
+        Warns where the optimizers lack some of the masked parameters.
+
+        Example:
+            >>> model = torch.nn.Linear(8, 8)
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> hold = gp.prune(model, sparsity=0.5).hold(optimizer)
+
         Chapter 4.
         """
-        parameters = self._live_parameters(optimizer) if model is None else self._find(model)
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held = {p: self[name].to(p.device) for name, p in parameters.items() if id(p) in owned}
+        optimizers = as_list(optimizer)
+        for given in optimizers:
+            ridden(given)
+        parameters = self._live_parameters() if model is None else self._find(model)
+        missing = set(not_owned(parameters, optimizers))
+        held = {p: self[name].to(p.device) for name, p in parameters.items() if name not in missing}
         if parameters and not held:
             raise ValueError(
                 f"the optimizer owns none of the {len(parameters)} masked parameters ({_some(parameters)}); "
                 "was it made from another model, or from a copy?"
             )
+        warn_of_unowned(parameters, optimizers, stacklevel=2)
         zero_pruned_(held.items())
-        return Hold(optimizer, held)
+        return Hold(optimizers, held)
+
+    def belonging_to(self, parameters: Mapping[str, nn.Parameter]) -> Masks:
+        """Remember these parameters, by the masks' names, as the ones to ``hold``; return these masks."""
+        self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
+        return self
 
     def _find(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by the masks' names, checked."""
@@ -130,7 +153,7 @@ class Masks(Mapping[str, Tensor]):
                 )
         return {name: every[name] for name in self}
 
-    def _live_parameters(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    def _live_parameters(self) -> dict[str, nn.Parameter]:
         live = {name: ref() for name, ref in self._parameters.items()}
         found = {name: p for name, p in live.items() if p is not None}
         if len(found) == len(self):
