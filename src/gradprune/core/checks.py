@@ -123,12 +123,10 @@ def state(value: Any, wanted: Mapping[str, type | tuple[type, ...]], of: str) ->
     return value
 
 
-def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None:
-    """Raise, naming it, where a tensor cannot be read and written in place entry by entry.
+def require_readable(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise TypeError, naming it, where a tensor has no values that can be read entry by entry.
 
-    Call it on all tensors of a call before the first is changed. TypeError for a kind of tensor that is not supported
-    (DTensor, quantized, lazy, meta, sparse, eight-bit floats), ValueError for one that could be made writable (entries
-    that share memory, inference mode, the negative bit).
+    That is a lazy, meta, sparse or quantized one, and a DTensor.
     """
     called = f"the {what} {name!r}"
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
@@ -141,6 +139,17 @@ def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None
         raise TypeError(f"{called} is quantized: prune before quantizing")
     if tensor.layout != torch.strided:
         raise TypeError(f"{called} is sparse ({tensor.layout}): make it dense first, to_dense()")
+
+
+def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise, naming it, where a tensor cannot be read and written in place entry by entry.
+
+    Call it on all tensors of a call before the first is changed. TypeError for a kind of tensor that is not supported
+    (as ``require_readable``, and eight-bit floats), ValueError for one that could be made writable (entries that share
+    memory, inference mode, the negative bit).
+    """
+    require_readable(name, tensor, what)
+    called = f"the {what} {name!r}"
     if tensor.is_floating_point() and tensor.element_size() == 1:
         raise TypeError(f"{called} is {tensor.dtype}, which holds numbers with a scale elsewhere: convert it first")
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
