@@ -61,7 +61,8 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
         ends = (least if least is not None else -math.inf, most if most is not None else math.inf)
         wanted += f" of at least {least}" if most is None else f" between {ends[0]} and {ends[1]}"
     plain = _plain(name, value, wanted)
-    if isinstance(plain, float) and not (math.isfinite(plain) and plain == int(plain)):
+    ratio = isinstance(value, numbers.Rational) and value.denominator != 1  # its float may be whole by rounding
+    if ratio or (isinstance(plain, float) and not (math.isfinite(plain) and plain == int(plain))):
         raise ValueError(f"{name} must be {wanted}, got {_shown(value)}")
     converted = int(plain)
     if (least is not None and converted < least) or (most is not None and converted > most):
@@ -78,7 +79,7 @@ def choice(name: str, value: T, known: Collection[T]) -> T:
     """Return the value if it is one of the known ones, else raise ValueError."""
     try:
         found = value in known
-    except TypeError:  # not hashable, or not comparable
+    except (TypeError, ValueError, RuntimeError):  # not hashable, or an array or tensor, whose comparison is one too
         found = False
     if not found or isinstance(value, Tensor):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {_shown(value)}")
@@ -176,7 +177,9 @@ def _plain(name: str, value: Any, wanted: str) -> int | float:
         found = value[()]
     if isinstance(found, bool | np.bool_) or not isinstance(found, numbers.Real | np.floating | np.integer):
         raise TypeError(f"{name} must be {wanted}, got {_shown(value)}")
-    return int(found) if isinstance(found, numbers.Integral) else _float(name, found)
+    if isinstance(found, numbers.Rational) and found.denominator == 1:  # an integer, or a Fraction that is one
+        return int(found.numerator)
+    return _float(name, found)
 
 
 def _float(name: str, value: Any) -> float:
@@ -208,6 +211,8 @@ def _shown(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and {value.dtype}"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, bool | int | float | complex | str | np.generic):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."

@@ -100,9 +100,28 @@ def read(path: Path, kind: Kind) -> tuple[Any, dict[str, Tensor]]:
 
     FileNotFoundError where there is no such file, ValueError where it is not one of the kind.
     """
-    library = safetensors()
+    for _ in range(100):
+        version = _version(path)
+        try:
+            found = _read(path, kind)
+        except ValueError:
+            if _version(path) == version:
+                raise
+        else:
+            if _version(path) == version:  # the library opens a file anew for each tensor: it may be another by then
+                return found
+    raise OSError(f"{str(path)!r} is written again and again while it is read")
+
+
+def _version(path: Path) -> tuple[int, int, int]:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _read(path: Path, kind: Kind) -> tuple[Any, dict[str, Tensor]]:
+    library = safetensors()
     wrong = f"{path.name!r} is no {kind.name}"
     if not path.is_file():
         raise ValueError(f"{wrong}: it is {'a folder' if path.is_dir() else 'no ordinary file'}")

@@ -158,7 +158,7 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
                 f"{name!r} of the model's state is no tensor, but {type(value).__name__}: a checkpoint holds tensors "
                 "alone; leave `checkpoint` out"
             )
-        require_readable(name, value, "state")
+        require_readable(name, value, "tensor")
     return dict(found)
 
 

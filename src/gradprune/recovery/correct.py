@@ -139,9 +139,10 @@ def _check_pruning(model: nn.Module, score: Score, plan: Plan, as_prune: AsPrune
     by_name = isinstance(as_prune.get("scope"), Mapping)
     require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
     function("score", score, hint="a score is a function such as gp.magnitude")
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            require_readable(name, value, "state")
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if tensor.layout == torch.strided:
+                require_readable(name, tensor, kind)
     for sparsity in dict.fromkeys(plan.sparsities):
         layers, _ = prepare(model, sparsity=sparsity, **as_prune)
     for name, parameter in layers.items():
