@@ -8,7 +8,6 @@ Modules store their weights in different orders: a linear layer [out, in], a tra
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -73,11 +72,11 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
     return {uses[0].name: _joined(uses) for uses in found.values()}
 
 
-def last_of(weights: Mapping[str, Weight]) -> Weight | None:
+def last_of(model: nn.Module) -> Weight | None:
     """Return the matrix that comes last in the model, which mostly gives its outputs; None where there is none."""
-    order = {name: at for at, name in enumerate(name for weight in weights.values() for name in weight.names)}
-    matrices = [weight for weight in weights.values() if weight.axes is not None]
-    return max(matrices, key=lambda weight: max(order[name] for name in weight.names), default=None)
+    by_name = {name: weight for weight in weights_of(model).values() for name in weight.names}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return next((by_name[name] for name in reversed(names) if by_name[name].axes is not None), None)
 
 
 def stated_axes(name: str, given: Any, dimensions: int) -> Axes:
