@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.checks import require
-from gradprune.core.layers import Weight, last_of, weights_of
+from gradprune.core.layers import Weight, last_of
 from gradprune.core.masked import count_kept
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
 from gradprune.weights.granularity import (
@@ -70,7 +70,7 @@ class Request:
             check_fits(layers, n_of_m, block)
         outputs = ""
         if block is not None and len(block) == 1 and len(layers) > 1:
-            last = last_of(weights_of(model))
+            last = last_of(model)
             named = include is not None and last is not None and any(matches(pattern, last) for pattern in include)
             outputs = last.name if last is not None and last.name in layers and not named else ""
         if isinstance(granularity, str) and granularity == "channel":
