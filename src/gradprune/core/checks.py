@@ -123,13 +123,8 @@ def state(value: Any, wanted: Mapping[str, type | tuple[type, ...]], of: str) ->
     return value
 
 
-def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None:
-    """Raise, naming it, where a tensor cannot be read and written in place entry by entry.
-
-    Call it on all tensors of a call before the first is changed. TypeError for a kind of tensor that is not supported
-    (DTensor, quantized, lazy, meta, sparse, eight-bit floats), ValueError for one that could be made writable (entries
-    that share memory, inference mode, the negative bit).
-    """
+def require_readable(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise TypeError, naming it, where a tensor's entries are not at hand: lazy, DTensor, meta, quantized, wrapped."""
     called = f"the {what} {name!r}"
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         raise TypeError(f"{called} is lazy, without a shape yet: run the model on one batch first")
@@ -139,6 +134,19 @@ def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None
         raise TypeError(f"{called} is on the meta device, without values: materialize the model first (to_empty, load)")
     if tensor.is_quantized:
         raise TypeError(f"{called} is quantized: prune before quantizing")
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise TypeError(f"{called} is a {type(tensor).__name__}, whose entries are held by other tensors: do it before")
+
+
+def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise, naming it, where a tensor cannot be read and written in place entry by entry.
+
+    Call it on all tensors of a call before the first is changed. TypeError for a kind of tensor that is not supported
+    (DTensor, quantized, lazy, meta, sparse, eight-bit floats), ValueError for one that could be made writable (entries
+    that share memory, inference mode, the negative bit).
+    """
+    require_readable(name, tensor, what)
+    called = f"the {what} {name!r}"
     if tensor.layout != torch.strided:
         raise TypeError(f"{called} is sparse ({tensor.layout}): make it dense first, to_dense()")
     if tensor.is_floating_point() and tensor.element_size() == 1:
