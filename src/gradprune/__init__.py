@@ -7,13 +7,13 @@ from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.probe import Recorder, Trace, gradient_norms, jacobian_singular_values
 from gradprune.gradients.sparsify import ErrorFeedback, keep_top_gradients_, threshold_gradients_
 from gradprune.recovery.correct import Entry, History, Round, distill_loss, iterate
+from gradprune.weights.activation import activation
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 from gradprune.weights.pruner import Event, Pruner, Regrow
 from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
 from gradprune.weights.score import (
-    activation,
     fisher,
     gradient,
     grasp,

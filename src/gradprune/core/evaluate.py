@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), _as_written(), _no_cached_casts():
         try:
-            model.eval()
+            with suppress(NotImplementedError):  # an exported graph has one mode only
+                model.eval()
             yield
         finally:
             for module, mode in modes.items():

@@ -14,7 +14,10 @@ from torch.utils.hooks import RemovableHandle
 aten = torch.ops.aten
 _ENTRY_BY_ENTRY = {aten._to_copy, aten.clone, aten.copy, aten.copy_}
 _SELECTED = {aten.index, aten.index_select}
-_MOVED = _ENTRY_BY_ENTRY | _SELECTED | {aten.cat, aten.stack, aten.gather, aten.repeat, aten.flip, aten.roll}
+_MOVED = _ENTRY_BY_ENTRY | _SELECTED | {
+    aten.cat, aten.stack, aten.gather, aten.repeat, aten.flip, aten.roll,
+    aten.t, aten.transpose,  # of a sparse tensor they are copies
+}  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -55,11 +58,13 @@ class Owners(TorchDispatchMode):
             for p in module.parameters(recurse=False):
                 if p.dim() >= 2 and (key := memory(p)) is not None:
                     self._owners.setdefault(key, []).append(module)
-        self._parameters = frozenset(self._owners)
+        self.parameters = frozenset(self._owners)
 
     def __enter__(self) -> Any:
         try:
             for module in self._model.modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no hooks; its weights are known by their memory all the same
                 self._hooks.append(module.register_forward_pre_hook(self._begin))
                 self._hooks.append(module.register_forward_hook(self._end, always_call=True))
             return super().__enter__()
@@ -116,10 +121,11 @@ class Owners(TorchDispatchMode):
         sources = args[0] if isinstance(args[0], tuple | list) else [args[1 if operator is aten.copy_ else 0]]
         owners = [self.owners(t) if isinstance(t, Tensor) else [] for t in sources]
         key = memory(result) if isinstance(result, Tensor) and all(owners) else None
-        if key is None or key in self._parameters or result.layout != torch.strided:
+        if key is None or key in self.parameters:
             return
-        storage = result.untyped_storage()
-        if result.numel() * result.element_size() != storage.nbytes():
+        entries = _entries(result)
+        storage = entries.untyped_storage()
+        if entries.numel() * entries.element_size() != storage.nbytes():
             return  # written into a part of something else
         self._forget_what_is_gone()
         self._owners[key] = list(dict.fromkeys(module for found in owners for module in found))
@@ -132,7 +138,7 @@ class Owners(TorchDispatchMode):
             indices = (None,) * (args[1] % max(sources[0].dim(), 1)) + (args[2],)
         elif operator not in _ENTRY_BY_ENTRY or sources[0].shape != result.shape:
             return
-        if sources[0].layout == torch.strided:
+        if sources[0].layout == result.layout == torch.strided:
             self._copies[key] = Copy(place(sources[0]), place(result), indices)
 
     def _forget_what_is_gone(self) -> None:
@@ -155,14 +161,18 @@ class Owners(TorchDispatchMode):
 
 def memory(tensor: Tensor) -> int | None:
     """A key of the memory that the tensor's entries are in; None where it has none that can be told."""
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor._values()
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
-        tensor = tensor.values()
     try:
-        return tensor.untyped_storage()._cdata
+        return int(_entries(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the values that a sparse one stores."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values()
+    compressed = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+    return tensor.values() if tensor.layout in compressed else tensor
 
 
 def place(tensor: Tensor) -> Place:

@@ -50,11 +50,11 @@ def count_flops(model: nn.Module, example: Any) -> Count:
 
     seen = _Products(model)
     formulas = {op: seen.watching(formula) for op, formula in {**_formulas(), **flop_registry}.items()}
-    formulas |= {op: seen.watching_groups for op in _grouped_products()}
+    formulas |= dict.fromkeys(_grouped_products(), seen.watching_groups)
     seen.counted = frozenset(formulas)
-    with evaluated(model), torch.no_grad(), plain_kernels(), seen:
-        with FlopCounterMode(display=False, custom_mapping=formulas):
-            call(model, example)
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with evaluated(model), torch.no_grad(), plain_kernels(), seen, counter:
+        call(model, example)
     return Count(seen.found, seen.uncounted)
 
 
@@ -127,7 +127,7 @@ class _Products(Owners):
         return self._densities[key]
 
     def _multiplies(self, operator: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether it is a product by its name; of operators that are not torch's own, whether it gets what makes one."""
+        """Whether it is a product: by torch's name for it, and of foreign operators by what they get."""
         namespace, _, name = str(operator).rpartition(".")
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2]
         if namespace not in ("aten", "prim", "prims"):
@@ -174,11 +174,22 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     def product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
         return matrices(a, b)
 
-    known = {
-        "mv": vector, "dot": vector, "vdot": vector, "addmv": added_vector, "addmv_": added_vector, "addmm_": added,
-        "addbmm": added, "addbmm_": added, "baddbmm_": added, "_addmm_activation": added, "_int_mm": product, "_trilinear": bilinear, "_scaled_dot_product_flash_attention_for_cpu": attention,
+    known: dict[str, Callable[..., int]] = {
+        "mv": vector,
+        "dot": vector,
+        "vdot": vector,
+        "addmv": added_vector,
+        "addmv_": added_vector,
+        "addmm_": added,
+        "addbmm": added,
+        "addbmm_": added,
+        "baddbmm_": added,
+        "_addmm_activation": added,
+        "_int_mm": product,
+        "_trilinear": bilinear,
+        "_scaled_dot_product_flash_attention_for_cpu": attention,
         "_scaled_dot_product_fused_attention_overrideable": attention,
-    }  # fmt: skip
+    }
     return {getattr(aten, name): formula for name, formula in known.items() if hasattr(aten, name)}
 
 

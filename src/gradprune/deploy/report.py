@@ -199,7 +199,8 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
             new = [p.detach() for p in own.values() if id(p) not in counted]
             counted |= {id(p) for p in own.values()}
             layer_flops = None if example is None else flops.pop(layer, Flops())
-            rows.append(_row(name or "(model)", type(layer).__name__, new, layer_flops))
+            kind = getattr(layer, "original_name", type(layer).__name__)  # what was scripted
+            rows.append(_row(name or "(model)", kind, new, layer_flops))
     elsewhere = sum((f.all for f in flops.values()), 0)
     if elsewhere:  # in modules without parameters, and so without zeros
         rows.append(_row("(other)", "", [], Flops(elsewhere, elsewhere)))
