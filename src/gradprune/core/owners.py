@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -53,34 +55,34 @@ class Owners(TorchDispatchMode):
         self._owners: dict[int, list[nn.Module]] = {}
         self._copies: dict[int, Copy] = {}
         self._alive: dict[int, StorageWeakRef] = {}
-        self._hooks: list[RemovableHandle] = []
         for module in model.modules():
             for p in module.parameters(recurse=False):
                 if p.dim() >= 2 and (key := memory(p)) is not None:
                     self._owners.setdefault(key, []).append(module)
         self.parameters = frozenset(self._owners)
 
-    def __enter__(self) -> Any:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See what runs inside, with the modules that run."""
+        hooks: list[RemovableHandle] = []
         try:
             for module in self._model.modules():
                 if isinstance(module, torch.jit.ScriptModule):
                     continue  # takes no hooks; its weights are known by their memory all the same
-                self._hooks.append(module.register_forward_pre_hook(self._begin))
-                self._hooks.append(module.register_forward_hook(self._end, always_call=True))
-            return super().__enter__()
-        except BaseException:
-            self._remove_hooks()
-            raise
-
-    def __exit__(self, *raised: Any) -> None:
-        try:
-            super().__exit__(*raised)
+                hooks.append(module.register_forward_pre_hook(self._begin))
+                hooks.append(module.register_forward_hook(self._end, always_call=True))
+            with self:
+                yield
         finally:
-            self._remove_hooks()
+            for hook in hooks:
+                hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run the operator and tell ``ran``."""
+        """Run the operator and tell ``ran``; of one that is made of others, these."""
         kwargs = kwargs or {}
+        if _is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         operator = getattr(func, "_overloadpacket", func)
         if operator in _MOVED:
@@ -153,10 +155,13 @@ class Owners(TorchDispatchMode):
     def _end(self, *_: Any) -> None:
         self._running.pop()
 
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operator is made of others: it is seen itself only where its tensors take no part in autograd."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def memory(tensor: Tensor) -> int | None:

@@ -27,6 +27,8 @@ _NO_PRODUCT = re.compile(
     "|reorder|slice|fused_lstm_cell|fused_gru_cell|convert|backward"
 )
 
+_GROUPED = {"aten._grouped_mm", "transformers.grouped_mm_fallback"}
+
 
 @dataclass
 class Flops:
@@ -45,15 +47,9 @@ class Count:
 
 
 def count_flops(model: nn.Module, example: Any) -> Count:
-    """Count one forward pass by torch's own counter, and formulas for products that it has none for."""
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry
-
+    """Count one forward pass by the formulas of torch's own counter, and by more for products that it has none for."""
     seen = _Products(model)
-    formulas = {op: seen.watching(formula) for op, formula in {**_formulas(), **flop_registry}.items()}
-    formulas |= dict.fromkeys(_grouped_products(), seen.watching_groups)
-    seen.counted = frozenset(formulas)
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with evaluated(model), torch.no_grad(), plain_kernels(), seen, counter:
+    with evaluated(model), torch.no_grad(), plain_kernels(), seen.watching():
         call(model, example)
     return Count(seen.found, seen.uncounted)
 
@@ -62,31 +58,26 @@ class _Products(Owners):
     """Sees every product: whose weight takes part in it, and how many of that weight's entries are zero?"""
 
     def __init__(self, model: nn.Module) -> None:
+        from torch.utils.flop_counter import flop_registry
+
         super().__init__(model)
         self.found: dict[nn.Module, Flops] = {}
         self.uncounted: dict[str, int] = {}
-        self.counted: frozenset[Any] = frozenset()
+        self._formulas = {**_formulas(), **flop_registry}
         self._densities: dict[Any, float] = {}
 
     def ran(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        if operator not in self.counted and self._multiplies(operator, args, kwargs):
-            name = str(operator)
-            self.uncounted[name] = self.uncounted.get(name, 0) + 1
-
-    def watching(self, formula: Callable[..., int]) -> Callable[..., int]:
-        """The formula of torch's counter, which also tells what it counted here."""
-
-        def counted(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-            flops = formula(*args, out_val=out_val, **kwargs)
-            flops *= 4 if isinstance(out_val, Tensor) and out_val.is_complex() else 1
+        if operator in self._formulas:
+            flops = self._formulas[operator](*args, **kwargs, out_val=result)
+            flops *= 4 if isinstance(result, Tensor) and result.is_complex() else 1
             module, weight = self.weight_among((*args, *kwargs.values()))
             self._add(module, flops, flops * (1.0 if weight is None else self._density(weight)))
-            return flops
+        elif str(operator) in _GROUPED:
+            self._groups(*args, **kwargs)
+        elif self._multiplies(operator, args, kwargs):
+            self.uncounted[str(operator)] = self.uncounted.get(str(operator), 0) + 1
 
-        counted._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
-        return counted
-
-    def watching_groups(self, a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> int:
+    def _groups(self, a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> None:
         """A product in groups: the rows of `a`, the columns of `b` or what they share, each up to its offset."""
         module, weight = self.weight_among((a, b))
         if offs is None:
@@ -107,9 +98,6 @@ class _Products(Owners):
             total += flops
             effective += flops * (1.0 if part is None or not flops else self._density(part))
         self._add(module, total, effective)
-        return total
-
-    watching_groups._get_raw = True  # type: ignore[attr-defined]
 
     def _add(self, module: nn.Module, flops: int, effective: float) -> None:
         found = self.found.setdefault(module, Flops())
@@ -191,12 +179,3 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         "_scaled_dot_product_fused_attention_overrideable": attention,
     }
     return {getattr(aten, name): formula for name, formula in known.items() if hasattr(aten, name)}
-
-
-def _grouped_products() -> list[Any]:
-    found = [getattr(aten, "_grouped_mm", None)]
-    try:
-        found.append(torch.ops.transformers.grouped_mm_fallback)
-    except AttributeError:  # transformers is not loaded
-        found.append(None)
-    return [operator for operator in found if operator is not None]

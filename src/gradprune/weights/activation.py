@@ -12,7 +12,7 @@ from gradprune.core.checks import require
 from gradprune.core.evaluate import call, evaluated, plain_attention, plain_kernels
 from gradprune.core.owners import Owners, Place, aten, memory, place
 from gradprune.weights.differentiate import floating, items
-from gradprune.weights.precision import narrowed, product, require_order
+from gradprune.weights.precision import product
 
 # Where the two operands of a product stand among the operator's arguments.
 _PRODUCTS = {
@@ -54,15 +54,13 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     inputs = [_inputs(batch, i) for i, batch in enumerate(items(batches, "an iterable of batches"))]
     norms = _InputNorms(model)
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with evaluated(model), torch.no_grad(), plain_kernels() if recurrent else plain_attention(), norms:
+    with evaluated(model), torch.no_grad(), plain_kernels() if recurrent else plain_attention(), norms.watching():
         for batch in inputs:
             call(model, batch)
     scores = {}
     for name, p in parameters.items():
         if p.dim() >= 2 and p.layout == torch.strided and (total := norms.of(p)) is not None:
-            exact = product(p.detach().abs(), total)
-            require_order(name, exact, p.detach(), total)
-            scores[name] = narrowed(name, exact, p.dtype)
+            scores[name] = product(name, p.detach().abs(), total)
     require(bool(scores), "the batches reach no weight: nothing of two dimensions or more multiplies what they hold")
     return scores
 

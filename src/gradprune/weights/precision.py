@@ -1,47 +1,85 @@
 """In which precision is a score kept, so that its order survives?
 
-Products and sums are formed in float64 and returned in the dtype they are compared in, float32 at least, where no entry
-leaves its range; for float32 numbers that is bit for bit what a product in float32 is. Where one does, as the square of
-1e-25 would, they stay in float64. A score that float64 cannot hold is refused, for it would be all equal.
+In the parameter's dtype, float32 at least; in float64 where an entry would leave the range of that, as the square of
+1e-25 does; and not at all where float64 cannot hold it either, for it would be all equal, and positions would decide.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from gradprune.core.checks import require
+AT_A_TIME = 2**17  # entries, which stay in cache
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which numbers of a dtype are summed: float32 (complex64) for the narrower ones."""
-    single = torch.complex64 if dtype.is_complex else torch.float32
-    return torch.promote_types(dtype, single)
+    return torch.promote_types(dtype, torch.complex64 if dtype.is_complex else torch.float32)
 
 
-def product(w: Tensor, g: Tensor) -> Tensor:
-    """w g in float64, entry by entry; of complex numbers what their parts' products add up to."""
-    if w.is_complex():
-        return (w.to(torch.complex128).conj() * g).real
-    return w.double() * g
+def product(name: str, w: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
+    """w g times a power of two, entry by entry; of complex numbers what their parts' products add up to."""
+    w, g = w.to(wide(w.dtype)), g.to(wide(g.dtype))
+    result = (w.conj() * g).real if w.is_complex() else w * g
+    if _in_range(result, w, g):
+        result = result if scale == 1.0 else result.mul_(scale)
+        if scale == 1.0 or _in_range(result, w, g):
+            return result
+    exact = (_double(w).conj() * _double(g)).real * scale if w.is_complex() else w.double() * g.double() * scale
+    require_finite(name, exact)
+    if not exact.any() and (w.bool() & g.bool()).any() and not w.is_complex():
+        raise ValueError(f"the score of {name!r} is too small for float64: scale the loss or the inputs up")
+    return exact
+
+
+def add_products_(total: Tensor, a: Tensor, b: Tensor, sign: float = 1.0) -> None:
+    """Add a b, formed in float64, to a float64 total; of complex numbers what their parts' products add up to."""
+    if a.is_complex():
+        total.add_((_double(a).conj() * _double(b)).real, alpha=sign)
+        return
+    for part, x, y in _parts(total, a, b):
+        part.addcmul_(x.double(), y.double(), value=sign)
 
 
 def narrowed(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
     """A real float64 tensor in the parameter's dtype, float32 at least, unless an entry would under- or overflow."""
-    size = exact.abs()
-    largest = size.max() if size.numel() else exact.new_zeros(())
-    if not bool(largest.isfinite()):  # NaN is the largest, too
-        raise ValueError(f"the score of {name!r} contains NaN or infinities: its gradient or its weight does")
+    require_finite(name, exact)
     if wide(dtype) in (torch.float64, torch.complex128):
         return exact
-    limits = torch.finfo(torch.float32)
-    least = torch.where(size > 0, size, largest).min() if size.numel() else largest
-    in_range = bool((largest <= limits.max) & ((least >= limits.tiny) | (largest == 0)))
-    return exact.float() if in_range else exact
+    narrow = exact.float()
+    return narrow if _in_range(narrow, exact, exact) else exact
 
 
-def require_order(name: str, result: Tensor, *factors: Tensor) -> None:
-    """Raise where a product is zero throughout though its factors are not: too small for float64."""
-    if result.numel() and not result.any():
-        met = torch.stack([f.bool() for f in factors]).all(dim=0).any()
-        require(not bool(met), f"the score of {name!r} is too small for float64: scale the loss up")
+def require_finite(name: str, score: Tensor) -> None:
+    """Raise ValueError where an entry is not finite."""
+    if not bool(score.isfinite().all()):
+        raise ValueError(
+            f"the score of {name!r} contains NaN or infinities: its weight, its gradient or its input does, "
+            "or their product is too large for float64"
+        )
+
+
+def _in_range(result: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether no entry has over- or underflowed: all finite, and none but those with a factor of zero near zero."""
+    tiny = torch.finfo(result.dtype).tiny
+    for part, x, y in _parts(result, a, b):
+        size = part.abs()
+        if size.numel() and not bool(size.max().isfinite()):  # NaN is the largest, too
+            return False
+        if size.numel() and bool(size.min() < tiny) and bool(((size < tiny) & (x != 0) & (y != 0)).any()):
+            return False
+    return True
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape in pieces that stay in cache, where they lie in one order on the CPU."""
+    if all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+        yield from zip(*(t.view(-1).split(AT_A_TIME) for t in tensors), strict=True)
+    else:
+        yield tensors
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.to(torch.complex128)

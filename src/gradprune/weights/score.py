@@ -38,7 +38,7 @@ from gradprune.weights.differentiate import (
     single_samples,
     trainable,
 )
-from gradprune.weights.precision import narrowed, product, require_order, wide
+from gradprune.weights.precision import add_products_, narrowed, product, require_finite, wide
 
 Scores = dict[str, Tensor]
 
@@ -251,10 +251,10 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
             along = sum(_inner(g.to(v.dtype), v / scale) for g, v in zip(gradients, mean, strict=True))
             if isinstance(along, Tensor) and along.requires_grad:  # else the loss is linear in every weight: H is zero
                 _add(hessian_times_mean, gradients_of(along, weights), 1 / len(kept))
-    scores = {}
-    for (name, p), h in zip(parameters.items(), hessian_times_mean, strict=True):
-        scores[name] = _kept(name, product(p.detach(), h) * scale, p.dtype, p.detach(), h)
-    return scores
+    return {
+        name: product(name, p.detach(), h, scale)
+        for (name, p), h in zip(parameters.items(), hessian_times_mean, strict=True)
+    }
 
 
 def synflow(model: nn.Module, inputs: Any) -> Scores:
@@ -298,9 +298,9 @@ def synflow(model: nn.Module, inputs: Any) -> Scores:
         if not total.requires_grad:
             raise ValueError("the model's output does not depend on the trainable parameters")
         flow = gradients_of(total.real if total.is_complex() else total, weights)
-    exact = {name: product(w, g).detach().abs() for name, w, g in zip(parameters, weights, flow, strict=True)}
-    require(any(bool(s.any()) for s in exact.values()), "no flow reaches the output: every score would be 0")
-    return {name: narrowed(name, s, torch.float64) for name, s in exact.items()}
+    scores = {name: product(name, w.detach(), g).abs() for name, w, g in zip(parameters, weights, flow, strict=True)}
+    require(any(bool(s.any()) for s in scores.values()), "no flow reaches the output: every score would be 0")
+    return scores
 
 
 def fisher(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
@@ -330,21 +330,21 @@ def fisher(model: nn.Module, batches: Batches, loss: Loss) -> Scores:
     """
     with trainable(model) as parameters:
         weights = list(parameters.values())
-        squares, largest = _zeros(weights), _zeros(weights)
+        squares = _zeros(weights)
         samples = 0
         for batch in pairs(batches):
             for sample in single_samples(batch):
                 gradients = gradients_of(loss_of(model, sample, loss), weights)
-                for square, most, w, g in zip(squares, largest, weights, gradients, strict=True):
-                    change = product(w.detach(), g)
-                    square.addcmul_(change, change)
-                    torch.maximum(most, g.abs(), out=most)
+                for total, w, g in zip(squares, weights, gradients, strict=True):
+                    change = _change(w.detach(), g)
+                    add_products_(total, change, change)
                 samples += 1
         if samples == 0:
             raise ValueError("batches held no sample; an iterator that was used up before cannot be used again")
     scores = {}
-    for (name, p), square, most in zip(parameters.items(), squares, largest, strict=True):
-        scores[name] = _kept(name, square / (2 * samples), p.dtype, p.detach(), most)
+    for (name, p), total in zip(parameters.items(), squares, strict=True):
+        exact = total / (2 * samples) if p.is_complex() else total * p.detach().double().square() / (2 * samples)
+        scores[name] = narrowed(name, exact, p.dtype)
     return scores
 
 
@@ -386,7 +386,7 @@ def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) ->
             gradients = gradients_of(loss_of(run, batch, loss), list(weights.values()))
             with torch.no_grad():
                 for score, w, g in zip(total, weights.values(), gradients, strict=True):
-                    score.sub_(product(w, g))
+                    add_products_(score, w, g, -1.0)
                     w.sub_(g, alpha=lr)
     return {name: narrowed(name, s, p.dtype) for (name, p), s in zip(parameters.items(), total, strict=True)}
 
@@ -408,6 +408,11 @@ def _double(value: Tensor) -> torch.dtype:
     return torch.complex128 if value.is_complex() else torch.float64
 
 
+def _change(w: Tensor, g: Tensor) -> Tensor:
+    """What of w g changes from sample to sample: a real weight is a factor of the whole sum."""
+    return (w.to(torch.complex128).conj() * g).real if w.is_complex() else g
+
+
 def _zeros(weights: list[Any]) -> list[Tensor]:
     """One real total for each weight, in float64."""
     return [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in weights]
@@ -424,7 +429,7 @@ def _gradients(model: nn.Module, batches: Batches | None, loss: Loss | None) -> 
             mean = _mean_gradient(model, pairs(batches), loss, list(parameters.values()))
         found = dict(zip(parameters, mean, strict=True))
     for name, g in found.items():
-        require(bool(g.isfinite().all()), f"the gradient of {name!r} contains NaN or infinities")
+        require_finite(name, g)
     return found
 
 
@@ -446,17 +451,8 @@ def _mean_gradient(model: nn.Module, kept: list[Any], loss: Loss, weights: list[
 
 def _weight_times_gradient(model: nn.Module, batches: Batches | None, loss: Loss | None) -> Scores:
     parameters = floating(model)
-    scores = {}
-    for name, g in _gradients(model, batches, loss).items():
-        p = parameters[name]
-        scores[name] = _kept(name, product(p.detach(), g).abs(), p.dtype, p.detach(), g)
-    return scores
-
-
-def _kept(name: str, exact: Tensor, dtype: torch.dtype, *factors: Tensor) -> Tensor:
-    """The score as it is returned; refused where it has no order left."""
-    require_order(name, exact, *factors)
-    return narrowed(name, exact, dtype)
+    found = _gradients(model, batches, loss)
+    return {name: product(name, parameters[name].detach(), g).abs_() for name, g in found.items()}
 
 
 def _add(totals: list[Tensor], terms: list[Tensor], share: float) -> None:
