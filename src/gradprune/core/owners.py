@@ -123,7 +123,7 @@ class Owners(TorchDispatchMode):
         sources = args[0] if isinstance(args[0], tuple | list) else [args[1 if operator is aten.copy_ else 0]]
         owners = [self.owners(t) if isinstance(t, Tensor) else [] for t in sources]
         key = memory(result) if isinstance(result, Tensor) and all(owners) else None
-        if key is None or key in self.parameters:
+        if key is None or key in self.parameters or any(key == memory(source) for source in sources):
             return
         entries = _entries(result)
         storage = entries.untyped_storage()

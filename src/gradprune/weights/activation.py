@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradprune.core.checks import require
 from gradprune.core.evaluate import call, evaluated, plain_attention, plain_kernels
 from gradprune.core.owners import Owners, Place, aten, memory, place
-from gradprune.weights.differentiate import floating, items
+from gradprune.weights.differentiate import described, floating, items
 from gradprune.weights.precision import product
 
 # Where the two operands of a product stand among the operator's arguments.
@@ -51,6 +51,8 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     Sun et al. (2024), equation 1; chapter 4.
     """
     parameters = floating(model)
+    if isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[0], Tensor):
+        raise TypeError("batches is one pair of tensors: give [(inputs, targets)], or a list of inputs")
     inputs = [_inputs(batch, i) for i, batch in enumerate(items(batches, "an iterable of batches"))]
     norms = _InputNorms(model)
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
@@ -70,7 +72,9 @@ def _inputs(batch: Any, i: int) -> Any:
         return batch
     if isinstance(batch, tuple | list) and len(batch) in (1, 2):
         return batch[0]
-    raise TypeError(f"batch {i} must be a pair (inputs, targets), or inputs: a tensor or a dict; got {type(batch)}")
+    raise TypeError(
+        f"batch {i} must be a pair (inputs, targets), or inputs: a tensor or a dict; got {described(batch)}"
+    )
 
 
 class _InputNorms(Owners):
@@ -134,7 +138,10 @@ class _InputNorms(Owners):
         """The sums of the squares over a dimension, in float32, or in float64 where that has not the range."""
         size = x.abs() if x.is_complex() else x
         if size.dtype == torch.float64:
-            return self._finite(size.square().sum(dim), size)
+            sums = size.square().sum(dim)
+            lost = (sums < torch.finfo(sums.dtype).tiny) & (size.amax(dim) > 0) if size.numel() else sums.new_zeros(())
+            require(not bool(lost.any()), f"{self._input()} is too small to be squared: scale it up")
+            return self._finite(sums, size)
         sums = size.float().square().sum(dim)
         unsure = ~((sums >= _SQUARES_FROM) & sums.isfinite())
         if not bool(unsure.any()):
@@ -144,10 +151,13 @@ class _InputNorms(Owners):
 
     def _finite(self, sums: Tensor, x: Tensor) -> Tensor:
         if not bool(sums.isfinite().all()):
-            name = next((n for n, m in self._model.named_modules() if m is self.running), "")
             what = "is too large to be squared" if bool(x.isfinite().all()) else "contains NaN or infinities"
-            raise ValueError(f"what the weight of {name or 'the model'!r} multiplies {what}")
+            raise ValueError(f"{self._input()} {what}")
         return sums
+
+    def _input(self) -> str:
+        name = next((name for name, m in self._model.named_modules() if m is self.running), "")
+        return f"what the weight of {name or '(model)'!r} multiplies"
 
     def _add(self, owner: nn.Module, weight: Tensor, squares: Tensor) -> None:
         """Add to the squares of the entries of the weight, through its copies to the parameter itself."""

@@ -53,14 +53,14 @@ def pairs(batches: Batches) -> list[tuple[Any, Any]]:
             named = (
                 "; of a dict take its parts: [(d, d['labels']) for d in loader]" if isinstance(batch, Mapping) else ""
             )
-            raise TypeError(f"batch {i} must be a pair (inputs, targets), got {_described(batch)}{one}{named}")
+            raise TypeError(f"batch {i} must be a pair (inputs, targets), got {described(batch)}{one}{named}")
     return [(batch[0], batch[1]) for batch in kept]
 
 
 def items(batches: Any, wanted: str) -> list[Any]:
     """What an iterable of batches yields, in a list that is not empty."""
     if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be {wanted}, got {_described(batches)}")
+        raise TypeError(f"batches must be {wanted}, got {described(batches)}")
     kept = list(batches)
     require(bool(kept), "batches is empty; an iterator that was used up before cannot be used again")
     return kept
@@ -70,7 +70,7 @@ def single_samples(batch: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
     """The batch's samples as batches of one; what is no tensor, or one without a dimension, goes to each."""
     lengths = {len(t) for t in tensors_in(batch) if t.dim()}
     if not lengths:
-        raise TypeError(f"to pass samples one by one, batches must hold tensors, got {_described(batch)}")
+        raise TypeError(f"to pass samples one by one, batches must hold tensors, got {described(batch)}")
     require(len(lengths) == 1, f"tensors of one batch must have as many rows as samples, got {sorted(lengths)} rows")
     for i in range(lengths.pop()):
         sample = slice(i, i + 1)
@@ -83,18 +83,24 @@ def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {name: map_tensors(change, v) for name, v in value.items()}
-    return tuple(map_tensors(change, v) for v in value) if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        parts = [map_tensors(change, v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # a named tuple, or a plain one
+    return value
 
 
 def loss_of(run: Callable[..., Any], batch: tuple[Any, Any], loss: Loss) -> Tensor:
     """The loss of a batch, a real finite scalar that depends on what is trained."""
     function("loss", loss, hint="it is called as loss(outputs, targets)")
+    if isinstance(loss, type):
+        raise TypeError(f"loss must be a function, got the class {loss.__name__}: make one, {loss.__name__}()")
+    if any(t.is_inference() for t in tensors_in(batch)):  # what no graph may hold
+        batch = map_tensors(lambda t: t.clone() if t.is_inference() else t, batch)
     inputs, targets = batch
     args, kwargs = arguments(inputs)
     value = loss(run(*args, **kwargs), targets)
     if not isinstance(value, Tensor):
-        made = f"; {loss.__name__} is a class: make one, {loss.__name__}()" if isinstance(loss, type) else ""
-        raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}{made}")
+        raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}")
     require(value.numel() == 1, f"loss must return a scalar, got shape {tuple(value.shape)}")
     require(not value.is_complex(), "loss must be real, not complex; take its absolute value or its real part")
     if not value.requires_grad:
@@ -112,6 +118,12 @@ def gradients_of(value: Tensor, weights: list[Any], *, create_graph: bool = Fals
         torch.zeros_like(w) if g is None else g.to_dense() if g.layout != torch.strided else g
         for g, w in zip(found, weights, strict=True)
     ]
+
+
+def require_other_weights(model: nn.Module, score: str) -> None:
+    """Raise TypeError where a model cannot be run with other weights than its own."""
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError(f"{score} runs the model with other weights, which a scripted one cannot be: score it before")
 
 
 @contextmanager
@@ -146,7 +158,8 @@ def _refuse_checkpoints(value: Tensor) -> None:
         left += [following for following, _ in node.next_functions]
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """What a caller gave, as an error shows it."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):

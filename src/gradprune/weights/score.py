@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradprune.core.checks import number, require
+from gradprune.core.checks import module, number, require
 from gradprune.core.evaluate import arguments, plain_attention, tensors_in
 from gradprune.weights.differentiate import (
     Batches,
@@ -35,6 +35,7 @@ from gradprune.weights.differentiate import (
     loss_of,
     map_tensors,
     pairs,
+    require_other_weights,
     single_samples,
     trainable,
 )
@@ -272,7 +273,7 @@ def synflow(model: nn.Module, inputs: Any) -> Scores:
         The scores, in float64.
 
     Raises:
-        TypeError: The model is no module, or returns no floating tensor.
+        TypeError: The model is no module, is scripted, or returns no floating tensor.
         ValueError: R depends on no weight or float64 cannot hold it.
 
     Example:
@@ -290,6 +291,7 @@ def synflow(model: nn.Module, inputs: Any) -> Scores:
     def absolute(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
         return {name: t.detach().abs().to(_double(t)) if _is_floating(t) else t for name, t in tensors}
 
+    require_other_weights(module(model), "synflow")
     with trainable(model) as parameters, _GroupsInFloat64():
         state = absolute(model.named_parameters()) | absolute(model.named_buffers())
         weights = [state[name].requires_grad_() for name in parameters]
@@ -363,7 +365,7 @@ def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) ->
         The scores, positive where the steps enlarge the weight.
 
     Raises:
-        TypeError: As ``gradient``; `lr` is no number.
+        TypeError: As ``gradient``; `lr` is no number; the model is scripted.
         ValueError: As ``taylor``; `lr` is negative or not finite.
 
     Example:
@@ -375,6 +377,7 @@ def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) ->
     Sanh et al. (2020), equation 3; chapter 5.
     """
     lr = number("lr", lr, least=0.0)
+    require_other_weights(module(model), "movement")
     with trainable(model) as parameters:
         weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
         total = _zeros(list(weights.values()))
