@@ -93,7 +93,7 @@ def keep_and_count(tensors: Tensors, k: int, *, by: By = "value", among: Sequenc
         raise ValueError(f"k must be between 0 and the number of values, which is {limit}; got {k}")
     if values.total == 0:
         return Kept([torch.ones_like(t, dtype=torch.bool) for t in values.tensors], [0] * len(values.tensors))
-    return (select_cpu if values.on_cpu else select_device).keep(values, k)
+    return select_cpu.keep(values, k) if values.on_cpu else select_device.keep(values, k)
 
 
 @uncompiled

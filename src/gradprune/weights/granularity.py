@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradprune.core.checks import require
 from gradprune.core.masked import count_kept
-from gradprune.core.select import By
+from gradprune.core.order import By
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
