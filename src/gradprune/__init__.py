@@ -6,7 +6,9 @@ from gradprune.gradients.clip import AutoClip, clip_adaptive_, clip_by_norm_, cl
 from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.probe import Recorder, Trace, gradient_norms, jacobian_singular_values
 from gradprune.gradients.sparsify import ErrorFeedback, keep_top_gradients_, threshold_gradients_
-from gradprune.recovery.correct import Entry, History, Round, distill_loss, iterate
+from gradprune.recovery.correct import iterate
+from gradprune.recovery.distill import distill_loss
+from gradprune.recovery.history import Entry, History, Round
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune

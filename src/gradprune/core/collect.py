@@ -7,8 +7,9 @@ from functools import reduce
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gradprune.core.checks import require_readable
 from gradprune.core.order import By, Order, compared_as
 
 Tensors = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
@@ -26,6 +27,7 @@ class Values(NamedTuple):
 
     @property
     def on_cpu(self) -> bool:
+        """Whether no accelerator holds any of them."""
         return all(t.device.type == "cpu" for t in self.tensors)
 
 
@@ -63,16 +65,7 @@ def check_readable(name: str, tensor: Any) -> None:
     """Raise TypeError, naming it, unless this is a tensor whose numbers lie in memory."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-        raise TypeError(f"{name} is lazy, without values yet: run the model on one batch first")
-    if tensor.is_meta:
-        raise TypeError(f"{name} is on the meta device, without values: materialize it first (to_empty, load)")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} is sparse ({tensor.layout}): make it dense first, to_dense()")
-    if tensor.is_quantized:
-        raise TypeError(f"{name} is quantized: dequantize() it first")
-    if type(tensor).__name__ == "DTensor":
-        raise TypeError(f"{name} is a DTensor (FSDP2 or tensor parallel), which is not supported yet")
+    require_readable(name.strip("'"), tensor, "input")
 
 
 def raise_nan(name: str) -> NoReturn:

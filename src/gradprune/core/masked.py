@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -35,6 +35,23 @@ def count_kept(mask: Tensor) -> int:
     return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.sum())
 
 
+@uncompiled
+def count_alive(tensors: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """Return how many entries of the tensors are other than zero where their mask is False; NaN is, -0.0 is not.
+
+    The pairs are of one shape and one device. No temporary is as large as a tensor, and a device is waited for once.
+    """
+    alive, waiting = 0, dict[torch.device, Tensor]()
+    for tensor, mask in tensors:
+        for values, kept in _pieces(tensor.detach(), mask):
+            revived = (values != 0).logical_and_(~kept)
+            if revived.device.type == "cpu":
+                alive += count_kept(revived)
+            else:
+                waiting[revived.device] = waiting.get(revived.device, 0) + revived.sum()
+    return alive + sum(int(count) for count in waiting.values())
+
+
 def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same memory as integers, which times 0 are 0 and times 1 the same bits, unlike -1.0, infinity and NaN."""
     kept = mask.view(torch.int8)
@@ -54,3 +71,17 @@ def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
                 increment_version(bits)  # so that autograd notices, as it does where torch writes
         else:
             bits.mul_(kept)
+
+
+def _pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of both that a cache holds, whatever their strides."""
+    most = 2**17 if values.device.type == "cpu" else 2**24
+    if values.numel() <= most:
+        yield values, kept
+        return
+    if values.is_contiguous() and kept.is_contiguous():
+        values, kept = values.view(-1), kept.view(-1)
+    longest = max(range(values.dim()), key=values.shape.__getitem__)
+    count = -(-values.numel() // most)
+    for piece, of_mask in zip(values.chunk(count, longest), kept.chunk(count, longest), strict=True):
+        yield from _pieces(piece, of_mask)

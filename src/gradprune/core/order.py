@@ -44,22 +44,27 @@ class Order(NamedTuple):
 
     @property
     def is_float(self) -> bool:
+        """Whether the values are floating."""
         return self.dtype.is_floating_point
 
     @property
     def integer(self) -> torch.dtype:
+        """The dtype of the keys."""
         return INTEGER_OF_SIZE[self.dtype.itemsize] if self.is_float else self.dtype
 
     @property
     def magnitude_bits(self) -> int:
+        """All bits but the sign."""
         return int(torch.iinfo(self.integer).max)
 
     @property
     def highest(self) -> int:
+        """The key of the largest value."""
         return _INFINITY[self.dtype] if self.is_float else int(torch.iinfo(self.dtype).max)
 
     @property
     def lowest(self) -> int:
+        """The key of the smallest value."""
         if not self.is_float:
             return int(torch.iinfo(self.dtype).min)
         return 0 if self.by == "magnitude" else -self.highest
