@@ -25,7 +25,6 @@ from gradprune.gradients.unitwise import (
     units_of,
 )
 
-_DOUBLE = {torch.float64, torch.complex128}
 _AS_TORCH = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 
 
@@ -70,7 +69,7 @@ def clip_by_value_(params: Params, limit: float, *, nonfinite: NonFinite = "rais
         most = most_of(largest_of(found.values))
     if most <= limit:
         return found.note(size, limit, 1.0, 0.0)
-    limits = {dtype: at_most(limit, dtype.to_real()) for dtype in {value.dtype for value in found.values}}
+    limits = {dtype: at_most(limit, dtype.to_real()) for dtype in found.dtypes}
     share = 0.0
     if log is not None:
         over = sum(count_over(value, limits[value.dtype]) for value in found.values)
@@ -196,35 +195,33 @@ def scale_to_norm_(found: Gathered, bound: Callable[[float], float], p: float, *
     if not math.isfinite(norm):
         if found.settle(largest_of(found.values)):
             found.note_settled(norm, bound(0.0))
-            return _as_tensor(norm, found.values)
+            return _as_tensor(norm, found)
         rest = norm_of(found.values, p)
     max_norm = bound(norm if rest == norm else 0.0)  # what is left of a norm says nothing about what is usual
     factor = 1.0
     if rest > max_norm:
-        room = max(room_for_rounding(dtype) for dtype in {value.dtype for value in found.values})
-        factor = max_norm / (rest + extra) * (1 - room)
-        _scale_(found.values, factor)
+        factor = max_norm / (rest + extra) * (1 - max(map(room_for_rounding, found.dtypes)))
+        _scale_(found.values, factor, torch.float64 if found.double else torch.float32)
         found.commit()
     found.note(norm, max_norm, factor, float(factor < 1))
-    return _as_tensor(norm, found.values)
+    return _as_tensor(norm, found)
 
 
-def _as_tensor(norm: float, values: Sequence[Tensor]) -> Tensor:
+def _as_tensor(norm: float, found: Gathered) -> Tensor:
     beyond = math.isfinite(norm) and not (1e-37 < norm < 3e38 or norm == 0)
-    double = beyond or not _DOUBLE.isdisjoint({v.dtype for v in values})
-    device = values[0].device
-    return torch.tensor(norm, dtype=torch.float64 if double and device.type != "mps" else torch.float32, device=device)
+    device = found.values[0].device
+    double = (beyond or found.double) and device.type != "mps"
+    return torch.tensor(norm, dtype=torch.float64 if double else torch.float32, device=device)
 
 
-def _scale_(values: Sequence[Tensor], factor: float) -> None:
+def _scale_(values: Sequence[Tensor], factor: float, dtype: torch.dtype) -> None:
     """Multiply by a factor; a tiny one in steps, since as a float32 it would be zero or have few digits."""
     while 0 < factor < 1e-30:
-        _scale_(values, 1e-30)
+        _scale_(values, 1e-30, dtype)
         factor *= 1e30
-    double = not _DOUBLE.isdisjoint({v.dtype for v in values})
     for device, here in grouped_by_device(values).items():
         # On the CPU a tensor of their dtype saves a conversion for each of them; elsewhere a number saves a transfer.
-        scalar = torch.tensor(factor, dtype=torch.float64 if double else torch.float32, device="cpu")
+        scalar = torch.tensor(factor, dtype=dtype, device="cpu")
         torch._foreach_mul_(here, scalar if device.type == "cpu" else factor)
 
 

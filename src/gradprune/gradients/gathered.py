@@ -14,6 +14,9 @@ from gradprune.gradients.cliplog import Call, ClipLog
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
 from gradprune.gradients.params import Params, read_once, require_trainable, with_gradient
 
+_is_contiguous, _is_neg = Tensor.is_contiguous, Tensor.is_neg
+_is_inference, _data_ptr = Tensor.is_inference, Tensor.data_ptr
+_DOUBLE = {torch.float64, torch.complex128}
 _NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
@@ -26,19 +29,19 @@ class Gathered:
             require_log(log).require_kind(kind)
         self._params = read_once(params)
         self._names: list[str] | None = None  # of 200 tensors, names alone would take a third of the time of a norm
-        parameters = _plain(self._params)
-        if parameters is None:
+        pairs = _plain(self._params)
+        if pairs is None:
             held = with_gradient(self._params)
-            parameters, self._names = list(held.values()), list(held)
-        self.parameters = parameters
-        self.grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-        if not _all_ordinary(self.grads):
-            require_clippable(dict(zip(self.names, self.grads, strict=True)))
-        self.values = self.grads
+            pairs, self._names = [(p, p.grad) for p in held.values() if p.grad is not None], list(held)
+        self.parameters: list[Tensor] = [parameter for parameter, _ in pairs]
+        self.values = self.grads = [grad for _, grad in pairs]
         self._summed: list[tuple[Tensor, Tensor]] = []
-        if any(grad.is_sparse for grad in self.grads):
-            self.values = [self._dense(grad) for grad in self.grads]
-        self._settled = False
+        if not ({grad.dtype for grad in self.grads} <= _NUMBERS and _all_ordinary(self.grads)):
+            require_clippable(dict(zip(self.names, self.grads, strict=True)))
+            if any(grad.is_sparse for grad in self.grads):
+                self.values = [self._dense(grad) for grad in self.grads]
+        self.dtypes = {value.dtype for value in self.values}
+        self.double = not _DOUBLE.isdisjoint(self.dtypes)
 
     @property
     def names(self) -> list[str]:
@@ -73,13 +76,12 @@ class Gathered:
         elif self.nonfinite != "leave":
             remedy = "Pass log=gp.ClipLog() to count such cases instead"
             warn_of_zeroed(self.names[bad[0]], self.nonfinite, remedy, 5 if self.kind == "norm" else 4)
-        self._settled = self.nonfinite != "zero"
         zeroed = {"zero": bad, "skip": range(len(self.grads)), "leave": []}[self.nonfinite]
         for at in zeroed:
             self.grads[at].zero_()
             if self.values[at] is not self.grads[at]:
                 self.values[at].zero_()
-        return self._settled
+        return self.nonfinite != "zero"
 
     def commit(self) -> None:
         """Give the sparse gradients that had to be summed what was written into their sums."""
@@ -105,14 +107,14 @@ def require_log(log: Any) -> ClipLog:
     return log
 
 
-def _plain(params: Tensor | nn.Module | list[Any]) -> list[Tensor] | None:
-    """The parameters with gradients, where `params` is no more than tensors, each once; else None."""
+def _plain(params: Tensor | nn.Module | list[Any]) -> list[tuple[Tensor, Tensor]] | None:
+    """Parameters and gradients of those that have one, where `params` is no more than tensors, each once; else None."""
     if isinstance(params, nn.Module):
         params = list(params.parameters())
     tensors = [params] if isinstance(params, Tensor) else params
     if {*map(type, tensors)} - {Tensor, nn.Parameter} or len({*map(id, tensors)}) < len(tensors):
         return None
-    found = [tensor for tensor in tensors if tensor.grad is not None]
+    found = [(tensor, grad) for tensor in tensors if (grad := tensor.grad) is not None]
     if not found:
         require_trainable(tensors)
     return found
@@ -120,15 +122,14 @@ def _plain(params: Tensor | nn.Module | list[Any]) -> list[Tensor] | None:
 
 def _all_ordinary(grads: list[Tensor]) -> bool:
     """Whether nothing can be wrong with any, by looks that take a quarter of a microsecond a tensor."""
+    if {*map(type, grads)} - {Tensor} or {grad.layout for grad in grads} - {torch.strided}:
+        return False
+    places = {*map(_data_ptr, grads)}  # 0 of an empty one, and of one on the meta device
     return (
-        {*map(type, grads)} <= {Tensor}
-        and {grad.dtype for grad in grads} <= _NUMBERS
-        and {grad.layout for grad in grads} <= {torch.strided}
-        and all(map(Tensor.is_contiguous, grads))
-        and not any(map(Tensor.is_neg, grads))
-        and not any(map(Tensor.is_inference, grads))
-        and not any(grad.is_meta for grad in grads)
-        and len({grad.data_ptr() for grad in grads}) == len(grads)
+        len(places) == len(grads)
+        and 0 not in places
+        and {*map(_is_contiguous, grads)} <= {True}
+        and not (True in map(_is_neg, grads) or True in map(_is_inference, grads))
     )
 
 

@@ -20,6 +20,7 @@ SMALL = 2**14
 HALF = {torch.float16, torch.bfloat16}
 CHUNK = 2**20  # entries that are converted at a time
 ROW = 2**9  # entries that are summed in their own dtype: of equal ones, too, the sum is right to 3e-7
+_CONVERTED = {*HALF, torch.complex64, torch.complex128}
 _WHOLE = 2**12  # up to so many in one go, together with other tensors: 2e-6 then
 
 Scalar = Tensor | float  # on an accelerator a tensor that nobody has waited for yet
@@ -157,13 +158,15 @@ def _plain_norm(values: list[Tensor], p: float) -> float:
 
 def _norms_in_rows(values: Sequence[Tensor], p: float) -> tuple[list[int], Tensor, dict[int, list[Tensor]]]:
     """Which tensors were taken whole, their p-norms, and of every other tensor the norms of its rows; on the CPU."""
-    small, whole, of_large = [], [], {}
-    for at, value in enumerate(values):
-        if value.numel() > _WHOLE or (value.numel() and (value.dtype in HALF or value.is_complex())):
-            of_large[at] = [norm for piece in _real_pieces(value, p) for norm in _row_norms(piece, p)]
-        else:
-            small.append(at)
-            whole.append(value)
+    small, whole, of_large = list(range(len(values))), list(values), {}
+    sizes = [*map(Tensor.numel, values)]
+    if max(sizes, default=0) > _WHOLE or {value.dtype for value in values} - {torch.float32, torch.float64}:
+        large = [at for at in small if sizes[at] > _WHOLE or (sizes[at] and values[at].dtype in _CONVERTED)]
+        of_large = {
+            at: [norm for piece in _real_pieces(values[at], p) for norm in _row_norms(piece, p)] for at in large
+        }
+        small = [at for at in small if at not in of_large]
+        whole = [values[at] for at in small]
     of_small = (
         torch.stack(torch._foreach_norm(whole, p)) if whole else torch.zeros(0, dtype=torch.float32, device="cpu")
     )
@@ -290,8 +293,8 @@ def widened(value: Tensor) -> Tensor:
 
 def grouped_by_device(values: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     """Return the tensors by the device they are on."""
-    if len(devices := {value.device for value in values}) == 1:
-        return {devices.pop(): list(values)}
+    if {value.is_cpu for value in values} == {True}:  # a quicker look than at their devices
+        return {torch.device("cpu"): list(values)}
     groups: dict[torch.device, list[Tensor]] = {}
     for value in values:
         groups.setdefault(value.device, []).append(value)

@@ -172,17 +172,21 @@ def scale_units_(units: Sequence[Unit], scales: Tensor, over: Tensor, order: Ord
     """Multiply the units by their scales, less room for rounding, in the tensors in which one is over its bound."""
     places, counts = order
     engaged = np.bincount(np.repeat(np.arange(len(counts)), counts)[over.numpy()], minlength=len(counts)).nonzero()[0]
-    bounded = over.to(scales.device)
-    pieces, rooms = scales.split(counts), bounded.to(scales.dtype).split(counts)
+    dtypes = {gradient.dtype for gradient, _, _ in units}
+    scales = scales * (1 - max(map(room_for_rounding, dtypes)) * over.to(scales.device))
+    if not dtypes & {torch.float64, torch.complex128}:
+        scales = scales.float()
+    pieces = scales.split(counts)
     grads, factors = [], []
     for at in engaged.tolist():
         gradient, _, axes = units[places[at]]
-        factor = pieces[at] * (1 - room_for_rounding(gradient.dtype) * rooms[at])
+        factor = pieces[at]
         if gradient.ndim == 2:
             factor = factor.unsqueeze(1)
         elif gradient.ndim != 1:
             factor = factor.view((*gradient.shape[:axes], *(1,) * (gradient.ndim - axes)))
         grads.append(gradient)
-        double = gradient.dtype in (torch.float64, torch.complex128)
-        factors.append(factor.to(gradient.device, torch.float64 if double else torch.float32))
+        if gradient.device != scales.device:
+            factor = factor.to(gradient.device, torch.float32 if gradient.device.type == "mps" else scales.dtype)
+        factors.append(factor)
     torch._foreach_mul_(grads, factors)
