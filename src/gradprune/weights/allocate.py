@@ -120,6 +120,9 @@ def share_out(shares: Sequence[float], total: int, *, low: Sequence[int], high: 
         low: the least of each.
         high: the most of each.
 
+    Returns:
+        One whole number for each share.
+
     Raises:
         ValueError: where `total` is not between the sums of `low` and of `high`.
 
