@@ -122,7 +122,7 @@ _NO_MATRIX = re.compile(
 )
 
 
-def _layer_axes(module: nn.Module, attribute: str) -> tuple[Axes, str] | None:
+def _layer_axes(module: nn.Module, attribute: str, parameter: Tensor) -> tuple[Axes, str] | None:
     """The axes of a known layer's weight, and why its rows are no units; None for all else."""
     if isinstance(module, _OUTPUT_FIRST) and attribute == "weight":
         return Axes(), ""
@@ -144,8 +144,7 @@ def _layer_axes(module: nn.Module, attribute: str) -> tuple[Axes, str] | None:
     stacked = [_STACKS[kind] for kind in kinds if kind in _STACKS]
     if kinds and isinstance(getattr(module, "is_transposed", None), bool):
         stacked.append(bool(module.is_transposed))
-    parameter = module._parameters.get(attribute)
-    if stacked and "bias" not in attribute and parameter is not None and parameter.dim() == 3:
+    if stacked and "bias" not in attribute and parameter.dim() == 3:
         return (Axes(2, 1, (0,)) if stacked[0] else Axes(1, 2, (0,))), ""
     return None
 
@@ -185,7 +184,7 @@ def _weight(name: str, parameter: nn.Parameter, module: nn.Module, attribute: st
         return use._replace(reason="is an embedding's")
     if isinstance(module, _NORMS):
         return use._replace(reason="is a normalisation's")
-    known = _layer_axes(module, attribute)
+    known = _layer_axes(module, attribute, parameter)
     if known is not None:
         return use._replace(axes=known[0], packed=known[1])
     if lazy:
