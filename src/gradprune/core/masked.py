@@ -32,7 +32,7 @@ def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
 def count_kept(mask: Tensor) -> int:
     """Return how many entries are True."""
     # NumPy counts bytes a dozen times faster than torch does on the CPU.
-    return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.sum())
+    return int(np.count_nonzero(mask.detach().numpy()) if _on_cpu(mask) else mask.sum())
 
 
 @uncompiled
@@ -45,11 +45,15 @@ def count_alive(tensors: Iterable[tuple[Tensor, Tensor]]) -> int:
     for tensor, mask in tensors:
         for values, kept in _pieces(tensor.detach(), mask):
             revived = (values != 0).logical_and_(~kept)
-            if revived.device.type == "cpu":
+            if _on_cpu(revived):
                 alive += count_kept(revived)
             else:
                 waiting[revived.device] = waiting.get(revived.device, 0) + revived.sum()
     return alive + sum(int(count) for count in waiting.values())
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +68,7 @@ def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     for bits, kept in pairs:
-        if bits.device.type == "cpu":  # NumPy widens the mask a few thousand entries at a time, torch as a whole
+        if _on_cpu(bits):  # NumPy widens the mask a few thousand entries at a time, torch as a whole
             array = bits.numpy()
             np.multiply(array, kept.numpy(), out=array)
             if not bits.is_inference():
@@ -75,7 +79,7 @@ def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 def _pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of both that a cache holds, whatever their strides."""
-    most = 2**17 if values.device.type == "cpu" else 2**24
+    most = 2**17 if _on_cpu(values) else 2**24
     if values.numel() <= most:
         yield values, kept
         return
