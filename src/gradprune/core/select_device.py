@@ -110,12 +110,16 @@ def _bracket(values: Values, k: int, deviations: float, every: int) -> _Bracket:
     first, last = math.floor(rank * size - slack), math.ceil(rank * size + slack)
     order = keys.sort(stable=True).indices
     if first >= 0:
-        key = keys[order[first]]
+        key, position = _at(keys, order, first), _at(positions, order, first)
         barred = key < values.order.lowest
-        low = _Bound(torch.where(barred, low.key, key), torch.where(barred, low.position, positions[order[first]]))
+        low = _Bound(torch.where(barred, low.key, key), torch.where(barred, low.position, position))
     if last < size:
-        high = _Bound(keys[order[last]], positions[order[last]])
+        high = _Bound(_at(keys, order, last), _at(positions, order, last))
     return _Bracket(low, high, min(1.0, (last - first) / size))
+
+
+def _at(sample: Tensor, order: Tensor, rank: int) -> Tensor:
+    return sample[order[rank : rank + 1]].view(())  # an index of no dimension would be waited for
 
 
 def _bound(values: Values, key: int, position: int) -> _Bound:
@@ -172,7 +176,7 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         if whole < flat.numel():
             yield flat[whole:]
     elif tensor.numel() <= CHUNK:
-        yield from _parts(tensor.reshape(-1))
+        yield from _parts(tensor.contiguous())
     else:
         step = max(1, CHUNK * tensor.shape[0] // tensor.numel())
         for start in range(0, tensor.shape[0], step):
@@ -189,7 +193,7 @@ def _pass(values: Values, k: int, bracket: _Bracket, masks: list[Tensor] | None)
         size = piece.values.numel()
         mask = None if masks is None else masks[piece.tensor][piece.where]
         entries, above, rest, allowed, nan = _compare(values, piece, bracket, mask)
-        positions = _positions(rest, min(size, math.ceil(3 * bracket.share * size) + 64))
+        positions = _positions(rest, min(size, math.ceil(2 * bracket.share * size) + 64))
         keys = values.order.keys(entries[positions])
         if values.order.is_float:
             nan = [*nan, (keys.abs() > values.order.highest).any()]
@@ -207,7 +211,9 @@ def _pass(values: Values, k: int, bracket: _Bracket, masks: list[Tensor] | None)
         above_by_tensor[part.piece.tensor] += number
     if not 0 <= k - sum(above_by_tensor) <= sum(found for _, found, *_ in counts):
         return None
-    rows = (low_position, high_position) if low_key == high_key else (0, values.total)
+    # Beyond the ends of an integer's range there is no bound that would leave equal ones out.
+    exact = values.order.is_float or values.order.lowest < low_key < values.order.highest
+    rows = (low_position, high_position) if low_key == high_key and exact else (0, values.total)
     whole = [_whole(values, part, found, bracket, *rows) for part, (_, found, *_) in zip(inside, counts, strict=True)]
     keys = torch.cat([part.keys.to(home, torch.int64, non_blocking=True) for part in whole])
     return _Found(sum(above_by_tensor), above_by_tensor, whole, keys)
