@@ -33,7 +33,7 @@ def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
 def count_kept(mask: Tensor) -> int:
     """Return how many entries are True."""
     # NumPy counts bytes a dozen times faster than torch does on the CPU.
-    return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.sum())
+    return int(np.count_nonzero(mask.detach().numpy()) if _on_cpu(mask) else mask.sum())
 
 
 @uncompiled
@@ -45,7 +45,7 @@ def count_alive(tensors: Iterable[tuple[Tensor, Tensor]]) -> int:
     alive, waiting = 0, dict[torch.device, Tensor]()
     for tensor, mask in tensors:
         for values, kept in _pieces(tensor.detach(), mask.detach()):
-            if values.device.type == "cpu":
+            if _on_cpu(values):
                 alive += int(np.count_nonzero(_nonzero(values) > kept.numpy()))
             else:
                 count = (values != 0).logical_and_(~kept).sum()
@@ -63,6 +63,10 @@ def _nonzero(values: Tensor) -> Any:
     return (values.float() if values.is_floating_point() and values.element_size() == 1 else values).numpy() != 0
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same memory as integers, which times 0 are 0 and times 1 the same bits, unlike -1.0, infinity and NaN."""
     kept = mask.view(torch.int8)
@@ -75,7 +79,7 @@ def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     for bits, kept in pairs:
-        if bits.device.type == "cpu":  # NumPy widens the mask a few thousand entries at a time, torch as a whole
+        if _on_cpu(bits):  # NumPy widens the mask a few thousand entries at a time, torch as a whole
             array = bits.numpy()
             np.multiply(array, kept.numpy(), out=array)
             if not bits.is_inference():
@@ -86,7 +90,7 @@ def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 def _pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of both that a cache holds, whatever their strides."""
-    most = 2**17 if values.device.type == "cpu" else 2**24
+    most = 2**17 if _on_cpu(values) else 2**24
     if values.numel() <= most:
         yield values, kept
         return

@@ -82,6 +82,7 @@ def keep_largest(tensors: Tensors, k: int, *, by: By = "value", among: Sequence[
     return keep_and_count(tensors, k, by=by, among=among).masks
 
 
+@uncompiled
 def keep_and_count(tensors: Tensors, k: int, *, by: By = "value", among: Sequence[Tensor] | None = None) -> Kept:
     """Return the masks of ``keep_largest``, and for each how many entries stay at least, without a wait to count."""
     values = collect(tensors, by, among)

@@ -3,8 +3,8 @@
 A sample brackets the k-th value from both sides, as on the CPU; here an end of the bracket is a value *and* a position,
 so that ties do not widen it. One pass marks what lies above the bracket and compacts the few entries inside it into
 arrays of a size known beforehand, so that the device need not be waited for. Then the counts are read: the only wait.
-They say whether the bracket holds the k-th value and the arrays all that is inside; if so the largest among those few
-are marked too, else the pass is taken again with more room.
+They say whether the bracket holds the k-th value; if so the largest among those few are marked too, else the pass is
+taken again with a wider one.
 """
 
 from __future__ import annotations
@@ -79,46 +79,47 @@ class _Found(NamedTuple):
     above_by_tensor: list[int]
     inside: list[_Inside]
     keys: Tensor  # of all inside, by position
-    complete: bool  # whether there was room for all inside
-    allowed: int  # how many entries may stay at all
+
+
+class _Bracket(NamedTuple):
+    low: _Bound
+    high: _Bound
+    share: float  # of all entries that are inside, as the sample has it
 
 
 def _narrow(values: Values, k: int, masks: list[Tensor] | None) -> _Found:
     """Mark what lies above a bracket around the k-th largest, and return what lies inside, the k-th among it."""
-    generators: dict[torch.device, torch.Generator] = {}
-    deviations, wait = 4.0, False
+    deviations, every = 4.0, max(values.total // SAMPLE[1], min(values.total // SAMPLE[0], 256))
     while True:
-        low, high, share = _bracket(values, k, deviations, generators)
-        found = _pass(values, low, high, None if wait else max(3 * share, 2**-6), masks)
-        if k > found.allowed:
-            raise ValueError(f"k must be between 0 and the number of values, which is {found.allowed}; got {k}")
-        if not found.complete:
-            wait = True  # from now on each piece is asked how many entries are inside
-        elif 0 <= k - found.above <= found.keys.numel():
+        every = _prime_up_to(every)
+        bracket = _bracket(values, k, deviations, every)
+        found = _pass(values, k, bracket, masks)
+        if found is not None:
             return found
-        else:
-            deviations *= 4  # up to all of the sample, and then there are no bounds
+        deviations, every = deviations * 4, every - 1  # up to all of the sample, and then there are no bounds
 
 
-def _bracket(
-    values: Values, k: int, deviations: float, generators: dict[torch.device, torch.Generator]
-) -> tuple[_Bound, _Bound, float]:
-    """Bounds some standard deviations of the sample's rank to either side of the k-th largest; the share between."""
+def _bracket(values: Values, k: int, deviations: float, every: int) -> _Bracket:
+    """Bounds some standard deviations of the sample's rank to either side of the k-th largest."""
     low, high = _bound(values, values.order.lowest, 0), _bound(values, values.order.highest, values.total)
     if values.total <= GATHER_ALL:
-        return low, high, 1.0
-    keys, positions = _sample(values, generators)
+        return _Bracket(low, high, 1.0)
+    keys, positions = _sample(values, every)
     size, rank = keys.numel(), 1 - k / values.total
     slack = deviations * math.sqrt(size * rank * (1 - rank)) + 4
     first, last = math.floor(rank * size - slack), math.ceil(rank * size + slack)
     order = keys.sort(stable=True).indices
     if first >= 0:
-        key = keys[order[first]]
+        key, position = _at(keys, order, first), _at(positions, order, first)
         barred = key < values.order.lowest
-        low = _Bound(torch.where(barred, low.key, key), torch.where(barred, low.position, positions[order[first]]))
+        low = _Bound(torch.where(barred, low.key, key), torch.where(barred, low.position, position))
     if last < size:
-        high = _Bound(keys[order[last]], positions[order[last]])
-    return low, high, min(1.0, (last - first) / size)
+        high = _Bound(_at(keys, order, last), _at(positions, order, last))
+    return _Bracket(low, high, min(1.0, (last - first) / size))
+
+
+def _at(sample: Tensor, order: Tensor, rank: int) -> Tensor:
+    return sample[order[rank : rank + 1]].view(())  # an index of no dimension would be waited for
 
 
 def _bound(values: Values, key: int, position: int) -> _Bound:
@@ -126,32 +127,32 @@ def _bound(values: Values, key: int, position: int) -> _Bound:
     return _Bound(*(torch.full((), number, dtype=torch.int64, device=home) for number in (key, position)))
 
 
-def _sample(values: Values, generators: dict[torch.device, torch.Generator]) -> tuple[Tensor, Tensor]:
-    """Keys and positions of values picked at random, one in each of equal strata, by position."""
-    size = max(SAMPLE[0], min(values.total // 256, SAMPLE[1]))
+def _sample(values: Values, every: int) -> tuple[Tensor, Tensor]:
+    """Keys and positions of every n-th value; n is a prime, so that it goes round the columns of a matrix."""
     home = values.tensors[0].device
     keys, positions, start = [], [], 0
     for i, tensor in enumerate(values.tensors):
-        strata = (start + tensor.numel()) * size // values.total - start * size // values.total
-        if strata:
-            device = tensor.device
-            if device not in generators:  # its own: torch's generators stay as they are, and a call repeats
-                generators[device] = torch.Generator(device)
-                generators[device].manual_seed(0)
-            within = torch.rand(strata, generator=generators[device], dtype=torch.float64, device=device)
-            at = torch.arange(strata, dtype=torch.float64, device=device).add_(within).mul_(tensor.numel() / strata)
-            at = at.to(torch.int64).clamp_(max=tensor.numel() - 1)
-            taken = values.order.keys(values.order.compared(_take(tensor, at))).to(torch.int64)
+        first = -start % every
+        if first < tensor.numel():
+            at = torch.arange(first, tensor.numel(), every, dtype=torch.int64, device=tensor.device)
+            taken = values.order.keys(values.order.compared(_taken(tensor, first, every, at))).to(torch.int64)
             if values.among is not None:
-                taken.masked_fill_(_take(values.among[i], at).logical_not_(), values.order.barred)
+                barred = _taken(values.among[i], first, every, at).logical_not()
+                taken = taken.masked_fill(barred, values.order.barred)
             keys.append(taken.to(home, non_blocking=True))
             positions.append(at.add_(start).to(home, non_blocking=True))
         start += tensor.numel()
     return torch.cat(keys), torch.cat(positions)
 
 
-def _take(tensor: Tensor, positions: Tensor) -> Tensor:
-    return tensor.view(-1)[positions] if tensor.is_contiguous() else torch.take(tensor, positions)
+def _taken(tensor: Tensor, first: int, every: int, positions: Tensor) -> Tensor:
+    return tensor.view(-1)[first::every] if tensor.is_contiguous() else torch.take(tensor, positions)
+
+
+def _prime_up_to(number: int) -> int:
+    while number > 1 and any(number % d == 0 for d in range(2, math.isqrt(number) + 1)):
+        number -= 1
+    return max(1, number)
 
 
 def _pieces(values: Values) -> Iterator[_Piece]:
@@ -175,7 +176,7 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         if whole < flat.numel():
             yield flat[whole:]
     elif tensor.numel() <= CHUNK:
-        yield from _parts(tensor.reshape(-1))
+        yield from _parts(tensor.contiguous())
     else:
         step = max(1, CHUNK * tensor.shape[0] // tensor.numel())
         for start in range(0, tensor.shape[0], step):
@@ -183,33 +184,57 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
             yield from _parts(some[0] if step == 1 and some.dim() > 1 else some)
 
 
-def _pass(values: Values, low: _Bound, high: _Bound, room: float | None, masks: list[Tensor] | None) -> _Found:
-    """Look at every value once. `room` is the share of a piece's entries that may be inside; None: as many as are."""
-    home, order = values.tensors[0].device, values.order
+def _pass(values: Values, k: int, bracket: _Bracket, masks: list[Tensor] | None) -> _Found | None:
+    """Look at every value once, and wait once; None where the bracket misses the k-th largest."""
+    home = values.tensors[0].device
     inside: list[_Inside] = []
     numbers: list[Tensor] = []
     for piece in _pieces(values):
         size = piece.values.numel()
-        entries = _entries(order, piece.values).view(-1, min(ROW, size))
-        mask = None if masks is None else masks[piece.tensor][piece.where].view(entries.shape)
-        above, rest = _above(order, entries, high, piece.start, mask), _below(order, entries, low, piece.start)
-        if values.among is None:
-            rest.eq_(above)  # neither below nor above: inside, or NaN
-            allowed_nan: list[Tensor | int] = [size, 0]
-        else:
-            allowed = values.among[piece.tensor].view(-1)[piece.where].view(entries.shape)
-            rest.logical_not_().logical_and_(allowed)
-            above.logical_and_(allowed)
-            rest.logical_xor_(above)
-            allowed_nan = [allowed.sum(), entries.amax().isnan()]
-        most = size if room is None else min(size, math.ceil(size * room) + 2 * ROW)
-        positions = _positions(rest.view(-1), None if room is None else most)
-        keys = order.keys(entries.view(-1)[positions]).to(torch.int64)
-        filled = positions >= 0
-        nan = (keys.abs() > order.highest).any() if order.is_float else 0
-        numbers.append(_stack(home, piece.values.device, above.sum(), filled.sum(), *allowed_nan, nan))
+        mask = None if masks is None else masks[piece.tensor][piece.where]
+        entries, above, rest, allowed, nan = _compare(values, piece, bracket, mask)
+        positions = _positions(rest, min(size, math.ceil(2 * bracket.share * size) + 64))
+        keys = values.order.keys(entries[positions])
+        if values.order.is_float:
+            nan = [*nan, (keys.abs() > values.order.highest).any()]
+        numbers.append(_stack(home, piece.values.device, above.sum(), rest.sum(), allowed, *nan))
         inside.append(_Inside(piece, positions, keys))
-    return _read(values, inside, torch.stack(numbers), room)
+    ends = torch.stack([*bracket.low, *bracket.high])
+    counts, (low_key, low_position, high_key, high_position) = _read(torch.stack(numbers), ends)
+    for part, (_, _, _, *flags) in zip(inside, counts, strict=True):
+        if any(flags):
+            raise_nan(values.names[part.piece.tensor])
+    if k > (limit := sum(allowed for _, _, allowed, *_ in counts)):
+        raise ValueError(f"k must be between 0 and the number of values, which is {limit}; got {k}")
+    above_by_tensor = [0] * len(values.tensors)
+    for part, (number, *_) in zip(inside, counts, strict=True):
+        above_by_tensor[part.piece.tensor] += number
+    if not 0 <= k - sum(above_by_tensor) <= sum(found for _, found, *_ in counts):
+        return None
+    # Beyond the ends of an integer's range there is no bound that would leave equal ones out.
+    exact = values.order.is_float or values.order.lowest < low_key < values.order.highest
+    rows = (low_position, high_position) if low_key == high_key and exact else (0, values.total)
+    whole = [_whole(values, part, found, bracket, *rows) for part, (_, found, *_) in zip(inside, counts, strict=True)]
+    keys = torch.cat([part.keys.to(home, torch.int64, non_blocking=True) for part in whole])
+    return _Found(sum(above_by_tensor), above_by_tensor, whole, keys)
+
+
+def _compare(
+    values: Values, piece: _Piece, bracket: _Bracket, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | int, list[Tensor]]:
+    """What is compared, which lie above the bracket (the mask), which inside, how many may stay, whether one is NaN."""
+    order, flat = values.order, piece.values
+    entries = _entries(order, flat).view(-1, min(ROW, flat.numel()))
+    above = _above(order, entries, bracket.high, piece.start, None if mask is None else mask.view(entries.shape))
+    rest = _below(order, entries, bracket.low, piece.start)
+    if values.among is None:
+        rest.eq_(above)  # neither below nor above; as is NaN, which its key then tells
+        return entries.view(-1), above, rest.view(-1), flat.numel(), []
+    allowed = values.among[piece.tensor].view(-1)[piece.where].view(entries.shape)
+    rest.logical_not_().logical_and_(allowed)
+    above.logical_and_(allowed)
+    rest.logical_xor_(above)
+    return entries.view(-1), above, rest.view(-1), allowed.sum(), [entries.amax().isnan()]
 
 
 def _entries(order: Order, flat: Tensor) -> Tensor:
@@ -245,17 +270,31 @@ def _row_starts(entries: Tensor, start: int) -> Tensor:
     return torch.arange(start, start + rows * length, length, dtype=torch.int64, device=entries.device)
 
 
-def _positions(flags: Tensor, most: int | None) -> Tensor:
-    """Where flags are True, ascending: `most` numbers, the last of them -1, or as many as there are."""
-    if most is not None:
-        try:
-            return torch.nonzero_static(flags, size=most, fill_value=-1).view(-1)
-        except NotImplementedError:  # by this device: its answer must be waited for
-            pass
-    return flags.nonzero().view(-1)
+def _positions(flags: Tensor, number: int) -> Tensor:
+    """The first positions where flags are True, ascending; -1 for those that are lacking."""
+    try:
+        return torch.nonzero_static(flags, size=number, fill_value=-1).view(-1)
+    except NotImplementedError:  # for this device: its answer must be waited for
+        found = flags.nonzero().view(-1)[:number]
+        return torch.nn.functional.pad(found, (0, number - found.numel()), value=-1)
 
 
-def _stack(home: torch.device, device: torch.device, *numbers: Tensor | int | bool) -> Tensor:
+def _whole(values: Values, part: _Inside, found: int, bracket: _Bracket, first: int, last: int) -> _Inside:
+    """All that is inside: cut, or looked for again where there was no room. Positions from `first` to `last` only."""
+    piece, room = part.piece, part.positions.numel()
+    if found <= room:
+        return part._replace(positions=part.positions[:found], keys=part.keys[:found])
+    size = piece.values.numel()
+    start = max(0, first - piece.start) // ROW * ROW
+    stop = min(size, -(-(last - piece.start) // ROW) * ROW)
+    where = slice(piece.where.start + start, piece.where.start + stop)
+    some = _Piece(piece.tensor, where, piece.start + start, piece.values[start:stop])
+    entries, _, rest, *_ = _compare(values, some, bracket, None)
+    positions = _positions(rest, found)
+    return _Inside(some, positions, values.order.keys(entries[positions]))
+
+
+def _stack(home: torch.device, device: torch.device, *numbers: Tensor | int) -> Tensor:
     whole = [
         n.to(torch.int64) if isinstance(n, Tensor) else torch.full((), n, dtype=torch.int64, device=device)
         for n in numbers
@@ -263,15 +302,8 @@ def _stack(home: torch.device, device: torch.device, *numbers: Tensor | int | bo
     return torch.stack(whole).to(home, non_blocking=True)
 
 
-def _read(values: Values, inside: list[_Inside], numbers: Tensor, room: float | None) -> _Found:
-    """Wait for the device, check what it counted, and cut the arrays to what they hold."""
-    above_by_tensor, allowed, complete, cut = [0] * len(values.tensors), 0, True, []
-    for part, (above, found, may_stay, *nan) in zip(inside, numbers.tolist(), strict=True):
-        if any(nan):
-            raise_nan(values.names[part.piece.tensor])
-        above_by_tensor[part.piece.tensor] += above
-        allowed += may_stay
-        complete &= room is None or found < part.positions.numel() or found == part.piece.values.numel()
-        cut.append(part._replace(positions=part.positions[:found], keys=part.keys[:found]))
-    keys = torch.cat([part.keys.to(numbers.device, non_blocking=True) for part in cut])
-    return _Found(sum(above_by_tensor), above_by_tensor, cut, keys, complete, allowed)
+def _read(counts: Tensor, ends: Tensor) -> tuple[list[list[int]], list[int]]:
+    """Wait for the device: the only time."""
+    flat = torch.cat([ends, counts.view(-1)]).cpu().tolist()
+    width = counts.shape[1]
+    return [flat[i : i + width] for i in range(ends.numel(), len(flat), width)], flat[: ends.numel()]
