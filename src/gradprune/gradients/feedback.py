@@ -152,8 +152,9 @@ class ErrorFeedback:
         zero_pruned_((sent[name], mask) for name, mask in masks.items())
         for name, values in sent.items():
             sums[name].sub_(values)  # exact: the entry is either the sum, rounded to the gradient's dtype, or zero
+        share = share_of(sum(map(count_kept, masks.values())), gradients)
         self._commit(gradients, sent, waiting)
-        return share_of(sum(map(count_kept, masks.values())), gradients)
+        return share
 
     def _commit(self, gradients: Gradients, sent: Gradients, waiting: Mapping[str, dict[str, Tensor]]) -> None:
         """Write the gradients and what waits, or, where something interrupts, neither."""

@@ -205,7 +205,7 @@ def _flat(value: Tensor) -> Tensor:
     if value.is_contiguous():
         return value.view(-1)
     by_stride = sorted(range(value.ndim), key=lambda axis: value.stride()[axis], reverse=True)
-    return value.permute(by_stride).reshape(-1)
+    return value.permute(by_stride).reshape(-1).contiguous()
 
 
 def _scaled_norm(values: Sequence[Tensor], p: float) -> float:
