@@ -11,14 +11,16 @@ from gradprune.gradients.norms import gradient_norms
 from gradprune.gradients.recorder import Recorder
 from gradprune.gradients.sparsify import keep_top_gradients_, threshold_gradients_
 from gradprune.gradients.trace import Trace
-from gradprune.recovery.correct import Entry, History, Round, distill_loss, iterate
+from gradprune.recovery.correct import iterate
+from gradprune.recovery.distill import distill_loss
+from gradprune.recovery.history import Entry, History, Round
+from gradprune.weights.activation import activation
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 from gradprune.weights.pruner import Event, Pruner, Regrow
 from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
 from gradprune.weights.score import (
-    activation,
     fisher,
     gradient,
     grasp,

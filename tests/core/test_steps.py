@@ -207,7 +207,7 @@ def test_what_cannot_be_ridden_on_is_said():
 
     model = nn.Linear(8, 8)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match="Bare cannot be watched.*Pass the torch optimizer"):
+    with pytest.raises(TypeError, match=r"Bare cannot be watched.*Pass the torch optimizer"):
         gp.Pruner(model, Bare(model.parameters()), gp.OneShot(0.5))
     for wrong, message in [
         (None, "got NoneType"),

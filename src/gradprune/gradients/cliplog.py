@@ -100,12 +100,22 @@ class ClipLog:
         return self.engaged / self.calls if self.calls else 0.0
 
     def require_kind(self, kind: str) -> None:
-        """Raise ValueError where the log is of another kind of clipping."""
+        """Raise ValueError where the log is of another kind of clipping.
+
+        Args:
+            kind: "value", "norm" or "adaptive".
+        """
         if self.kind not in (None, kind):
             raise ValueError(f"this log is of clipping by {self.kind}; clipping by {kind} needs one of its own")
 
     def note(self, kind: str, row: Call, *, skipped: bool) -> None:
-        """Note one call."""
+        """Note one call of a clip.
+
+        Args:
+            kind: "value", "norm" or "adaptive".
+            row: what the call did.
+            skipped: whether it left the step out.
+        """
         self.kind = kind
         self.calls += 1
         self.engaged += row.share > 0
