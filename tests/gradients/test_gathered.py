@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import os
 import subprocess
 import sys
@@ -172,3 +174,14 @@ print("done")
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": source}
     )
     assert done.stdout.split() == ["done"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("module", sorted(p.stem for p in Path(gp.__file__).with_name("gradients").glob("[a-z]*.py")))
+def test_the_examples_of_the_docstrings_run(module):
+    found = importlib.import_module(f"gradprune.gradients.{module}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = doctest.testmod(found, extraglobs={"gp": gp, "torch": torch})
+    assert done.failed == 0
+    public = [name for name in gp.__all__ if getattr(gp, name).__module__ == found.__name__]
+    assert done.attempted >= 2 * len(public)

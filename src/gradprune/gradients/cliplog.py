@@ -17,7 +17,7 @@ _SIZES = {
     None: "size",
     "norm": "norm of the gradients",
     "value": "largest gradient entry",
-    "adaptive": "largest unit norm, gradient / weights",
+    "adaptive": "norm of a unit, over its weights'",
 }
 
 
