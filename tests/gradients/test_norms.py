@@ -257,6 +257,10 @@ def test_gradient_norms_say_what_was_given_instead_of_a_model_or_a_loss():
     for wrong in (3.0, "loss", [loss]):
         with pytest.raises(TypeError, match="loss must be a tensor, got"):
             gp.gradient_norms(model, wrong)
+    used = model(torch.randn(5, 4)).square().sum()
+    used.backward()
+    with pytest.raises(ValueError, match=r"the graph of loss is gone, as backward\(\) was called on it"):
+        gp.gradient_norms(model, used)
 
 
 @pytest.mark.parametrize("p", [1e-3, 1e-300, 1e-320])

@@ -127,3 +127,5 @@ def test_gradients_in_the_place_of_parameters_are_an_error(name: str) -> None:
     for wrong in ([p.grad for p in model.parameters()], model.state_dict().items(), torch.ones(3)):
         with pytest.raises(ValueError, match="give the parameters themselves, not their gradients"):
             FUNCTIONS[name](wrong)
+    with pytest.raises(ValueError, match="were computed from others, so that no gradient is kept"):
+        FUNCTIONS[name]([p * 1 for p in model.parameters()])

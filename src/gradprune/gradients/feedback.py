@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.masked import count_kept, zero_pruned_
@@ -95,8 +95,9 @@ class ErrorFeedback:
         nonfinite: NonFinite = "raise",
     ) -> None:
         self._rule, given = one_of(density=density, threshold=threshold, ratio=ratio)
-        if isinstance(given, type):
-            raise TypeError(f"{self._rule} must be a number or a function of the step, got the class {given.__name__}")
+        if isinstance(given, type | nn.Module):
+            kind = f"the class {given.__name__}" if isinstance(given, type) else f"a model, {type(given).__name__}"
+            raise TypeError(f"{self._rule} must be a number or a function of the step, got {kind}")
         self._given = given if callable(given) else _amount(self._rule, self._rule, given)
         self._scope = checked_scope(scope)
         self._momentum = checks.number("momentum", momentum, least=0.0, below=1.0)
