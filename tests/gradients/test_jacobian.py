@@ -250,3 +250,31 @@ def test_too_few_rounds_are_an_error_that_names_the_two_ways_out():
     for rounds in (0, 1, 2):
         with pytest.raises(RuntimeError, match=rf"{rounds} rounds did not .* more rounds or a larger tolerance"):
             gp.jacobian_singular_values(lambda x: a @ x, x, k=3, tolerance=1e-6, max_rounds=rounds)
+
+
+def test_arguments_of_another_kind_are_named():
+    x = torch.ones(4)
+    for call, message in (
+        (lambda: gp.jacobian_singular_values(None, x), "f must be a function, got None"),
+        (lambda: gp.jacobian_singular_values(x, torch.sin), "f must be a function, got a tensor"),
+        (lambda: gp.jacobian_singular_values(nn.Linear, x), r"the class Linear: make one, Linear\(\.\.\.\)"),
+        (lambda: gp.jacobian_singular_values(torch.sin, [1.0]), "x must be a tensor, got list"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x.to_sparse()), "the input 'x' is sparse"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x.to("meta")), "the input 'x' is on the meta device"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x.to(torch.float8_e4m3fn)), r"'x' is torch\.float8"),
+        (lambda: gp.jacobian_singular_values(lambda x: x.to_sparse(), x), "f must return a dense tensor"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x, k=True), "k must be a whole number"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x, k="1"), "k must be a whole number"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x, k=1, tolerance="x"), "tolerance must be a number"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x, k=1, max_rounds=None), "max_rounds must be a whole number"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    for call, message in (
+        (lambda: gp.jacobian_singular_values(torch.sin, x, k=1.5), "k must be a whole number"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x, k=1, max_rounds=-1), "max_rounds must be at least 0"),
+        (lambda: gp.jacobian_singular_values(torch.sin, x[:0], k=1), "has 0 x 0 entries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert gp.jacobian_singular_values(torch.sin, torch.ones(1).expand(4), k=np.int64(2)).shape == (2,)

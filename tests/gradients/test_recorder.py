@@ -491,3 +491,256 @@ def test_a_recorder_refuses_what_it_cannot_record():
     with pytest.raises(ValueError, match="the optimizer holds none of the model's parameters"):
         gp.Recorder(model, sgd(small_net()))
     assert all(not module._forward_hooks for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------ what else looks at the model
+
+
+class Wide(nn.Module):
+    """A layer whose output has millions of equal entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_statistics_of_millions_of_entries_are_right():
+    model, x = Wide(), torch.arange(2**21).remainder(7).float()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recorder = gp.Recorder(model, optimizer)
+    out = model(x)
+    out.sum().backward()
+    optimizer.step()
+    seen, values = recorder.trace.activations[""], out.detach().double().numpy()
+    assert seen["std"] == [pytest.approx(values.std(), rel=1e-5)]
+    assert seen["mean"] == [pytest.approx(values.mean(), rel=1e-5)]
+    assert type(seen["zero"][0]) is float
+
+
+WATCHERS = {
+    "vmap": lambda m, x: torch.func.vmap(m)(x),
+    "per-sample gradients": lambda m, x: torch.func.vmap(
+        torch.func.grad(lambda p, row: torch.func.functional_call(m, p, (row,)).sum()), (None, 0)
+    )(dict(m.named_parameters()), x),
+    "jvp": lambda m, x: torch.func.jvp(m, (x,), (x,)),
+    "jacrev": lambda m, x: torch.func.jacrev(m)(x[0]),
+    "functional jacobian": lambda m, x: torch.autograd.functional.jacobian(m, x, vectorize=True),
+    "export": lambda m, x: torch.export.export(m, (x,)).module()(x),
+    "export, strict": lambda m, x: torch.export.export(m, (x,), strict=True).module()(x),
+    "compile": lambda m, x: torch.compile(m, backend="eager", fullgraph=True)(x),
+    "script": lambda m, x: torch.jit.script(m)(x),
+    "trace": lambda m, x: torch.jit.trace(m, x)(x),
+    "fx": lambda m, x: torch.fx.symbolic_trace(m)(x),
+    "flop counter": lambda m, x: counted(m, x),
+    "meta": lambda m, x: torch.func.functional_call(
+        m, {k: v.to("meta") for k, v in m.named_parameters()}, x.to("meta")
+    ),
+}
+
+
+def on_meta(model, x):
+    parameters = {name: parameter.to("meta") for name, parameter in model.named_parameters()}
+    return torch.func.functional_call(model, parameters, x.to("meta"))
+
+
+def counted(model, x):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", WATCHERS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_transforms_or_reads_the_model_is_not_disturbed(name):
+    torch.compiler.reset()
+    x, plain, model = torch.randn(2, 4), small_net(), small_net()
+    optimizer = sgd(model)
+    expected = WATCHERS[name](plain, x)
+    recorders = [gp.Recorder(model, optimizer), gp.Recorder(model, optimizer)]
+    found = WATCHERS[name](model, x)
+    for a, b in zip(*map(torch.utils._pytree.tree_leaves, (found, expected)), strict=True):
+        assert not isinstance(a, torch.Tensor) or a.is_meta or torch.allclose(a, b)
+    model(x).sum().backward()
+    optimizer.step()
+    assert recorders[0].trace == recorders[1].trace
+    assert recorders[0].trace.activations["0"]["mean"] == [pytest.approx(gp_mean_before_step(x), rel=1e-4)]
+    for recorder in recorders:
+        recorder.close()
+    assert not model[0]._forward_hooks
+    WATCHERS[name](model, x)
+
+
+def test_a_compiled_step_is_recorded_without_activations():
+    torch.compiler.reset()
+    model = small_net()
+    optimizer = sgd(model)
+    recorder = gp.Recorder(model, optimizer)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        compiled(torch.randn(5, 4)).sum().backward()
+        optimizer.step()
+    trace = recorder.trace
+    assert trace.steps == [0, 1]
+    assert all(map(math.isfinite, trace.gradients["0.weight"]))
+    assert trace.activations == {}
+
+
+# ------------------------------------------------------------------------------------------------ who steps, and when
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As accelerate's: without the constructor of an optimizer."""
+
+    def __init__(self, inner):
+        self.optimizer = inner
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+
+def test_a_wrapped_optimizer_is_recorded_as_the_one_inside():
+    traces = []
+    for wrap in (lambda o: o, Wrapped):
+        model = small_net()
+        optimizer = wrap(sgd(model))
+        recorder = gp.Recorder(model, optimizer)
+        train(model, optimizer, 3)
+        traces.append(recorder.trace)
+    assert traces[0] == traces[1]
+    assert traces[0].steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_is_no_step_fused_or_not(fused):
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    recorder = gp.Recorder(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for bad in (True, True, False, True):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 8)).sum()).backward()
+        if bad:
+            model.weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    assert recorder.trace.steps == [0]
+    assert math.isfinite(recorder.trace.gradients["weight"][0])
+    assert recorder.trace.updates["weight"][0] > 0
+
+
+def test_the_step_by_which_a_checkpoint_makes_an_optimizers_state_is_none():
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = small_net()
+    optimizer = torch.optim.Adam(model.parameters())
+    recorder = gp.Recorder(model, optimizer)
+    get_state_dict(model, optimizer)
+    train(model, optimizer, 1)
+    assert recorder.trace.steps == [0]
+    assert math.isfinite(recorder.trace.gradients["0.weight"][0])
+
+
+# ------------------------------------------------------------------------------------------- copies, errors, pictures
+
+
+def test_a_copy_of_the_recorder_keeps_its_trace_and_records_nothing():
+    model = small_net()
+    optimizer = sgd(model)
+    recorder = gp.Recorder(model, optimizer)
+    train(model, optimizer, 2)
+    other_model, other_optimizer, copied = copy.deepcopy((model, optimizer, recorder))
+    train(other_model, other_optimizer, 2)
+    assert copied.trace == recorder.trace
+    assert copied.trace is not recorder.trace
+    buffer = io.BytesIO()
+    torch.save(recorder, buffer)
+    buffer.seek(0)
+    with torch.load(buffer, weights_only=False) as loaded:
+        assert loaded.trace == recorder.trace
+    train(model, optimizer, 1)
+    assert recorder.trace.steps == [0, 1, 2]
+    assert copied.trace.steps == loaded.trace.steps == [0, 1]
+
+
+def test_an_interrupted_constructor_leaves_no_hook(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    model = small_net()
+    optimizer = sgd(model)
+    for place in ("torch.optim.Optimizer.register_step_post_hook", "torch.nn.Tanh.register_forward_hook"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                gp.Recorder(model, optimizer)
+        assert all(not module._forward_hooks for module in model.modules())
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+    recorder = gp.Recorder(model, optimizer)
+    train(model, optimizer, 1)
+    assert list(recorder.trace.activations) == ["0", "1", "2"]
+
+
+def test_a_recorder_says_what_was_given_instead():
+    model = small_net()
+    optimizer = sgd(model)
+    for wrong, message in (
+        (lambda: gp.Recorder(model.state_dict(), optimizer), "looks like a state dict"),
+        (lambda: gp.Recorder(optimizer, model), "model must be a torch.nn.Module, got SGD"),
+        (lambda: gp.Recorder(nn.Linear, optimizer), "is the class: make one"),
+        (lambda: gp.Recorder(model, None), "optimizer must be a torch optimizer"),
+        (lambda: gp.Recorder(model, torch.optim.SGD), "the class SGD: make one"),
+        (lambda: gp.Recorder(model, model), "got a model"),
+        (lambda: gp.Recorder(model, optimizer, every="2"), "every must be a whole number"),
+        (lambda: gp.Recorder(model, optimizer, every=True), "every must be a whole number"),
+        (lambda: gp.Recorder(model, optimizer, updates=None), "updates must be True or False"),
+        (lambda: gp.Recorder(lazy := nn.LazyLinear(3), sgd(lazy)), "'weight' is lazy, without a shape"),
+        (lambda: gp.Recorder(meta := nn.Linear(3, 3, device="meta"), sgd(meta)), "'weight' is on the meta device"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            wrong()
+    for wrong in (2.5, math.nan, 10**400 * -1):
+        with pytest.raises(ValueError, match="every"):
+            gp.Recorder(model, optimizer, every=wrong)
+    with pytest.raises(ValueError, match="one optimizer: make one for each"):
+        gp.Recorder(model, [optimizer, sgd(model)])
+    assert all(not module._forward_hooks for module in model.modules())
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "back"),
+    [(torch.set_default_device, "meta", None), (torch.set_default_dtype, torch.bfloat16, torch.float32)],
+    ids=["meta", "bfloat16"],
+)
+def test_torchs_defaults_change_no_number(change, to, back):
+    x, traces = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), []
+    for at in range(2):
+        model = small_net()
+        optimizer = sgd(model)
+        recorder = gp.Recorder(model, optimizer)
+        if at:
+            change(to)
+        try:
+            for _ in range(2):
+                model(x).sum().backward()
+                optimizer.step()
+            norms, traces = gp.gradient_norms(model), [*traces, recorder.trace]
+            values = gp.jacobian_singular_values(model, x[0], k=2)
+        finally:
+            change(back)
+    assert traces[0] == traces[1]
+    assert norms == pytest.approx({name: norm[-1] for name, norm in traces[0].gradients.items()})
+    assert torch.allclose(values, gp.jacobian_singular_values(model, x[0])[:2], rtol=1e-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -63,7 +64,10 @@ class AutoClip:
         self.window = checks.whole("window", window, least=1)
         self.nonfinite, self.log = known(nonfinite), None if log is None else require_log(log)
         self.threshold = math.inf
-        self._history: tuple[deque[float], list[float]] = (deque(maxlen=self.window), [])  # in time, and sorted
+        self._history: tuple[deque[float], list[float]] = (
+            deque(maxlen=min(self.window, sys.maxsize)),
+            [],
+        )  # in time, and sorted
 
     @property
     def norms(self) -> list[float]:
@@ -123,7 +127,7 @@ class AutoClip:
             raise ValueError(f"the state's norms must be each positive and finite: {error}") from None
         if len(norms) > window:
             raise ValueError(f"the state's norms must be at most {window}, each positive and finite; got {len(norms)}")
-        history = deque(norms, maxlen=window), sorted(norms)
+        history = deque(norms, maxlen=min(window, sys.maxsize)), sorted(norms)
         self.percentile, self.window, self.threshold, self._history = percentile, window, threshold, history
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ _SIZES = {
     None: "size",
     "norm": "norm of the gradients",
     "value": "largest gradient entry",
-    "adaptive": "largest unit norm, gradient / weights",
+    "adaptive": "norm of a unit, over its weights'",
 }
 
 
@@ -63,7 +64,7 @@ class ClipLog:
         self.kind: str | None = None
         self.calls = self.engaged = self.skipped = 0
         self.nonfinite: dict[str, int] = {}
-        self._rows: deque[Call] = deque(maxlen=checks.whole("window", window, least=1))
+        self._rows: deque[Call] = deque(maxlen=min(sys.maxsize, checks.whole("window", window, least=1)))
 
     @property
     def steps(self) -> list[int]:
@@ -192,7 +193,7 @@ class ClipLog:
             raise ValueError(f"the state keeps {len(rows)} calls, of {calls} and at most {window}")
         engaged, skipped = (checks.whole(name, state[name], least=0, most=calls) for name in ("engaged", "skipped"))
         nonfinite = {str(name): checks.whole("nonfinite", count, least=1) for name, count in state["nonfinite"].items()}
-        kept = deque(rows, maxlen=window)
+        kept = deque(rows, maxlen=min(window, sys.maxsize))
         self.kind, self.nonfinite, self._rows = kind, nonfinite, kept
         self.calls, self.engaged, self.skipped = calls, engaged, skipped
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.masked import count_kept, zero_pruned_
@@ -95,8 +95,9 @@ class ErrorFeedback:
         nonfinite: NonFinite = "raise",
     ) -> None:
         self._rule, given = one_of(density=density, threshold=threshold, ratio=ratio)
-        if isinstance(given, type):
-            raise TypeError(f"{self._rule} must be a number or a function of the step, got the class {given.__name__}")
+        if isinstance(given, type | nn.Module):
+            kind = f"the class {given.__name__}" if isinstance(given, type) else f"a model, {type(given).__name__}"
+            raise TypeError(f"{self._rule} must be a number or a function of the step, got {kind}")
         self._given = given if callable(given) else _amount(self._rule, self._rule, given)
         self._scope = checked_scope(scope)
         self._momentum = checks.number("momentum", momentum, least=0.0, below=1.0)
@@ -152,8 +153,9 @@ class ErrorFeedback:
         zero_pruned_((sent[name], mask) for name, mask in masks.items())
         for name, values in sent.items():
             sums[name].sub_(values)  # exact: the entry is either the sum, rounded to the gradient's dtype, or zero
+        share = share_of(sum(map(count_kept, masks.values())), gradients)
         self._commit(gradients, sent, waiting)
-        return share_of(sum(map(count_kept, masks.values())), gradients)
+        return share
 
     def _commit(self, gradients: Gradients, sent: Gradients, waiting: Mapping[str, dict[str, Tensor]]) -> None:
         """Write the gradients and what waits, or, where something interrupts, neither."""

@@ -46,17 +46,19 @@ def jacobian_singular_values(
         RuntimeError: where `max_rounds` do not reach the tolerance.
 
     Example:
-        >>> gp.jacobian_singular_values(lambda x: x**2, torch.tensor([1.0, 3.0, 2.0]))
+        >>> x = torch.tensor([1.0, 3.0, 2.0])
+        >>> gp.jacobian_singular_values(lambda x: x**2, x)
         tensor([6., 4., 2.])
 
     Halko et al. (2011); Pennington et al. (2017); chapter 1.
     """
-    checks.function("f", f)
+    if isinstance(checks.function("f", f), type):
+        raise TypeError(f"f must be a function, got the class {f.__name__}: make one, {f.__name__}(...)")
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise ValueError(f"x must be of a floating dtype to be differentiated, not {x.dtype}")
-    if x.is_meta or type(x) not in (Tensor, nn.Parameter):
+    if x.is_meta or x.element_size() == 1 or x.layout != torch.strided or type(x) not in (Tensor, nn.Parameter):
         checks.require_writable("x", x, "input")
     k = None if k is None else checks.whole("k", k)
     tolerance = checks.number("tolerance", tolerance, above=0.0)
@@ -72,6 +74,8 @@ def _singular_values(
         y = f(x.clone())  # a clone, since f may change its argument in place
     if not isinstance(y, Tensor):
         raise TypeError(f"f must return a tensor, not {type(y).__name__}; for a part of it pass lambda x: f(x)[0]")
+    if y.layout != torch.strided:
+        raise TypeError(f"f must return a dense tensor, not one of layout {y.layout}; pass lambda x: f(x).to_dense()")
     if y.is_complex():
         raise ValueError("f(x) is complex; pass its real and imaginary parts, as torch.view_as_real gives them")
     if not y.requires_grad:
@@ -84,6 +88,8 @@ def _singular_values(
             raise ValueError(f"the Jacobian has {m} x {n} entries; pass k to get its k largest singular values")
         every: Tensor = torch.linalg.svdvals(_require_finite(_jacobian(y, x)))
         return every
+    if not m * n:
+        raise ValueError(f"the Jacobian has {m} x {n} entries, and so no k largest singular values")
     if not 1 <= k <= min(m, n):
         raise ValueError(f"k must be between 1 and {min(m, n)}, the smaller side of the Jacobian, not {k}")
     return _largest_singular_values(_Products(y, x), k, tolerance, max_rounds)

@@ -84,7 +84,15 @@ def _gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
         )
     with torch.inference_mode(False), torch.enable_grad():
         scalar = loss.reshape(())
-        grads = torch.autograd.grad(scalar, list(trainable.values()), retain_graph=True, allow_unused=True)
+        try:
+            grads = torch.autograd.grad(scalar, list(trainable.values()), retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "a second time" not in str(error):
+                raise
+            raise ValueError(
+                "the graph of loss is gone, as backward() was called on it: read gradient_norms(model) after that, or "
+                "pass the loss before"
+            ) from None
     found = {name: grad for name, grad in zip(trainable, grads, strict=True) if grad is not None}
     if not found:
         raise ValueError("loss depends on no parameter of the model")
@@ -205,7 +213,7 @@ def _flat(value: Tensor) -> Tensor:
     if value.is_contiguous():
         return value.view(-1)
     by_stride = sorted(range(value.ndim), key=lambda axis: value.stride()[axis], reverse=True)
-    return value.permute(by_stride).reshape(-1)
+    return value.permute(by_stride).reshape(-1).contiguous()
 
 
 def _scaled_norm(values: Sequence[Tensor], p: float) -> float:

@@ -67,8 +67,13 @@ def read_once(params: Params) -> Tensor | nn.Module | list[Any]:
 
 
 def require_trainable(tensors: Iterable[Tensor]) -> None:
-    """Raise ValueError where there are tensors and none is a parameter or requires a gradient: others were meant."""
+    """Raise ValueError where there are tensors and none of them can ever have a gradient: others were meant."""
     tensors = list(tensors)
+    if tensors and all(not tensor.is_leaf and not tensor.retains_grad for tensor in tensors):
+        raise ValueError(
+            "the tensors in params were computed from others, so that no gradient is kept of them: give the parameters "
+            "they come from, or call retain_grad() on them before backward()"
+        )
     if tensors and not any(isinstance(t, nn.Parameter) or t.requires_grad or t.grad is not None for t in tensors):
         raise ValueError(
             "no tensor in params has a gradient or could have one: give the parameters themselves, "
