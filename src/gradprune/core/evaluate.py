@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 
 @contextmanager
@@ -36,7 +37,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             for module, mode in modes.items():
                 module.training = mode
             for held, name, buffer, before in buffers:
-                held[name] = buffer
+                if held[name] is not buffer:
+                    held[name] = buffer
                 with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
                     buffer.copy_(before)
 
@@ -51,7 +53,8 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs as positional and named arguments."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+    return (tuple(inputs), {}) if several else ((inputs,), {})
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -49,11 +49,12 @@ def pairs(batches: Batches) -> list[tuple[Any, Any]]:
     kept = items(batches, "an iterable of pairs (inputs, targets)")
     for i, batch in enumerate(kept):
         if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            one = ", and batches, if it is one pair, [(inputs, targets)]" if len(kept) == 2 else ""
-            named = (
-                "; of a dict take its parts: [(d, d['labels']) for d in loader]" if isinstance(batch, Mapping) else ""
-            )
-            raise TypeError(f"batch {i} must be a pair (inputs, targets), got {described(batch)}{one}{named}")
+            hint = ""
+            if isinstance(batch, Mapping):
+                hint = "; of dicts make pairs: [(d, d['labels']) for d in loader]"
+            elif len(kept) == 2:
+                hint = ", and batches, if it is one pair, [(inputs, targets)]"
+            raise TypeError(f"batch {i} must be a pair (inputs, targets), got {described(batch)}{hint}")
     return [(batch[0], batch[1]) for batch in kept]
 
 
@@ -134,11 +135,14 @@ def _checkpoints_differentiable() -> Iterator[None]:
     def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
+    before = vars(kind).get("apply")
     try:
         kind.apply = staticmethod(apply)  # type: ignore[method-assign]
         yield
     finally:
-        if "apply" in vars(kind):
+        if before is not None:
+            kind.apply = before  # type: ignore[method-assign]
+        elif "apply" in vars(kind):
             del kind.apply
 
 
