@@ -8,23 +8,14 @@ from gradprune.gradients.probe import Recorder, Trace, gradient_norms, jacobian_
 from gradprune.gradients.sparsify import ErrorFeedback, keep_top_gradients_, threshold_gradients_
 from gradprune.recovery.correct import Entry, History, Round, distill_loss, iterate
 from gradprune.weights.activation import activation
+from gradprune.weights.flow import synflow
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 from gradprune.weights.pruner import Event, Pruner, Regrow
 from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
-from gradprune.weights.score import (
-    fisher,
-    gradient,
-    grasp,
-    magnitude,
-    movement,
-    random,
-    rotation,
-    snip,
-    synflow,
-    taylor,
-)
+from gradprune.weights.score import magnitude, random, rotation
+from gradprune.weights.sensitivity import fisher, gradient, grasp, movement, snip, taylor
 
 __version__ = "0.1.0"
 

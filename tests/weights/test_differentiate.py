@@ -264,7 +264,7 @@ def test_attention_recurrence_and_sparse_gradients_are_scored(score):
             super().__init__()
             self.words = nn.Embedding(10, 8, sparse=True)
             self.attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-            self.recurrent = nn.LSTM(8, 4)
+            self.recurrent = nn.LSTM(8, 4, batch_first=True)
 
         def forward(self, ids):
             return self.recurrent(self.attention(self.words(ids)))[0]
@@ -337,5 +337,5 @@ def test_sparse_and_eight_bit_weights_are_sized_and_frozen_unreadable_ones_left_
         }
     )
     scores = gp.magnitude(held)
-    assert list(scores) == ["sparse", "eight"]
+    assert set(scores) == {"sparse", "eight"}
     assert all(torch.equal(score, torch.eye(2)) for score in scores.values())

@@ -35,6 +35,12 @@ def floating(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def entries(p: Tensor) -> Tensor:
+    """The parameter's entries as a dense tensor of a dtype that torch calculates with."""
+    dense = p.detach() if p.layout == torch.strided else p.detach().to_dense()
+    return dense.float() if dense.element_size() == 1 else dense
+
+
 @contextmanager
 def trainable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """The trainable parameters, while the model is in eval mode and gradients are on."""
