@@ -31,6 +31,8 @@ def test_batches_may_be_inputs_alone_but_not_one_pair_instead_of_a_list():
             gp.activation(layer, batches)
     with pytest.raises(ValueError, match="used up before"):
         gp.activation(layer, iter([]))
+    with pytest.raises(ValueError, match="batches held no sample"):
+        gp.activation(layer, [X[:0]])
 
 
 def test_a_layer_called_with_keywords_is_seen():

@@ -172,6 +172,12 @@ def test_losses_that_are_none_are_refused(score):
             score(layer, [(X, Y)], loss)
 
 
+@every_score_of_a_loss
+def test_batches_without_samples_are_refused(score):
+    with pytest.raises(ValueError, match="held no sample|the loss is nan"):
+        score(nn.Linear(4, 4), [(X[:0], Y[:0])], SQUARES)
+
+
 def test_a_loss_without_batches_is_refused_and_a_frozen_model_has_no_gradient():
     with pytest.raises(ValueError, match="a loss needs batches"):
         gp.taylor(nn.Linear(2, 2), loss=SQUARES)

@@ -64,6 +64,7 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         if p.dim() >= 2 and p.layout == torch.strided and (total := norms.of(p)) is not None:
             scores[name] = product(name, p.detach().abs(), total)
     require(bool(scores), "the batches reach no weight: nothing of two dimensions or more multiplies what they hold")
+    require(norms.entries > 0, "batches held no sample")
     return scores
 
 
@@ -73,7 +74,8 @@ def _inputs(batch: Any, i: int) -> Any:
     if isinstance(batch, tuple | list) and len(batch) in (1, 2):
         return batch[0]
     raise TypeError(
-        f"batch {i} must be a pair (inputs, targets), or inputs: a tensor or a dict; got {described(batch)}"
+        f"batch {i} must be a pair (inputs, targets), or inputs: a tensor or a dict; got {described(batch)}. "
+        "Several arguments go into one tuple: ((first, second), None)"
     )
 
 
@@ -82,6 +84,7 @@ class _InputNorms(Owners):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.entries = 0
         self._squares: dict[tuple[int, int, nn.Module], Tensor] = {}
 
     def of(self, parameter: Tensor) -> Tensor | None:
@@ -140,6 +143,7 @@ class _InputNorms(Owners):
 
     def _sums(self, x: Tensor, dim: int) -> Tensor:
         """The sums of the squares over a dimension, in float32, or in float64 where that has not the range."""
+        self.entries += x.numel()
         x = x if x.layout == torch.strided else x.to_dense()
         size = x.abs() if x.is_complex() else x
         if size.dtype == torch.float64:
