@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradprune import keep_largest, kth_smallest
-from gradprune.core import select
+from gradprune.core import select, select_cpu, select_device
+from gradprune.core.collect import Values
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -25,14 +26,18 @@ def sizes(name):
         yield
         return
     names = ("CHUNK", "SAMPLE", "GATHER_ALL", "PARALLEL")
-    with mock.patch.multiple(select, **dict(zip(names, SIZES[name], strict=True)), DEVICE_CHUNK=8):
+    small = {"CHUNK": 8, "ROW": 4, "SAMPLE": (32, 128), "GATHER_ALL": 16}
+    with (
+        mock.patch.multiple(select_cpu, **dict(zip(names, SIZES[name], strict=True))),
+        mock.patch.multiple(select_device, **small),
+    ):
         yield
 
 
 @contextmanager
 def device_path():
     """Route CPU tensors through the code for accelerators."""
-    with mock.patch.object(select._Values, "on_cpu", False):
+    with mock.patch.object(Values, "on_cpu", False):
         yield
 
 
@@ -180,7 +185,7 @@ def test_large_tensors_agree_with_torchs_sort(dtype, kind):
 def test_a_bracket_that_misses_is_noticed_and_moved():
     values = torch.randn(300_000, generator=torch.Generator().manual_seed(1))
     misleading = np.sort(values[:5000].view(torch.int32).numpy() * 0 + 7)  # a sample of one single wrong key
-    with sizes("chunks of 8 and a bracket"), mock.patch.multiple(select, CHUNK=4096, _sample=lambda *_: misleading):
+    with sizes("chunks of 8 and a bracket"), mock.patch.multiple(select_cpu, CHUNK=4096, _sample=lambda *_: misleading):
         assert kth_smallest(values, 123_456) == values.sort().values[123_455]
 
 
@@ -188,14 +193,14 @@ def test_gathering_stops_at_its_limit():
     # Every stratum's sample is 0 or 1, and almost all of the values lie between them: nothing may be gathered whole.
     values = torch.rand(200_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gathered = []
-    kth_inside = select._kth_inside
+    kth_inside = select_cpu._kth_inside
 
     def spy(inside, k, below):
         gathered.append(sum(a.size for a in inside))
         return kth_inside(inside, k, below)
 
     wide = np.array([0.0] * 100 + [1.0] * 100).view(np.int64)
-    with mock.patch.multiple(select, GATHER_ALL=100, CHUNK=1000, _kth_inside=spy, _sample=lambda *a: wide):
+    with mock.patch.multiple(select_cpu, GATHER_ALL=100, CHUNK=1000, _kth_inside=spy, _sample=lambda *a: wide):
         assert kth_smallest(values, 100_000) == values.sort().values[99_999]
     assert max(gathered) <= 200_000 // 32
 
@@ -207,7 +212,7 @@ def test_the_number_of_threads_changes_nothing(threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        with mock.patch.object(select, "GATHER_ALL", 100):
+        with mock.patch.object(select_cpu, "GATHER_ALL", 100):
             assert kth_smallest(values, 700_000) == expected
     finally:
         torch.set_num_threads(before)
@@ -288,7 +293,7 @@ def test_other_bad_arguments_are_errors_that_say_what_is_wanted():
         kth_smallest(torch.ones(1), 1, by="size")
     with pytest.raises(ValueError, match="ranks floating values, got"):
         kth_smallest(torch.ones(1, dtype=torch.int64), 1, by="magnitude")
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"k must be a whole number, got 1\.5"):
         kth_smallest(torch.ones(3), 1.5)
     with pytest.raises(ValueError, match=r"bool of shape \(3,\), got torch.float32"):
         keep_largest(torch.ones(3), 1, among=[torch.ones(3)])

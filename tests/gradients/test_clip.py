@@ -19,6 +19,7 @@ from gradprune.gradients import norms
 
 QUICK = settings(deadline=None, max_examples=50, derandomize=True)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 SHAPES = st.lists(
     st.sampled_from([(), (1,), (7,), (0,), (3, 0), (4, 5), (1, 9), (2, 3, 3), (6, 2, 3, 3), (300, 70)]),
     min_size=1,
@@ -240,13 +241,16 @@ def test_sparse_and_dense_gradients_are_clipped_together_as_if_all_were_dense():
     seed=st.integers(0, 99),
     together=st.booleans(),
 )
-def test_entries_are_clamped_as_by_torch(shapes, dtype, limit, seed, together):
+def test_entries_are_clamped_as_by_torch_but_to_no_number_above_the_limit(shapes, dtype, limit, seed, together):
     ours, theirs = twins(random_grads(shapes, dtype, seed=seed))
     for call in [ours] if together else [[p] for p in ours]:
         assert gp.clip_by_value_(call, limit) is None
     torch.nn.utils.clip_grad_value_(theirs, limit)
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.grad, b.grad)
+        assert (a.grad.double().abs() <= limit).all()
+        above = b.grad.double().abs() > limit  # torch rounds the limit to the dtype
+        below = (b.grad.view(BITS[dtype]) - 1).view(dtype)
+        assert torch.equal(a.grad, torch.where(above, below, b.grad))
 
 
 def test_a_large_limit_is_no_error_for_a_small_dtype():
@@ -394,7 +398,7 @@ def test_autoclip_clips_to_the_percentile_of_the_last_norms(percentile, window, 
         assert float(clip_(parameter)) == norm
         expected = np.percentile(norms[max(0, step + 1 - window) : step + 1], percentile)
         assert clip_.threshold == pytest.approx(expected, rel=1e-12)
-        assert float(parameter.grad) == pytest.approx(min(norm, norm * expected / (norm + 1e-6)), rel=1e-9)
+        assert float(parameter.grad) == pytest.approx(min(norm, expected), rel=1e-12)
     assert clip_.norms == norms[-window:]
 
 
@@ -539,7 +543,7 @@ def test_weights_that_are_not_finite_bound_nothing_and_raise(bad):
 
 @every_call
 def test_no_gradients_are_no_error(call):
-    for nothing in ([], nn.Linear(2, 2), iter(()), nn.Parameter(torch.ones(2)), nn.ReLU()):
+    for nothing in ([], nn.Linear(2, 2), nn.Linear(2, 2).parameters(), nn.Parameter(torch.ones(2)), nn.ReLU()):
         result = call(nothing)
         assert result is None or float(result) == 0.0
 
@@ -582,24 +586,28 @@ def test_bad_settings_are_errors_that_say_what_was_given_and_change_nothing():
     parameters = held(torch.tensor([3.0, 4.0]))
     before = bits(parameters)
     for bad in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match=rf"limit must be positive, not {bad}"):
+        with pytest.raises(ValueError, match=rf"limit must be a number, positive, got {bad}"):
             gp.clip_by_value_(parameters, bad)
-        with pytest.raises(ValueError, match=rf"max_norm must be positive, not {bad}"):
+        with pytest.raises(ValueError, match=rf"max_norm must be a number, positive, got {bad}"):
             gp.clip_by_norm_(parameters, bad)
-        with pytest.raises(ValueError, match=rf"norm_type must be positive, or infinity, not {bad}"):
+        with pytest.raises(ValueError, match=rf"norm_type must be a number, positive, got {bad}"):
             gp.clip_by_norm_(parameters, 1.0, norm_type=bad)
-        with pytest.raises(ValueError, match=rf"factor must be positive, not {bad}"):
+        with pytest.raises(ValueError, match=rf"factor must be a number, positive, got {bad}"):
             gp.clip_adaptive_(parameters, bad)
-        with pytest.raises(ValueError, match=rf"eps must be positive, not {bad}"):
+        with pytest.raises(ValueError, match=rf"eps must be a number, positive, got {bad}"):
             gp.clip_adaptive_(parameters, eps=bad)
     for percentile in (-1, 101, math.nan):
-        with pytest.raises(ValueError, match=f"percentile must be between 0 and 100, not {percentile}"):
+        with pytest.raises(
+            ValueError, match=f"percentile must be a finite number, at least 0 and at most 100, got {percentile}"
+        ):
             gp.AutoClip(percentile)
-    for window in (0, -3, 1.5, None):
-        with pytest.raises(ValueError, match=f"window must be a whole number of at least 1, not {window}"):
+    for window in (0, -3, 1.5):
+        with pytest.raises(ValueError, match=f"window must be a(t least 1| whole number).*, got {window}"):
             gp.AutoClip(window=window)
+    with pytest.raises(TypeError, match=r"window must be a whole number.*, got None"):
+        gp.AutoClip(window=None)
     for call in CALLS.values():
-        with pytest.raises(ValueError, match="nonfinite must be 'raise', 'zero' or 'skip', not 'ignore'"):
+        with pytest.raises(ValueError, match="nonfinite must be one of 'raise', 'zero', 'skip', 'leave'; got 'ignore'"):
             call(parameters, nonfinite="ignore")
         with pytest.raises(TypeError, match="entry 0 is int"):
             call([3])
@@ -694,7 +702,7 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing():
         ({"norms": []}, "the state lacks 'percentile', 'threshold', 'window'"),
         (before[0] | {"norms": [1.0] * 2000}, "at most 1000, each positive and finite"),
         (before[0] | {"norms": [-1.0]}, "positive and finite"),
-        (before[0] | {"percentile": 300.0}, "percentile must be between"),
+        (before[0] | {"percentile": 300.0}, "percentile must be a finite number, at least 0 and at most 100"),
         (before[0] | {"window": 0}, "window must be"),
     ):
         with pytest.raises(ValueError, match=message):

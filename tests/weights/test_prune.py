@@ -563,7 +563,7 @@ def test_pruner_errors_say_what_is_wrong_before_anything_changes():
         ({"schedule": gp.OneShot(0.5), "include": "x"}, "include pattern 'x' matches none"),
         ({"schedule": lambda step: 1.5}, r"sparsity must be in \[0, 1\], got 1\.5"),
         ({"schedule": gp.OneShot(0.5), "score": scores_of_nan}, r"'0\.weight' contains NaN"),
-        ({"schedule": gp.OneShot(0.5), "amount": "share"}, 'amount must be "sparsity" or "threshold"'),
+        ({"schedule": gp.OneShot(0.5), "amount": "share"}, "amount must be one of 'sparsity', 'threshold'"),
         ({"schedule": gp.OneShot(0.5), "scope": {"0.weight": 0.5}}, "exclude each other"),
         ({"schedule": gp.OneShot(0.5), "granularity": "channel", "regrow": gp.Regrow(gp.random)}, "regrow needs"),
     ]:

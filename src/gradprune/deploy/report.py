@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.checks import module, require_readable
+from gradprune.core.checks import module, require_values
 from gradprune.core.evaluate import call, evaluated
 from gradprune.deploy.flops import Count, Flops, count_flops, nonzeros
 
@@ -188,7 +188,7 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
     module(model)
     if latency and example is None:
         raise ValueError("latency needs an example: the model's input, or a tuple or dict of its arguments")
-    _require_readable(model)
+    _require_values(model)
     count = Count({}, {}) if example is None else count_flops(model, example)
     flops = dict(count.by_module)
     counted: set[int] = set()
@@ -207,12 +207,12 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
     return Report(tuple(rows), _sum(rows), _latency(model, example) if latency else None, count.uncounted)
 
 
-def _require_readable(model: nn.Module) -> None:
+def _require_values(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(getattr(layer, "_packed_params", None), torch.ScriptObject | nn.Module):
             raise TypeError(f"the module {name!r} is quantized, its weights are packed out of sight: report it before")
         for own, parameter in layer.named_parameters(recurse=False):
-            require_readable(f"{name}.{own}" if name else own, parameter)
+            require_values(f"{name}.{own}" if name else own, parameter)
 
 
 def _row(name: str, kind: str, tensors: list[Tensor], flops: Flops | None) -> Row:

@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from gradprune.core.checks import function, module, require, require_readable
+from gradprune.core.checks import function, module, require, require_values
 from gradprune.core.evaluate import arguments, evaluated, tensors_in
 
 Batches = Iterable[tuple[Any, Any]]
@@ -26,7 +26,7 @@ def floating(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, p in module(model).named_parameters():
         if p.is_floating_point() or p.is_complex():
             try:
-                require_readable(name, p)
+                require_values(name, p)
             except TypeError:
                 if p.requires_grad:
                     raise

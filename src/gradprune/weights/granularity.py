@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gradprune.core import checks
 from gradprune.core.checks import require
+from gradprune.core.layers import Axes, Weight
 from gradprune.core.masked import count_kept
-from gradprune.core.select import By
-
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+from gradprune.core.order import By
 
 Granularity = Literal["weight", "channel"] | str | tuple[int, ...]
 
@@ -30,9 +30,12 @@ class Ranked(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What goes or stays together: single weights, or the tiles of a block shape (a channel is the tile (1,))."""
+    """What goes or stays together: single weights, or the tiles of a block shape (a channel is the tile (1,)).
 
-    layers: Mapping[str, nn.Parameter]
+    A block lies over the output axis, the input axis and the further ones, in this order, whatever the storage's.
+    """
+
+    layers: Mapping[str, Weight]
     block: tuple[int, ...] | None
     within: Mapping[str, Tensor] | None
 
@@ -40,17 +43,19 @@ class Units(NamedTuple):
         """Weights in one unit."""
         if self.block is None:
             return 1
-        return math.prod(self.block) * math.prod(self.layers[name].shape[len(self.block) :])
+        shape, tile = self._shape(name), self._tile(name)
+        return math.prod(tile) * math.prod(shape[len(tile) :])
 
     def number(self, name: str) -> int:
         """Units in the layer."""
-        return self.layers[name].numel() // self.cost(name)
+        cost = self.cost(name)
+        return self.layers[name].parameter.numel() // cost if cost else 0
 
     def allowed(self, name: str) -> Tensor | None:
         """Which units may stay; None where all may."""
-        if self.within is None:
-            return None
-        return self.within[name] if self.block is None else _over_tiles(self.within[name], self.block).any(dim=-1)
+        if self.within is None or self.block is None:
+            return None if self.within is None else self.within[name]
+        return _over_tiles(canonical(self.layers[name], self.within[name]), self._tile(name)).any(dim=-1)
 
     def available(self, name: str) -> int:
         """Units that may stay."""
@@ -63,22 +68,51 @@ class Units(NamedTuple):
             return ranked
         means = {}
         for name, values in ranked.values.items():
-            tiles = _over_tiles(values, self.block)
+            tiles = _over_tiles(canonical(self.layers[name], values), self._tile(name))
             tiles = tiles.abs() if ranked.by == "magnitude" else tiles
-            means[name] = tiles.mean(dim=-1, dtype=torch.promote_types(tiles.dtype, torch.float32))
+            wide = torch.promote_types(tiles.dtype, torch.float32)
+            means[name] = tiles.mean(dim=-1, dtype=wide) if tiles.numel() else tiles.sum(dim=-1, dtype=wide)
         return Ranked(means)
 
     def expand(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Masks over units as masks over weights."""
         if self.block is None:
             return dict(masks)
-        return {name: _repeat_tiles(mask, self.block, self.layers[name].shape) for name, mask in masks.items()}
+        found = {}
+        for name, mask in masks.items():
+            found[name] = as_stored(self.layers[name], _repeat_tiles(mask, self._tile(name), self._shape(name)))
+            if self.within is not None:  # a unit may stay of which a part is gone
+                found[name] &= self.within[name]
+        return found
+
+    def _shape(self, name: str) -> torch.Size:
+        return canonical(self.layers[name], self.layers[name].parameter).shape
+
+    def _tile(self, name: str) -> tuple[int, ...]:
+        return (1,) * _axes(self.layers[name]).depth + (self.block or ())
+
+
+def canonical(weight: Weight, tensor: Tensor) -> Tensor:
+    """Return a view of a tensor of the weight's shape as (stack..., output, input, rest...)."""
+    return _axes(weight).canonical(tensor.detach())
+
+
+def as_stored(weight: Weight, mask: Tensor) -> Tensor:
+    """Return a mask of the canonical shape in the order in which the weight is stored."""
+    stored = torch.empty(weight.parameter.shape, dtype=torch.bool, device=mask.device)
+    canonical(weight, stored).copy_(mask)
+    return stored
+
+
+def _axes(weight: Weight) -> Axes:
+    assert weight.axes is not None  # see check_fits
+    return weight.axes
 
 
 def _over_tiles(values: Tensor, block: tuple[int, ...]) -> Tensor:
     """One row for each tile, its entries along the last dimension."""
     split = [n for size, b in zip(values.shape, block, strict=False) for n in (size // b, b)]
-    tiled = values.reshape(*split, -1)
+    tiled = values.reshape(*split, math.prod(values.shape[len(block) :]))
     outer, inner = range(0, 2 * len(block), 2), range(1, 2 * len(block) + 1, 2)
     return tiled.permute(*outer, *inner, tiled.dim() - 1).flatten(len(block))
 
@@ -87,14 +121,14 @@ def _repeat_tiles(mask: Tensor, block: tuple[int, ...], shape: torch.Size) -> Te
     for dim, b in enumerate(block):
         mask = mask.repeat_interleave(b, dim)
     rest = (1,) * (len(shape) - len(block))
-    return mask.view(*mask.shape, *rest).expand(shape).contiguous()
+    return mask.view(*mask.shape, *rest).expand(shape)
 
 
 def parse_granularity(granularity: Granularity) -> tuple[tuple[int, int] | None, tuple[int, ...] | None]:
     """What it means: n of m, or a block; neither for single weights."""
-    if granularity == "weight":
+    if isinstance(granularity, str) and granularity == "weight":
         return None, None
-    if granularity == "channel":
+    if isinstance(granularity, str) and granularity == "channel":
         return None, (1,)
     numbers: tuple[Any, ...] = ()
     n_of_m = False
@@ -103,9 +137,8 @@ def parse_granularity(granularity: Granularity) -> tuple[tuple[int, int] | None,
         numbers = tuple(int(x) if x.isdecimal() else x for x in granularity.split(":" if n_of_m else "x"))
     elif isinstance(granularity, tuple):
         numbers = granularity
-        n_of_m = len(numbers) == 2 and all(isinstance(x, int) for x in numbers) and 0 < numbers[0] < numbers[1]
-    whole = bool(numbers) and all(isinstance(x, int) and x > 0 for x in numbers)
-    if not whole or (n_of_m and (len(numbers) != 2 or numbers[0] > numbers[1])):
+        n_of_m = len(numbers) == 2 and all(map(_positive, numbers)) and numbers[0] < numbers[1]
+    if not numbers or not all(map(_positive, numbers)) or (n_of_m and (len(numbers) != 2 or numbers[0] > numbers[1])):
         raise ValueError(
             'granularity must be "weight", "channel", (n, m) or "n:m" with n <= m, or a block shape such as (16, 16) '
             f'or "1x4"; got {granularity!r}'
@@ -113,44 +146,48 @@ def parse_granularity(granularity: Granularity) -> tuple[tuple[int, int] | None,
     return ((numbers[0], numbers[1]), None) if n_of_m else (None, numbers)
 
 
-def check_divides(
-    layers: Mapping[str, nn.Parameter], n_of_m: tuple[int, int] | None, block: tuple[int, ...] | None
-) -> None:
+def _positive(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+
+
+def with_axes(layers: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights with axes where they are not known: [out, in] for matrices, with a warning; an error for others."""
+    taken = [weight for weight in layers.values() if weight.axes is None]
+    for weight in taken:
+        shape, kind = tuple(weight.parameter.shape), type(weight.module).__name__
+        require(
+            len(shape) == 2,
+            f"which axis of {weight.name!r}, {shape} in a {kind}, is the output and which the input is not known: say "
+            f"it by axes={{{weight.name!r}: (output, input)}}, or exclude it",
+        )
+    if taken:
+        names = ", ".join(f"{weight.name!r} of a {type(weight.module).__name__}" for weight in taken)
+        checks.warn(f"taken as [out, in], as the kind of layer is not known: {names}; axes= says otherwise")
+    return {name: w if w.axes is not None else w._replace(axes=Axes()) for name, w in layers.items()}
+
+
+def check_fits(layers: Mapping[str, Weight], n_of_m: tuple[int, int] | None, block: tuple[int, ...] | None) -> None:
     """Raise ValueError where a layer has a dimension that m, or the block, does not divide."""
     sizes = (1, n_of_m[1]) if n_of_m is not None else block or ()
-    for name, p in layers.items():
-        require(
-            len(sizes) <= p.dim(), f"a block of shape {sizes} does not fit {name!r}, which has shape {tuple(p.shape)}"
-        )
-        for dim, (size, b) in enumerate(zip(p.shape, sizes, strict=False)):
+    for name, weight in layers.items():
+        axes, shape = _axes(weight), tuple(weight.parameter.shape)
+        within = canonical(weight, weight.parameter).shape[axes.depth :]
+        require(len(sizes) <= len(within), f"a block of shape {sizes} does not fit {name!r}, which has shape {shape}")
+        for at, (size, b) in enumerate(zip(within, sizes, strict=False)):
+            dim = (axes.output, axes.input)[at] if at < 2 else at + len(axes.stack)
+            each = f"{size} entries a group" if axes.groups > 1 and at == 1 else f"{size} entries"
             require(
                 size % b == 0,
-                f"{name!r} has {size} entries along dimension {dim}, not a multiple of {b}; exclude it, or choose a "
-                f"granularity that divides its shape {tuple(p.shape)}",
+                f"{name!r} has {each} along dimension {dim}, not a multiple of {b}; exclude it, or choose a "
+                f"granularity that divides its shape {shape}",
             )
 
 
-def check_channels(model: nn.Module, layers: Mapping[str, nn.Parameter], granularity: Granularity) -> None:
-    """Raise ValueError where the rows of a parameter are no output units, and units are what is to go.
+def check_channels(layers: Mapping[str, Weight]) -> None:
+    """Raise ValueError where the rows of a parameter are no output units.
 
     A gate's rows are a part of each unit of a recurrent layer, the rest of which is in the other gates and the other
     matrix; an attention layer's queries, keys and values act only together.
     """
-    if granularity != "channel":
-        return
-    names = {id(p): name for name, p in layers.items()}
-    for module in model.modules():
-        for own, p in module.named_parameters(recurse=False):
-            if id(p) not in names:
-                continue
-            if isinstance(module, _RECURRENT) and own.startswith(("weight_ih", "weight_hh")):
-                raise ValueError(
-                    f"a row of {names[id(p)]!r} is no unit: each unit of a recurrent layer is spread over the rows of "
-                    "all its gates in weight_ih and in weight_hh. Exclude both, or prune single weights"
-                )
-            if isinstance(module, nn.MultiheadAttention) and own == "in_proj_weight":
-                raise ValueError(
-                    f"a row of {names[id(p)]!r} is no unit: it packs the queries, keys and values of all heads. "
-                    f"Exclude it, or take the granularity ({module.head_dim},), with which the queries, the keys or "
-                    "the values of one head go as a whole"
-                )
+    for name, weight in layers.items():
+        require(not weight.packed, f"a row of {name!r} is no unit: {weight.packed}")

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.checks import fraction, require
+from gradprune.core import checks
+from gradprune.core.checks import require
 from gradprune.core.masked import count_kept
-from gradprune.core.select import keep_largest, keep_n_of_m
+from gradprune.core.order import By
+from gradprune.core.select import keep_and_count, keep_largest, keep_n_of_m
 from gradprune.weights import allocate
-from gradprune.weights.eligible import Patterns, eligible
-from gradprune.weights.granularity import Granularity, Ranked, Units, check_channels, check_divides, parse_granularity
+from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
 
-Scope = Literal["global", "layer", "erk", "lamp"] | Mapping[str, float]
+Scope = Literal["global", "layer", "row", "erk", "lamp"] | Mapping[str, float]
 Choose = Callable[[Ranked], dict[str, Tensor]]
+ROWS_AT_A_TIME = 2**22  # weights: sorting a row's takes several times their memory
 
 
-def prepare(
-    model: nn.Module,
-    sparsity: float | None = None,
-    threshold: float | None = None,
-    scope: Scope = "global",
-    granularity: Granularity = "weight",
-    include: Patterns = None,
-    exclude: Patterns = None,
-    *,
-    min_keep: int | None = None,
-    within: Mapping[str, Tensor] | None = None,
-) -> tuple[dict[str, nn.Parameter], Choose]:
-    """The eligible parameters and the way from their scores to masks, with every argument checked."""
-    layers = eligible(model, include, exclude)
-    n_of_m, block = parse_granularity(granularity)
-    _check_amount(sparsity, threshold, scope, n_of_m)
-    _check_scope(scope, layers)
-    _check_within(within, layers)
-    check_divides(layers, n_of_m, block)
-    check_channels(model, layers, granularity)
-    whole = min_keep is None or (isinstance(min_keep, int) and min_keep >= 0)
-    require(whole, f"min_keep must be a whole number from 0, got {min_keep!r}")
-    return layers, _plan(Units(layers, block, within), sparsity, threshold, scope, n_of_m, min_keep)
-
-
-def _plan(
+def plan(
     units: Units,
     sparsity: float | None,
     threshold: float | None,
@@ -57,20 +33,24 @@ def _plan(
 ) -> Choose:
     """How to get from scores to masks. Whatever can be refused without the scores is refused here, before them."""
     if n_of_m is not None:
-        return partial(_keep_n_of_m, *n_of_m)
+        return partial(_keep_n_of_m, units, *n_of_m)
     if threshold is not None:
         return partial(_keep_at_least, units, threshold, _floors(units, min_keep or 0))
     if isinstance(scope, Mapping):
-        counts = {name: _stay(p.numel(), scope.get(name, sparsity or 0.0)) for name, p in units.layers.items()}
-        return partial(_keep_per_layer, units, _whole_units(units, counts))
+        sizes = {name: weight.parameter.numel() for name, weight in units.layers.items()}
+        counts = {name: _stay(size, scope.get(name, sparsity or 0.0)) for name, size in sizes.items()}
+        return partial(_keep_per_layer, units, _whole_units(units, counts), "")
     assert sparsity is not None
-    budget = _stay(sum(p.numel() for p in units.layers.values()), sparsity)
-    floors = _affordable_floors(units, budget, min_keep)
+    if scope == "row":
+        return _plan_rows(units, sparsity, min_keep)
+    budget = _stay(sum(weight.parameter.numel() for weight in units.layers.values()), sparsity)
+    floors, warning = _affordable_floors(units, budget, min_keep)
     if scope in ("layer", "erk"):
-        return partial(_keep_per_layer, units, _whole_units(units, _allocate(units, scope, budget, floors)))
+        counts = _whole_units(units, _allocate(units, scope, budget, floors))
+        return partial(_keep_per_layer, units, counts, warning)
     most = sum(units.available(name) * units.cost(name) for name in units.layers)
     require(budget <= most, f"sparsity {sparsity} lets {budget} weights stay, but `within` allows only {most}")
-    return partial(_keep_over_all, units, budget, floors, allocate.lamp if scope == "lamp" else None)
+    return partial(_keep_over_all, units, budget, floors, allocate.lamp if scope == "lamp" else None, warning)
 
 
 def _stay(weights: int, sparsity: float) -> int:
@@ -79,46 +59,63 @@ def _stay(weights: int, sparsity: float) -> int:
 
 def _floors(units: Units, min_keep: int) -> dict[str, int]:
     """The least number of units of each layer."""
-    return {name: min(-(-min_keep // units.cost(name)), units.available(name)) for name in units.layers}
+    return {name: min(-(-min_keep // max(units.cost(name), 1)), units.available(name)) for name in units.layers}
 
 
-def _affordable_floors(units: Units, budget: int, min_keep: int | None) -> dict[str, int]:
+def _affordable_floors(units: Units, budget: int, min_keep: int | None) -> tuple[dict[str, int], str]:
+    """The least number of units of each layer, and a warning where the budget does not allow for it."""
     floors = _floors(units, 1 if min_keep is None else min_keep)
     needed = sum(floor * units.cost(name) for name, floor in floors.items())
     if needed <= budget:
-        return floors
+        return floors, ""
     if min_keep is not None:
         raise ValueError(f"min_keep={min_keep} needs {needed} weights over all layers, the sparsity leaves {budget}")
-    if budget > 0:
-        warnings.warn(
-            f"the sparsity leaves {budget} weights for {len(floors)} layers: some layers become empty",
-            stacklevel=5,
-        )
-    return dict.fromkeys(floors, 0)
+    warning = f"the sparsity leaves {budget} weights for {len(floors)} layers: some layers become empty"
+    return dict.fromkeys(floors, 0), warning if budget > 0 else ""
 
 
 def _allocate(units: Units, scope: Scope, budget: int, floors: Mapping[str, int]) -> dict[str, int]:
     names = list(units.layers)
     low = [floors[name] * units.cost(name) for name in names]
     high = [units.available(name) * units.cost(name) for name in names]
-    shapes = [units.layers[name].shape for name in names]
     if scope == "erk":
-        counts = allocate.erk(shapes, budget, low=low, high=high)
+        shapes, copies = [], []
+        for weight in units.layers.values():
+            shape, stack = weight.parameter.shape, weight.axes.stack if weight.axes is not None else ()
+            shapes.append([size for axis, size in enumerate(shape) if axis not in stack])
+            copies.append(math.prod(shape[axis] for axis in stack))
+        counts = allocate.erk(shapes, budget, low=low, high=high, stacked=copies)
     else:
-        counts = allocate.uniform([math.prod(s) for s in shapes], budget, low=low, high=high)
+        sizes = [units.layers[name].parameter.numel() for name in names]
+        counts = allocate.uniform(sizes, budget, low=low, high=high)
     return dict(zip(names, counts, strict=True))
 
 
 def _whole_units(units: Units, weights: Mapping[str, int]) -> dict[str, int]:
-    counts = {name: round(count / units.cost(name)) for name, count in weights.items()}
+    counts = {name: round(count / max(units.cost(name), 1)) for name, count in weights.items()}
     for name, count in counts.items():
         available = units.available(name)
         require(count <= available, f"{name!r} is to keep {count} units, but `within` allows only {available}")
     return counts
 
 
-def _keep_n_of_m(n: int, m: int, ranked: Ranked) -> dict[str, Tensor]:
-    return {name: keep_n_of_m(v, n, m, by=ranked.by, name=repr(name)) for name, v in ranked.values.items()}
+# ------------------------------------------------------------------------------------------------ from scores to masks
+
+
+def _keep_n_of_m(units: Units, n: int, m: int, ranked: Ranked) -> dict[str, Tensor]:
+    masks = {}
+    for name, weight in units.layers.items():
+        values, allowed = canonical(weight, ranked.values[name]), units.allowed(name)
+        dim = weight.axes.depth + 1 if weight.axes is not None else 1
+        if allowed is None:
+            mask = keep_n_of_m(values, n, m, dim=dim, by=ranked.by, name=repr(name))
+        else:
+            grouped = values.movedim(dim, -1)
+            among = canonical(weight, allowed).movedim(dim, -1).reshape(-1, m)
+            mask = _keep_in_rows(name, grouped.reshape(-1, m), n, ranked.by, among).logical_and_(among)
+            mask = mask.view(grouped.shape).movedim(-1, dim)
+        masks[name] = as_stored(weight, mask)
+    return masks
 
 
 def _keep_at_least(units: Units, threshold: float, floors: Mapping[str, int], ranked: Ranked) -> dict[str, Tensor]:
@@ -127,16 +124,37 @@ def _keep_at_least(units: Units, threshold: float, floors: Mapping[str, int], ra
     for name, values in ranked.values.items():
         require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
         values = values.abs() if values.is_complex() else values  # a complex weight that is ranked by magnitude
-        keep = values >= threshold
+        keep = at_least(values, threshold)
         if ranked.by == "magnitude":
-            keep = keep.logical_or_(values <= -threshold) if threshold > 0 else torch.ones_like(keep)
+            keep = keep.logical_or_(at_least(-values, threshold)) if threshold > 0 else torch.ones_like(keep)
+        allowed = units.allowed(name)
+        keep = keep if allowed is None else keep & allowed
         if count_kept(keep) < floors[name]:
             keep = _largest(units, ranked, {name: floors[name]})[name]
         masks[name] = keep
     return units.expand(masks)
 
 
-def _keep_per_layer(units: Units, counts: Mapping[str, int], ranked: Ranked) -> dict[str, Tensor]:
+def at_least(values: Tensor, threshold: float) -> Tensor:
+    """Where values are at least a threshold, compared exactly: it is not rounded to their dtype."""
+    if not values.dtype.is_floating_point:
+        whole = math.ceil(threshold) if math.isfinite(threshold) else None
+        if whole is None or not -(2**63) <= whole < 2**63:
+            return torch.full(values.shape, threshold < 0, device=values.device)
+        return values.to(torch.int64) >= whole
+    if values.element_size() == 1:
+        values = values.float()  # eight-bit floats cannot be compared
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bound = torch.tensor(threshold, dtype=torch.float64, device="cpu").to(values.dtype)
+    if float(bound) < threshold:  # the next larger number of the dtype has the next bits, or the previous ones
+        bits = int(bound.view(integer))
+        bound = torch.tensor(bits + (1 if float(bound) >= 0 else -1), dtype=integer, device="cpu").view(values.dtype)
+    return values >= bound.to(values.device)
+
+
+def _keep_per_layer(units: Units, counts: Mapping[str, int], warning: str, ranked: Ranked) -> dict[str, Tensor]:
+    if warning:
+        checks.warn(warning)
     return units.expand(_largest(units, units.rank(ranked), counts))
 
 
@@ -145,9 +163,12 @@ def _keep_over_all(
     budget: int,
     floors: Mapping[str, int],
     transform: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None,
+    warning: str,
     ranked: Ranked,
 ) -> dict[str, Tensor]:
     """All layers ranked together; one that would fall below its floor gets it, and the others share what is left."""
+    if warning:
+        checks.warn(warning)
     ranked = units.rank(ranked)
     if transform is not None:
         ranked = Ranked(transform(ranked.scores()))
@@ -158,8 +179,10 @@ def _keep_over_all(
         values = {name: ranked.values[name] for name in free}
         among = None if units.within is None else [_known(units.allowed(name)) for name in free]
         count = _units_nearest(units, values, among, left)
-        masks = dict(zip(free, keep_largest(values, count, by=ranked.by, among=among), strict=True))
-        short = {name: floors[name] for name, mask in masks.items() if count_kept(mask) < floors[name]}
+        kept = keep_and_count(values, count, by=ranked.by, among=among)
+        masks = dict(zip(free, kept.masks, strict=True))
+        doubtful = [name for name, least in zip(free, kept.at_least, strict=True) if least < floors[name]]
+        short = {name: floors[name] for name in doubtful if count_kept(masks[name]) < floors[name]}
         if not short:
             masks |= _largest(units, ranked, at_floor)
             return units.expand({name: masks[name] for name in units.layers})
@@ -181,12 +204,12 @@ def _units_nearest(units: Units, values: Mapping[str, Tensor], among: Sequence[T
     if units.block is None:
         return weights
     flat = torch.cat([v.reshape(-1).cpu() for v in values.values()])
-    costs = torch.cat([torch.full((v.numel(),), units.cost(name)) for name, v in values.items()])
+    costs = torch.cat([torch.full((v.numel(),), units.cost(name), device="cpu") for name, v in values.items()])
     if among is not None:
         allowed = torch.cat([a.reshape(-1).cpu() for a in among])
         flat, costs = flat[allowed], costs[allowed]
     held = costs[flat.sort(stable=True).indices.flip(0)].cumsum(0)
-    distances = (torch.cat([torch.zeros(1, dtype=held.dtype), held]) - weights).abs()
+    distances = (torch.cat([torch.zeros(1, dtype=held.dtype, device="cpu"), held]) - weights).abs()
     return int(distances.argmin())
 
 
@@ -195,41 +218,76 @@ def _known(allowed: Tensor | None) -> Tensor:
     return allowed
 
 
-def _check_amount(
-    sparsity: float | None, threshold: float | None, scope: Scope, n_of_m: tuple[int, int] | None
-) -> None:
-    if sparsity is not None:
-        fraction("sparsity", sparsity)
-    if threshold is not None:
-        require(not math.isnan(threshold), "threshold must be a number, got NaN")
-    if n_of_m is not None:
-        n, m = n_of_m
-        given = threshold is not None or (sparsity is not None and not math.isclose(sparsity, 1 - n / m))
-        require(not given, f"granularity {n}:{m} is itself a sparsity of {1 - n / m:g}: give no other, nor a threshold")
-        require(scope in ("global", "layer"), f"granularity {n}:{m} leaves nothing to allocate; got scope={scope!r}")
-    elif isinstance(scope, Mapping):
-        require(threshold is None, "a scope that gives sparsities by name does not go with a threshold")
-    elif (sparsity is None) == (threshold is None):
-        both = "neither" if sparsity is None else "both"
-        raise ValueError(f"give exactly one of sparsity and threshold; got {both}")
-    elif threshold is not None:
-        require(scope in ("global", "layer"), f"scope={scope!r} shares out a sparsity; it does not go with a threshold")
+# ------------------------------------------------------------------------------------------------------------- rows
 
 
-def _check_scope(scope: Scope, layers: Mapping[str, nn.Parameter]) -> None:
-    if not isinstance(scope, Mapping):
-        known = ("global", "layer", "erk", "lamp")
-        require(scope in known, f"scope must be one of {known} or a dict of sparsities by name, got {scope!r}")
-        return
-    for name, sparsity in scope.items():
-        require(name in layers, f"scope names {name!r}, which is not eligible; eligible are {list(layers)}")
-        require(0.0 <= sparsity <= 1.0, f"the sparsity of {name!r} must be in [0, 1], got {sparsity}")
+def _plan_rows(units: Units, sparsity: float, min_keep: int | None) -> Choose:
+    """Each output unit keeps the same number of its weights; those of a stack or group have each their own."""
+    counts = {}
+    empty = []
+    for name, weight in units.layers.items():
+        rows = _rows(units, name, weight.parameter)
+        counts[name] = _stay(rows.shape[1], sparsity)
+        most = rows.shape[1] if units.within is None else _least(_rows(units, name, units.within[name]).sum(1))
+        require(
+            counts[name] <= most,
+            f"each row of {name!r} is to keep {counts[name]} weights, but `within` allows only {most} in one",
+        )
+        kept = counts[name] * rows.shape[0]
+        require(
+            min_keep is None or kept >= min(min_keep, weight.parameter.numel()),
+            f"{name!r} keeps {kept} weights, {counts[name]} a row, fewer than min_keep={min_keep}",
+        )
+        if not kept and sparsity < 1 and weight.parameter.numel():
+            empty.append(name)
+    warning = f"rows are too short for a sparsity of {sparsity}: {empty} become empty" if empty else ""
+    return partial(_keep_per_row, units, counts, warning)
 
 
-def _check_within(within: Mapping[str, Tensor] | None, layers: Mapping[str, nn.Parameter]) -> None:
-    if within is None:
-        return
-    for name, p in layers.items():
-        require(name in within, f"`within` has no mask for {name!r}; exclude the parameter, or give a mask of all True")
-        shape = tuple(within[name].shape)
-        require(shape == tuple(p.shape), f"`within` has shape {shape} for {name!r}, the parameter {tuple(p.shape)}")
+def _keep_per_row(units: Units, counts: Mapping[str, int], warning: str, ranked: Ranked) -> dict[str, Tensor]:
+    if warning:
+        checks.warn(warning)
+    masks = {}
+    for name, count in counts.items():
+        allowed = None if units.within is None else _rows(units, name, units.within[name])
+        mask = _keep_in_rows(name, _rows(units, name, ranked.values[name]), count, ranked.by, allowed)
+        weight = units.layers[name]
+        masks[name] = as_stored(weight, mask.view(canonical(weight, weight.parameter).shape))
+    return masks
+
+
+def _keep_in_rows(name: str, values: Tensor, count: int, by: By, allowed: Tensor | None) -> Tensor:
+    """A mask that is True for the `count` largest of each row, of those allowed first; the later of equals stays."""
+    require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    step = max(1, ROWS_AT_A_TIME // max(values.shape[1], 1))
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        size = values[part].abs() if by == "magnitude" else values[part]
+        order = size.sort(dim=1, stable=True).indices
+        if allowed is not None:  # what may not stay goes first
+            order = order.gather(1, allowed[part].gather(1, order).sort(dim=1, stable=True).indices)
+        mask[part] = torch.ones_like(mask[part]).scatter_(1, order[:, : values.shape[1] - count], False)
+    return mask
+
+
+def _rows(units: Units, name: str, tensor: Tensor) -> Tensor:
+    """One row an output unit."""
+    weight = units.layers[name]
+    seen = canonical(weight, tensor)
+    depth = weight.axes.depth + 1 if weight.axes is not None else 1
+    return seen.reshape(math.prod(seen.shape[:depth]), math.prod(seen.shape[depth:]))
+
+
+def _least(numbers: Tensor) -> int:
+    return int(numbers.min()) if numbers.numel() else 0
+
+
+def prepare(model: nn.Module, sparsity: float | None = None, threshold: float | None = None, **how: Any) -> Any:
+    """The eligible parameters and the way from their scores to masks; ``Request`` is what to use."""
+    from gradprune.weights.request import Request
+
+    within = how.pop("within", None)
+    request = Request.of(model, **how)
+    choose = request.plan(sparsity=sparsity, threshold=threshold, within=within)
+    return request.parameters, choose

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypedDict
 
 from torch import Tensor, nn
 
-from gradprune.weights.eligible import Patterns
-from gradprune.weights.granularity import Granularity, Ranked
+from gradprune.weights.eligible import Patterns, StatedAxes
+from gradprune.weights.granularity import Granularity
+from gradprune.weights.hold import warn_of_revived
 from gradprune.weights.mask import Masks
-from gradprune.weights.plan import Scope, prepare
+from gradprune.weights.plan import Scope
+from gradprune.weights.request import Request
+from gradprune.weights.request import Score as Score
+from gradprune.weights.request import ranked_by as ranked_by
 from gradprune.weights.score import magnitude
-
-Score = Callable[[nn.Module], Mapping[str, Tensor]]
 
 
 class AsPrune(TypedDict, total=False):
@@ -24,6 +26,7 @@ class AsPrune(TypedDict, total=False):
     include: Patterns
     exclude: Patterns
     min_keep: int | None
+    axes: StatedAxes
 
 
 def prune(
@@ -38,59 +41,67 @@ def prune(
     exclude: Patterns = None,
     min_keep: int | None = None,
     within: Mapping[str, Tensor] | None = None,
+    axes: StatedAxes = None,
 ) -> Masks:
     """Set the lowest-scoring weights of `model` to zero and return the masks that say which.
 
-    Exactly one of `sparsity`, the fraction of the eligible weights that goes, and `threshold` (what scores less goes)
-    is given. Of N eligible weights exactly ``round(sparsity * N)`` become zero; among equal scores the later position
-    stays.
+    They stay zero until something writes them: before training on, call ``masks.hold(optimizer)``, or the next step
+    revives them. To prune step by step while training, use ``Pruner``; once more, pass the masks on as `within`.
 
-    `score` is a function from the model to one tensor a parameter (``gradprune.score``).
+    Eligible are floating or complex, trainable parameters of two dimensions or more that are the matrices of a
+    product: no embedding's, no normalisation's, no biases, tokens or positions. A tied tensor counts once, under its
+    first name; patterns and names may be any that the state dict has. A complex number is one weight.
 
-    `scope` says how the layers share: ``"global"`` ranks all weights together, ``"layer"`` takes the same fraction of
-    each, ``"erk"`` and ``"lamp"`` are those of ``gradprune.allocate``, and a dict gives sparsities by parameter
-    name, in which case `sparsity` is for the layers it does not name (without it they stay dense).
+    Args:
+        model: the network; its weights are changed in place.
+        score: a function from the model to one tensor a parameter, of its shape; higher is kept. Among equal scores the
+            later position stays.
+        sparsity: the fraction of the N eligible weights that goes, in [0, 1]: exactly ``round(sparsity * N)`` weights.
+            Give either this or `threshold`.
+        threshold: what scores less than this goes.
+        scope: how the layers share. ``"global"`` ranks all weights together; ``"layer"`` takes the same fraction of
+            each layer, ``"row"`` the same number of each output unit's weights; ``"erk"`` and ``"lamp"`` are those of
+            ``gradprune.weights.allocate``; a dict gives sparsities by name or glob pattern, and `sparsity` is then for
+            the other layers (0 unless given).
+        granularity: what goes together. ``"weight"``, single weights; ``"channel"``, all weights of an output unit or
+            filter (its bias stays, and still comes out); ``(n, m)`` with n < m, or ``"n:m"``: n of every m consecutive
+            weights along the input stay, and no amount is given; any other tuple, or a string such as ``"4x4"``: a
+            block over outputs, inputs and so on. Channels and blocks are ranked by the mean of their scores, and as
+            many go as come nearest to the wanted number of weights.
+        include: glob patterns over names; only these are pruned. One that matches no eligible parameter may take
+            frozen ones, or those that only their name or shape rules out.
+        exclude: glob patterns over names; these are not pruned.
+        min_keep: the least number of weights of a layer that a sparsity leaves, 1 unless given. 0 lets layers become
+            empty, as do a threshold and a sparsity by name, and, with a warning, one that leaves too few.
+        within: earlier masks; only what is True there may stay.
+        axes: name or glob pattern -> (output, input), the axes of weights in a kind of layer that is not known. Where
+            axes matter, matrices of such layers are else taken as [out, in], with a warning, and others refused.
 
-    `granularity` says what goes together: single weights; ``"channel"``, all weights of an output unit or filter;
-    ``(n, m)`` with n < m or ``"n:m"``, n of every m consecutive weights along the input dimension stay, and neither
-    sparsity nor threshold is given; any other tuple, or a string such as ``"4x4"``, is the shape of a block over the
-    first dimensions, with the further ones whole. A channel or block is ranked by the mean of its scores (for
-    magnitudes its L1 norm over its size), and as many go as come nearest to the wanted number of weights. A dimension
-    that the block, or m, does not divide is an error, and so is ``"channel"`` for a matrix that packs the gates of a
-    recurrent layer or the queries, keys and values of an attention layer: its rows are no units.
+    Returns:
+        The masks, by parameter name, applied to `model` (True stays).
 
-    Eligible are floating or complex, trainable parameters of two dimensions or more, neither an embedding's nor a
-    normalisation's; a tied tensor counts once. `include` and `exclude`, glob patterns over parameter names, narrow
-    that down. A complex number is one weight, its magnitude the modulus.
+    Raises:
+        ValueError: before anything is changed, where an argument is out of range, a pattern matches nothing, nothing is
+            eligible, a dimension does not divide, parameters share memory, zeros would not be the layer's (a
+            parametrization), or a score is missing, of another shape, complex, or NaN.
+        TypeError: before anything is changed, where an argument is of another kind, or a parameter cannot be written.
 
-    A sparsity empties no layer: each keeps at least `min_keep` weights, 1 unless given; 0 lets layers be emptied, as
-    do a threshold, a sparsity by name, and a sparsity that leaves fewer weights than there are layers (with a
-    warning). `within`, earlier masks, says which weights may stay at all.
+    Example:
+        >>> model = nn.Linear(4, 5)
+        >>> masks = gp.prune(model, sparsity=0.5)
+        >>> int((model.weight == 0).sum())
+        10
 
-    Raises ValueError, before anything is changed, where an argument is out of range, a pattern matches nothing,
-    nothing is eligible, or a score is missing, of another shape, complex, or NaN. Chapter 4.
+    Han et al. (2015), section 3; chapter 4.
     """
-    layers, choose = prepare(
-        model, sparsity, threshold, scope, granularity, include, exclude, min_keep=min_keep, within=within
+    request = Request.of(
+        model,
+        scope=scope,
+        granularity=granularity,
+        include=include,
+        exclude=exclude,
+        min_keep=min_keep,
+        axes=axes,
     )
-    keep = choose(ranked_by(score, model, layers))
-    if within is not None:
-        keep = {name: mask & within[name].to(mask.device) for name, mask in keep.items()}
-    return Masks({name: mask.to(layers[name].device) for name, mask in keep.items()}).apply_(model)
-
-
-def ranked_by(score: Score, model: nn.Module, layers: Mapping[str, nn.Parameter]) -> Ranked:
-    """Return the scores of the layers, checked; raise ValueError where one is missing, misshapen or complex."""
-    if score is magnitude:
-        return Ranked({name: p.detach() for name, p in layers.items()}, "magnitude")
-    scores = score(model)
-    for name, p in layers.items():
-        if name not in scores:
-            raise ValueError(f"the score has no value for {name!r}; give it one, or exclude the parameter")
-        if scores[name].shape != p.shape:
-            raise ValueError(f"the score of {name!r} has shape {tuple(scores[name].shape)}, wanted {tuple(p.shape)}")
-        if scores[name].is_complex():
-            raise ValueError(
-                f"the score of {name!r} is complex, which has no order: take its modulus, or its real part"
-            )
-    return Ranked({name: scores[name].detach() for name in layers})
+    warn_of_revived(request.parameters, stacklevel=2)
+    return request.masks(model, score, sparsity=sparsity, threshold=threshold, within=within).apply_(model)

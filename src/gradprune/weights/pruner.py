@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import sys
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Unpack
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, NoReturn, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from gradprune.core.checks import require
-from gradprune.core.masked import count_kept
+from gradprune.core.checks import choice, fraction, function, module, number, require, state, whole
+from gradprune.core.masked import count_kept, zero_pruned_
 from gradprune.core.select import keep_largest
-from gradprune.weights.granularity import parse_granularity
-from gradprune.weights.hold import Hold
+from gradprune.core.steps import Optimizers, Steps, as_list, not_owned
+from gradprune.weights.hold import Hold, held_mask, warn_of_revived
 from gradprune.weights.mask import Masks
-from gradprune.weights.plan import prepare
-from gradprune.weights.prune import AsPrune, Score, prune, ranked_by
+from gradprune.weights.prune import AsPrune
+from gradprune.weights.request import Request, Score, checked_score, ranked_by
+from gradprune.weights.schedule import values_of
 from gradprune.weights.score import magnitude
+
+Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,20 @@ class Regrow:
     """Let pruned weights come back: every `every` steps each layer swaps a fraction of its weights.
 
     Of the k weights that a layer keeps, the ``int(fraction * k)`` with the lowest score go, and as many come back, at
-    zero, from among those pruned before: the ones that score highest by `by`. ``by=gp.gradient`` grows where the
-    gradient is large, which is RigL; ``by=gp.random`` grows anywhere, which is SET. `fraction` is a number in [0, 1] or
-    a function of the step, such as a decay to 0.
-    Raises ValueError where `every` is not positive or a number given as `fraction` is not in [0, 1].
+    zero, from among those pruned before: the ones that score highest by `by`.
+
+    Args:
+        by: the score of what may come back. ``gp.gradient`` grows where the gradient is large, which is RigL;
+            ``gp.random`` grows anywhere, which is SET.
+        fraction: the share to swap, in [0, 1], or a function of the step, such as a decay to 0.
+        every: optimizer steps between two swaps, at least 1.
+
+    Raises:
+        TypeError, ValueError: an argument is no function, no number, or out of range.
+
+    Example:
+        >>> regrow = gp.Regrow(gp.gradient, fraction=0.2, every=50)
+
     Evci et al. (2020), section 3; Mocanu et al. (2018), algorithm 1; chapter 5.
     """
 
@@ -38,15 +55,18 @@ class Regrow:
     every: int = 100
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, f"every must be at least 1, got {self.every}")
+        function("by", self.by, hint="a score such as gp.gradient or gp.random")
+        object.__setattr__(self, "every", whole("every", self.every, least=1))
         if not callable(self.fraction):
-            require(0.0 <= self.fraction <= 1.0, f"fraction must be in [0, 1], got {self.fraction}")
+            object.__setattr__(self, "fraction", fraction("fraction", self.fraction))
 
     def share(self, step: int) -> float:
-        """The fraction to swap after `step` steps; 0 between the events."""
+        """Return the fraction to swap after `step` steps; 0 between the events."""
         if step % self.every:
             return 0.0
-        return self.fraction(step) if callable(self.fraction) else self.fraction
+        if callable(self.fraction):
+            return fraction(f"the fraction of regrow at step {step}", self.fraction(step))
+        return self.fraction
 
 
 class Event(NamedTuple):
@@ -59,139 +79,332 @@ class Event(NamedTuple):
 
 
 class Pruner:
-    """Prune `model` while `optimizer` trains it, by a schedule; it rides on the optimizer's own step hook.
+    """Prune `model` while `optimizer` trains it, by a schedule; it rides on the optimizer's own steps.
 
-    `schedule` is a function from the number of steps taken to the wanted amount (``gradprune.schedule``, or any
-    callable); where its value changes, ``prune`` is called with that amount and the new masks are held. Step 0 is
-    the construction. `amount` says what the schedule gives: ``"sparsity"`` or ``"threshold"``. Pruned weights stay
-    pruned unless `regrow` is given. A step that an AMP scaler skips is no step. The further arguments are those of
-    ``prune``: scope, granularity, include, exclude, min_keep.
+    Where the schedule's value changes, weights are pruned by ``prune`` and held at zero from then on. What is pruned
+    already, held by an optimizer or zero in a layer that is not zero as a whole, stays pruned. A step that an AMP
+    scaler skips is no step. Before the climb of a step in two halves (SAM), ``masks.mask_gradients_(model)`` keeps
+    pruned weights out of it. Save ``state_dict()`` beside the model's and the optimizer's own: a run resumed from them
+    goes on bit for bit. The masks are those of the parameters that were eligible when it was made, also where a layer
+    is frozen later. ``copy.deepcopy`` of model, optimizer and pruner together gives a pruner of the copies.
 
-    ``masks`` are the masks now, ``step`` the steps taken, ``events`` the list of what each event removed where.
-    With ``state_dict`` and ``load_state_dict``, beside the model's and the optimizer's own, a run resumed from a
-    checkpoint goes on with the same masks and weights, bit for bit.
+    Args:
+        model: what is pruned.
+        optimizer: what steps, or a list of all optimizers that move weights of the model, of which the last counts the
+            steps. Wrapped ones are looked into.
+        schedule: from the number of steps taken to the amount wanted: ``gp.Cubic(...)`` and its like, or any function.
+            Step 0 is the construction.
+        score: as for ``prune``.
+        amount: what the schedule gives, ``"sparsity"`` or ``"threshold"``.
+        regrow: which pruned weights come back; none unless given.
+        within: masks by name that say which weights may stay; ``{}`` for all, also those that are zero now.
+        as_prune: scope, granularity, include, exclude and what else ``prune`` takes.
 
-    Raises ValueError, before anything is changed, as ``prune`` does. A schedule that falls is a ValueError at the
-    step where it does. Zhu and Gupta (2017); chapter 5.
+    Attributes:
+        masks: the masks now.
+        step: steps taken.
+        events: what each event removed where.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range or does not fit, no optimizer given has one of the parameters, or one of
+            them has a pruner already. Nothing has been changed then. A schedule that falls is refused at the step where
+            it does.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> pruner = gp.Pruner(model, optimizer, gp.Cubic(final=0.9, begin=0, end=100))
+
+    Zhu and Gupta (2017); chapter 5.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
-        schedule: Callable[[int], float],
+        optimizer: Optimizers,
+        schedule: Schedule,
         score: Score = magnitude,
         *,
         amount: Literal["sparsity", "threshold"] = "sparsity",
         regrow: Regrow | None = None,
+        within: Mapping[str, Tensor] | None = None,
         **as_prune: Unpack[AsPrune],
     ) -> None:
-        granularity, scope = as_prune.get("granularity", "weight"), as_prune.get("scope", "global")
-        require(amount in ("sparsity", "threshold"), f'amount must be "sparsity" or "threshold", got {amount!r}')
-        require(
-            regrow is None or granularity == "weight",
-            f"regrow needs granularity 'weight', got {granularity!r}",
-        )
-        require(not isinstance(scope, Mapping), "a schedule and a scope with sparsities by name exclude each other")
-        self.model, self.schedule, self.score, self.regrow = model, schedule, score, regrow
-        self._kind, self._optimizer = amount, optimizer
-        self._as_prune = as_prune
-        first = schedule(0)
-        layers, _ = prepare(model, **self._amount(first), **self._as_prune)
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        require(any(id(p) in owned for p in layers.values()), f"the optimizer owns none of {list(layers)}")
+        self.model, self._optimizers = module(model), as_list(optimizer)
+        self.schedule = function("schedule", schedule, hint=_instead_of(schedule))
+        self.score = checked_score(score)
+        self.regrow = _checked_regrow(regrow, as_prune.get("granularity", "weight"))
+        choice("amount", amount, ("sparsity", "threshold"))
+        self._kind = amount
+        self._request = Request.of(self.model, **_checked_keywords(as_prune))
+        self._layers = self._request.parameters
+        first = self._wanted(0)
+        self._request.check_amounts(_amounts_of(schedule, first), self._kind)
+        _require_owned(self._layers, self._optimizers)
+        _require_no_other_pruner(self._layers)
         self.step, self.amount = 0, 0.0
         self.events: list[Event] = []
-        self.masks = Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in layers.items()})
         self._growth: Mapping[str, Tensor] | None = None
-        # In this order: growth is scored on the gradients as they are, before the hold masks them, and an event comes
-        # after the hold's look at the weights.
-        before = optimizer.register_step_pre_hook(self._before_step)
-        self._hold: Hold = self.masks.apply_(model).hold(optimizer)
-        self._hooks = [before, optimizer.register_step_post_hook(self._after_step)]
-        if first:
-            try:
-                self._prune_to(first)
-            except BaseException:
-                self.remove()
-                raise
+        self._masks = _masks_before(self._layers, within)
+        masks = self._chosen(first) if first else self._masks
+        self._log(masks, first)
+        self._ride(masks)
+
+    @property
+    def masks(self) -> Masks:
+        """The masks now; warns where a parameter is no longer the model's."""
+        self._warn_of_replaced(stacklevel=3)
+        return self._masks
 
     def remove(self) -> None:
         """Stop pruning and holding; masks, events and weights stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
+        self._steps.remove()
         self._hold.remove()
+        _PRUNERS.discard(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Step, amount, events and bit-packed masks: what ``load_state_dict`` needs to go on from here."""
+        self._warn_of_replaced(stacklevel=3)
+        warn_of_revived(self._layers, stacklevel=2)
+        self._warn_of_unseen_steps(stacklevel=3)
         return {
             "step": self.step,
             "amount": self.amount,
-            "masks": self.masks.state_dict(),
+            "masks": self._masks.state_dict(),
             "events": [event._asdict() for event in self.events],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state` was taken: its masks are applied to the model and held.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from where the state was taken: its masks are applied to the model and held.
 
-        Raises ValueError, before anything is changed, where the masks are not for this pruner's parameters.
+        Args:
+            state_dict: what ``state_dict()`` returned, also of a pruner of another model of the same layers.
+
+        Raises:
+            TypeError, ValueError: it is no state of a Pruner, or its masks are not for this pruner's parameters.
+                Nothing has been changed then.
         """
-        masks = Masks.from_state_dict(state["masks"])
-        if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in self.masks.items()}:
-            raise ValueError(f"the state has masks for {list(masks)}, this pruner prunes {list(self.masks)}")
-        masks = Masks({name: mask.to(self.masks[name].device) for name, mask in masks.items()})
-        self.step, self.amount = state["step"], state["amount"]
-        self.events = [Event(**event) for event in state["events"]]
+        state(state_dict, {"step": int, "amount": (int, float), "masks": Mapping, "events": list}, "Pruner")
+        step = whole("the state's step", state_dict["step"], least=0)
+        amount = number("the state's amount", state_dict["amount"], finite=False)
+        events = [_event(entry) for entry in state_dict["events"]]
+        masks = Masks.from_state_dict(state_dict["masks"])
+        if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in self._masks.items()}:
+            raise ValueError(f"the state has masks for {list(masks)}, this pruner prunes {list(self._masks)}")
+        masks = Masks({name: mask.to(self._layers[name].device) for name, mask in masks.items()})
+        self.step, self.amount, self.events = step, amount, events
         self._hold_from_now(masks)
 
-    def _amount(self, value: float) -> dict[str, Any]:
-        """As an argument of prune. N:M is a sparsity by itself, reached at whatever step the schedule leaves 0."""
-        n_of_m, _ = parse_granularity(self._as_prune.get("granularity", "weight"))
-        return {} if n_of_m is not None and value == 0 else {self._kind: value}
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruner:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ |= {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_hold")}
+        twin.model, twin._optimizers = copy.deepcopy((self.model, self._optimizers), memo)
+        weights = self._request.layers.items()
+        parts = {name: copy.deepcopy((w.parameter, w.module), memo) for name, w in weights}
+        layers = {name: w._replace(parameter=parts[name][0], module=parts[name][1]) for name, w in weights}
+        twin._request = replace(self._request, layers=layers)
+        twin._layers = twin._request.parameters
+        twin.events, twin._growth = list(self.events), None
+        twin._masks = Masks({name: mask.clone() for name, mask in self._masks.items()})
+        twin._ride(twin._masks)
+        return twin
 
-    def _before_step(self, *_: Any) -> None:
-        if self.regrow is not None and self.regrow.share(self.step + 1) > 0 and self.masks.sparsity > 0:
-            self._growth = self.regrow.by(self.model)  # now, as the hold is about to mask the gradients
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a Pruner is not pickled or copied by itself, since it hangs on an optimizer: save its state_dict(), or "
+            "copy.deepcopy((model, optimizer, pruner))"
+        )
 
-    def _after_step(self, *_: Any) -> None:
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def _ride(self, masks: Masks) -> None:
+        """Set what is pruned to zero, and hang on the optimizers; nothing hangs there if that fails."""
+        self._hold = Hold(self._optimizers, {p: masks[name] for name, p in self._layers.items()})
+        try:
+            # After the hold, so that an event comes after its look at the weights.
+            self._steps = Steps(self._optimizers, gradients=self._score_growth, taken=self._after_step)
+            self._hold_from_now(masks)
+        except BaseException:
+            self._hold.remove()
+            raise
+        _PRUNERS.add(self)
+
+    def _score_growth(self) -> None:
+        self._growth = None
+        if self.regrow is not None and self.regrow.share(self.step + 1) > 0 and self._masks.sparsity > 0:
+            self._growth = ranked_by(self.regrow.by, self.model, self._layers).scores()
+
+    def _after_step(self) -> None:
         self.step += 1
-        wanted = self.schedule(self.step)
+        wanted = self._wanted(self.step)
         if wanted != self.amount:
-            self._prune_to(wanted)
+            masks = self._chosen(wanted)
+            self._log(masks, wanted)
+            self._hold_from_now(masks)
         if self._growth is not None and self.regrow is not None:
             growth, self._growth = self._growth, None
-            self._swap(growth, self.regrow.share(self.step))
+            masks = self._swapped(growth, self.regrow.share(self.step))
+            self._log(masks, self.amount)
+            self._hold_from_now(masks)
+        self._written = {name: p._version for name, p in self._layers.items()}
+        self._seen_step = True
 
-    def _prune_to(self, amount: float) -> None:
-        if amount < self.amount and self._kind == "sparsity":
-            raise ValueError(
-                f"the schedule falls from {self.amount} to {amount} at step {self.step}; pruned weights come back only "
-                "by regrow"
-            )
-        within = self.masks if self.masks.sparsity else None
-        masks = prune(self.model, self.score, **self._amount(amount), **self._as_prune, within=within)
-        self.amount = amount
-        self._log(masks)
-        self._hold_from_now(masks)
+    def _wanted(self, step: int) -> float:
+        called = f"at step {step} the schedule's {self._kind}"
+        value = self.schedule(step)
+        return fraction(called, value) if self._kind == "sparsity" else number(called, value, finite=False)
 
-    def _swap(self, growth: Mapping[str, Tensor], share: float) -> None:
-        layers = {name: self.model.get_parameter(name) for name in self.masks}
-        ranked = ranked_by(self.score, self.model, layers)
+    def _chosen(self, amount: float) -> Masks:
+        """The masks for an amount, of what stays now; these as they are where they are sparse enough."""
+        before = self._masks
+        if self._kind == "sparsity":
+            if amount < self.amount:
+                raise ValueError(
+                    f"the schedule falls from {self.amount} to {amount} at step {self.step}; pruned weights come back "
+                    "only by regrow"
+                )
+            if before.sparsity >= amount:
+                return before
+        within = before if before.sparsity else None
+        amounts: dict[str, Any] = self._request.amount(amount, self._kind)
+        masks = self._request.masks(self.model, self.score, within=within, **amounts)
+        return Masks({name: mask & before[name] for name, mask in masks.items()})
+
+    def _swapped(self, growth: Mapping[str, Tensor], share: float) -> Masks:
+        ranked = ranked_by(self.score, self.model, self._layers)
         masks = {}
-        for name, active in self.masks.items():
-            count = min(int(share * count_kept(active)), active.numel() - count_kept(active))
-            stay = keep_largest({name: ranked.values[name]}, count_kept(active) - count, by=ranked.by, among=[active])[
-                0
-            ]
-            masks[name] = stay | keep_largest({name: growth[name].detach()}, count, among=[~active])[0]
-        self._log(Masks(masks))
-        self._hold_from_now(Masks(masks))
+        for name, active in self._masks.items():
+            kept = count_kept(active)
+            count = min(int(share * kept), active.numel() - kept)
+            own = {name: ranked.values[name]}
+            (stay,) = keep_largest(own, kept - count, by=ranked.by, among=[active])
+            (come,) = keep_largest({name: growth[name].detach()}, count, among=[~active])
+            masks[name] = stay | come
+        return Masks(masks)
 
-    def _log(self, masks: Masks) -> None:
-        removed = {name: count_kept(self.masks[name] & ~mask) for name, mask in masks.items()}
-        regrown = {name: count_kept(mask & ~self.masks[name]) for name, mask in masks.items()}
-        self.events.append(Event(self.step, self.amount, removed, regrown))
+    def _log(self, masks: Masks, amount: float) -> None:
+        changed = masks is not self._masks
+        self.amount = amount
+        if changed:
+            removed = {name: count_kept(self._masks[name] & ~mask) for name, mask in masks.items()}
+            regrown = {name: count_kept(mask & ~self._masks[name]) for name, mask in masks.items()}
+            self.events.append(Event(self.step, self.amount, removed, regrown))
 
     def _hold_from_now(self, masks: Masks) -> None:
-        self.masks = masks.apply_(self.model)
-        self._hold = masks.hold(self._optimizer)  # replaces the one before
+        held = {parameter: masks[name] for name, parameter in self._layers.items()}
+        zero_pruned_(held.items())
+        self._hold.replace(held)
+        self._masks = masks.belonging_to(self._layers)
+        self._written = {name: p._version for name, p in self._layers.items()}
+        self._seen_step = False
+
+    # ---------------------------------------------------------------------------------------------------- warnings
+
+    def _warn_of_replaced(self, stacklevel: int) -> None:
+        for name, parameter in self._layers.items():
+            try:
+                same = self.model.get_parameter(name) is parameter
+            except AttributeError:
+                same = False
+            if not same:
+                warnings.warn(
+                    f"the model's {name!r} is another parameter than the one that is pruned: the masks do not speak of "
+                    "it. Make a new Pruner after replacing a layer (remove() this one first)",
+                    stacklevel=stacklevel,
+                )
+                return
+
+    def _warn_of_unseen_steps(self, stacklevel: int) -> None:
+        if not self._seen_step and any(p._version > self._written[name] + 2 for name, p in self._layers.items()):
+            warnings.warn(
+                "weights were written several times, but no step of the optimizer was seen: give the Pruner the "
+                "optimizer whose step() is called",
+                stacklevel=stacklevel,
+            )
+
+
+_PRUNERS: weakref.WeakSet[Pruner] = weakref.WeakSet()
+
+
+def _amounts_of(schedule: Schedule, first: float) -> list[float]:
+    """What can be known of a schedule beforehand: how it begins and where it ends."""
+    values = values_of(schedule)
+    return [first] if values is None else [*itertools.islice(values, 3), schedule(sys.maxsize)]
+
+
+def _instead_of(schedule: Any) -> str:
+    if isinstance(schedule, int | float):
+        return f"for a sparsity of {schedule} at once give gp.OneShot({schedule})"
+    return "a schedule such as gp.Cubic(...), or any function of the step"
+
+
+def _checked_regrow(regrow: Regrow | None, granularity: Any) -> Regrow | None:
+    if regrow is None:
+        return None
+    if not isinstance(regrow, Regrow):
+        raise TypeError(f"regrow must be a gp.Regrow, got {type(regrow).__name__}")
+    require(granularity == "weight", f"regrow needs granularity 'weight', got {granularity!r}")
+    return regrow
+
+
+def _checked_keywords(as_prune: AsPrune) -> AsPrune:
+    known = AsPrune.__annotations__
+    for name in as_prune:
+        if name not in known:
+            raise TypeError(f"Pruner has no argument {name!r}; beside its own it takes {', '.join(known)}")
+    by_name = isinstance(as_prune.get("scope"), Mapping)
+    require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
+    return as_prune
+
+
+def _require_owned(layers: Mapping[str, nn.Parameter], optimizers: list[Any]) -> None:
+    unowned = not_owned(layers, optimizers)
+    require(
+        len(unowned) < len(layers),
+        f"the optimizer owns none of {list(layers)}; was it made from another model or copy?",
+    )
+    require(
+        not unowned,
+        f"the optimizer does not have {unowned}: what another optimizer moves would come back. Give all of the model's "
+        "optimizers as a list, or exclude these parameters",
+    )
+
+
+def _require_no_other_pruner(layers: Mapping[str, nn.Parameter]) -> None:
+    taken = {id(p) for pruner in _PRUNERS for p in pruner._layers.values()}
+    both = [name for name, p in layers.items() if id(p) in taken]
+    require(not both, f"{both} have a pruner already: call its remove() before you make another")
+
+
+def _masks_before(layers: Mapping[str, nn.Parameter], within: Mapping[str, Tensor] | None) -> Masks:
+    """What may stay: by `within`, or all but what is held at zero or, in a layer that is not all zero, zero now."""
+    if within is not None:
+        whole_layers = {name: torch.ones(p.shape, dtype=torch.bool, device=p.device) for name, p in layers.items()}
+        for name, mask in within.items():
+            require(name in layers, f"`within` names {name!r}, which is not among {list(layers)}")
+            shapes = tuple(mask.shape), tuple(layers[name].shape)
+            require(shapes[0] == shapes[1], f"`within` has shape {shapes[0]} for {name!r}, the parameter {shapes[1]}")
+            whole_layers[name] = mask.to(layers[name].device)
+        return Masks(whole_layers)
+    masks, zeros = {}, 0
+    for name, p in layers.items():
+        held = held_mask(p)
+        nonzero = p.detach() != 0 if held is None else held.clone()
+        kept = count_kept(nonzero)
+        masks[name] = nonzero if kept else torch.ones_like(nonzero)
+        zeros += p.numel() - kept if held is None and kept else 0
+    if zeros:
+        warnings.warn(
+            f"{zeros} weights of the model are zero already and are taken as pruned: they stay zero. "
+            "within={} lets them move",
+            stacklevel=4,
+        )
+    return Masks(masks)
+
+
+def _event(entry: Any) -> Event:
+    wanted: dict[str, Any] = {"step": int, "amount": (int, float), "removed": Mapping, "regrown": Mapping}
+    state(entry, wanted, "an event of a Pruner")
+    return Event(**{name: entry[name] for name in Event._fields})

@@ -1,0 +1,295 @@
+"""What is to be pruned, and how: the arguments of ``prune``, checked once and asked as often as amounts come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradprune.core import checks
+from gradprune.core.checks import require
+from gradprune.core.layers import Weight, last_of
+from gradprune.core.masked import count_kept
+from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
+from gradprune.weights.granularity import (
+    Granularity,
+    Ranked,
+    Units,
+    check_channels,
+    check_fits,
+    parse_granularity,
+    with_axes,
+)
+from gradprune.weights.mask import Masks
+from gradprune.weights.plan import Choose, Scope, plan
+from gradprune.weights.score import magnitude
+
+Score = Callable[[nn.Module], Mapping[str, Tensor]]
+
+_SCOPES = ("global", "layer", "erk", "lamp")
+_SCORES = "magnitude, random, gradient, taylor, snip, grasp, synflow, fisher, activation, movement, rotation"
+ZEROS_NOTICED = 1e-3  # the share of the weights that may be zero and stay without a word
+ZEROS_SAMPLED = 2**16  # entries of a tensor on an accelerator that are looked at for it
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked way to prune a model, for whatever amounts; its parameters are those from when it was made."""
+
+    layers: Mapping[str, Weight]
+    scope: Scope
+    n_of_m: tuple[int, int] | None
+    block: tuple[int, ...] | None
+    min_keep: int | None
+    outputs: str = ""  # the last layer, where its outputs may go without having been named
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        scope: Scope = "global",
+        granularity: Granularity = "weight",
+        include: Patterns = None,
+        exclude: Patterns = None,
+        min_keep: int | None = None,
+        axes: StatedAxes = None,
+    ) -> Request:
+        """Check the arguments, which are those of ``prune``, against the model; errors as there."""
+        include = None if include is None else as_patterns("include", include)
+        exclude = None if exclude is None else as_patterns("exclude", exclude)
+        n_of_m, block = parse_granularity(granularity)
+        layers = eligible(model, include, exclude, axes)
+        if n_of_m is not None or block is not None or scope == "row":
+            layers = with_axes(layers)
+            check_fits(layers, n_of_m, block)
+        if isinstance(granularity, str) and granularity == "channel":
+            check_channels(layers)
+        if min_keep is not None:
+            given = checks.whole("min_keep", min_keep)
+            require(given >= 0, f"min_keep must be a whole number from 0, got {min_keep!r}")
+            min_keep = given
+        scope = _checked_scope(scope, layers)
+        if n_of_m is not None:
+            n, m = n_of_m
+            require(
+                scope in ("global", "layer"), f"granularity {n}:{m} leaves nothing to allocate; got scope={scope!r}"
+            )
+        require(scope != "row" or block is None, f"scope='row' prunes single weights; got granularity={granularity!r}")
+        outputs = _unnamed_outputs(model, layers, include) if block is not None and len(block) == 1 else ""
+        return cls(layers, scope, n_of_m, block, min_keep, outputs)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by name."""
+        return {name: weight.parameter for name, weight in self.layers.items()}
+
+    def masks(
+        self,
+        model: nn.Module,
+        score: Score,
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        within: Mapping[str, Tensor] | None = None,
+    ) -> Masks:
+        """Return the masks for an amount; nothing is written. Errors as of ``prune``."""
+        score = checked_score(score)
+        choose = self.plan(sparsity=sparsity, threshold=threshold, within=within)
+        parameters = self.parameters
+        keep = choose(ranked_by(score, model, parameters))
+        keep = {name: mask.to(parameters[name].device) for name, mask in keep.items()}
+        self._check_directions(keep)
+        if self.outputs and count_kept(keep[self.outputs]) < keep[self.outputs].numel():
+            checks.warn(
+                f"outputs of {self.outputs!r}, the model's last layer, are pruned: if they are its classes, "
+                f"exclude={self.outputs!r} keeps them"
+            )
+        if within is None:
+            _look_for_zeros(parameters, keep)
+        return Masks(keep)
+
+    def plan(
+        self,
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        within: Mapping[str, Tensor] | None = None,
+    ) -> Choose:
+        """Return the way from scores to masks for an amount; whatever needs no score to be refused is refused here."""
+        if sparsity is not None:
+            sparsity = checks.fraction("sparsity", sparsity)
+        if threshold is not None:
+            threshold = checks.number("threshold", threshold, finite=False)
+        if self.n_of_m is not None:
+            n, m = self.n_of_m
+            other = threshold is not None or (sparsity is not None and not math.isclose(sparsity, 1 - n / m))
+            require(
+                not other, f"granularity {n}:{m} is itself a sparsity of {1 - n / m:g}: give no other, nor a threshold"
+            )
+        elif isinstance(self.scope, Mapping):
+            require(threshold is None, "a scope that gives sparsities by name does not go with a threshold")
+            require(bool(self.scope) or sparsity is not None, "scope is an empty dict, and no sparsity is given")
+        elif (sparsity is None) == (threshold is None):
+            both = "neither" if sparsity is None else "both"
+            raise ValueError(f"give exactly one of sparsity and threshold; got {both}")
+        elif threshold is not None:
+            shared = self.scope in ("global", "layer")
+            require(shared, f"scope={self.scope!r} shares out a sparsity; it does not go with a threshold")
+        units = Units(self.layers, self.block, _checked_within(within, self.parameters))
+        return plan(units, sparsity, threshold, self.scope, self.n_of_m, self.min_keep)
+
+    def amount(self, value: float, kind: Literal["sparsity", "threshold"] = "sparsity") -> dict[str, float]:
+        """Return a schedule's value as an argument of ``masks``; n:m is a sparsity by itself, and 0 is none yet."""
+        return {} if self.n_of_m is not None and value == 0 else {kind: value}
+
+    def check_amounts(self, values: Iterable[float], kind: Literal["sparsity", "threshold"] = "sparsity") -> None:
+        """Raise ValueError where one of the values that a schedule takes does not fit."""
+        for value in values:
+            try:
+                self.plan(**self.amount(value, kind))  # type: ignore[arg-type]
+            except ValueError as error:
+                given = f"a {kind} of {value!s:.20}"
+                raise ValueError(f"the schedule comes to {given}, which does not fit: {error}") from None
+
+    def _check_directions(self, keep: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where weight_norm would divide by the norm of an emptied row."""
+        for name, weight in self.layers.items():
+            if weight.direction is None:
+                continue
+            alive = (keep[name] & (weight.parameter.detach() != 0)).sum(weight.direction) > 0
+            require(
+                bool(alive.all()),
+                f"{name!r} is the direction of a weight_norm, and {int((~alive).sum())} of its {alive.numel()} rows "
+                "would be empty, which makes the network NaN: remove the parametrization first (torch.nn.utils."
+                "parametrize.remove_parametrizations, or remove_weight_norm), prune less, or exclude it",
+            )
+
+
+def _unnamed_outputs(model: nn.Module, layers: Mapping[str, Weight], include: list[str] | None) -> str:
+    """The last layer, where it is among others that are pruned without having been named."""
+    last = last_of(model)
+    if last is None or last.name not in layers or len(layers) == 1:
+        return ""
+    return "" if any(matches(pattern, last) for pattern in include or []) else last.name
+
+
+def checked_score(score: Any) -> Score:
+    """Return a score, or raise TypeError that says what was probably meant."""
+    hint = ""
+    if isinstance(score, str):
+        hint = f"give the function itself, gp.magnitude; there are {_SCORES}"
+    elif isinstance(score, Mapping):
+        hint = f"give the function, not the scores it returned: gp.magnitude, or another of {_SCORES}"
+    elif isinstance(score, int | float):
+        hint = f"the number was taken as the score: sparsity={score!r} or threshold={score!r} is given by name"
+    elif isinstance(score, torch.optim.Optimizer):
+        hint = "prune takes no optimizer: hold the masks with masks.hold(optimizer)"
+    return checks.function("score", score, hint=hint)
+
+
+def ranked_by(score: Score, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Ranked:
+    """Return the scores of the parameters, checked; raise where one is missing, misshapen or complex."""
+    if score is magnitude:
+        return Ranked({name: p.detach() for name, p in parameters.items()}, "magnitude")
+    scores = score(model)
+    called = getattr(score, "__name__", type(score).__name__)
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f"the score must return a dict with a tensor of each parameter's shape; {called} returned "
+            f"{'None' if scores is None else type(scores).__name__}"
+        )
+    found = {}
+    for name, p in parameters.items():
+        if name not in scores:
+            raise ValueError(f"the score has no value for {name!r}; give it one, or exclude the parameter")
+        value = scores[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the score of {name!r} must be a tensor of shape {tuple(p.shape)}, got {value!r:.60}")
+        if value.shape != p.shape:
+            raise ValueError(f"the score of {name!r} has shape {tuple(value.shape)}, wanted {tuple(p.shape)}")
+        if value.is_complex():
+            raise ValueError(
+                f"the score of {name!r} is complex, which has no order: take its modulus, or its real part"
+            )
+        if value.is_meta or value.layout != torch.strided or value.is_quantized:
+            raise TypeError(
+                f"the score of {name!r} must be a dense tensor with values, got {value.layout} on {value.device}"
+            )
+        found[name] = value.detach()
+    return Ranked(found)
+
+
+def _checked_scope(scope: Any, layers: Mapping[str, Weight]) -> Scope:
+    if not isinstance(scope, Mapping):
+        wanted = f"scope must be one of {_SCOPES}, 'row', or a dict of sparsities by name, got {scope!r}"
+        if not isinstance(scope, str):
+            raise TypeError(wanted)
+        require(scope in (*_SCOPES, "row"), wanted)
+        return scope  # type: ignore[return-value]
+    found: dict[str, float] = {}
+    for pattern in sorted(scope, key=lambda key: any(key in weight.names for weight in layers.values())):
+        matched = [n for n, w in layers.items() if isinstance(pattern, str) and matches(pattern, w)]
+        require(bool(matched), f"scope names {pattern!r}, which is not eligible; eligible are {list(layers)}")
+        value = checks.fraction(f"the sparsity of {pattern!r}", scope[pattern])
+        for name in matched:  # names come last, and overrule patterns
+            exact = pattern in layers[name].names
+            if not exact and found.get(name, value) != value:
+                raise ValueError(f"two patterns of scope give {name!r} different sparsities, {found[name]} and {value}")
+            found[name] = value
+    return found
+
+
+def _checked_within(
+    within: Mapping[str, Tensor] | None, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor] | None:
+    if within is None:
+        return None
+    if not isinstance(within, Mapping):
+        raise TypeError(f"`within` must be masks, as prune returns them, got {type(within).__name__}")
+    for name, p in parameters.items():
+        require(name in within, f"`within` has no mask for {name!r}; exclude the parameter, or give a mask of all True")
+        mask = within[name]
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"`within` must hold bool tensors; that of {name!r} is {type(mask).__name__}")
+        require(
+            mask.shape == p.shape,
+            f"`within` has shape {tuple(mask.shape)} for {name!r}, the parameter {tuple(p.shape)}",
+        )
+        if mask.dtype != torch.bool:
+            raise TypeError(f"`within` must hold bool tensors; that of {name!r} is {mask.dtype}")
+    return {name: within[name].to(p.device) for name, p in parameters.items()}
+
+
+def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:
+    """Warn where weights that are to stay are zero already, as an earlier pruning leaves them."""
+    weights = sum(p.numel() for p in parameters.values())
+    counts = [_zeros(p.detach()) for p in parameters.values()]
+    if _total(counts) <= ZEROS_NOTICED * weights:
+        return
+    zeros = _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
+    if zeros > ZEROS_NOTICED * weights:
+        checks.warn(
+            f"{zeros:,} of the {weights:,} weights are zero already and yet stay, by these masks: if an earlier "
+            "pruning made them zero, give its masks as within=, or they come back"
+        )
+
+
+def _zeros(tensor: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many entries are zero, of those where a mask is True; on an accelerator by a sample."""
+    step = 1 if tensor.device.type == "cpu" else max(1, tensor.numel() // ZEROS_SAMPLED)
+    if step > 1 and tensor.is_contiguous():
+        tensor, mask = tensor.view(-1)[::step], None if mask is None else mask.view(-1)[::step]
+    if mask is None:
+        return (tensor.numel() - torch.count_nonzero(tensor)) * step
+    return torch.count_nonzero((tensor == 0).logical_and_(mask)) * step
+
+
+def _total(counts: list[Tensor]) -> int:
+    """The sum, with one wait for the device where all are on one."""
+    devices = {count.device for count in counts}
+    return sum(int(torch.stack([c for c in counts if c.device == device]).sum()) for device in devices)
