@@ -86,8 +86,6 @@ ARCHITECTURES = {
         {"input_features": torch.randn(BATCH, 8, 16, generator=torch.Generator().manual_seed(1))} | DECODER,
     ),
 }  # fmt: skip
-# No matrix of a product, so that no input norm is known for them.
-NO_PRODUCT = ("cls_token", "position_embeddings", "A_log", "proj_bias")
 
 
 def loss(outputs, _):
@@ -120,14 +118,14 @@ def test_every_score_tells_the_weights_of_every_architecture_apart(name):
     before = copy.deepcopy(model.state_dict())
     for kind, score in SCORES.items():
         scores = score(model, batches=[(inputs, None)])
-        for weight, p in eligible(model, None, None).items():
-            if kind == "activation" and any(part in weight for part in NO_PRODUCT):
-                continue
-            assert scores[weight].shape == p.shape, (kind, weight)
+        for weight, found in eligible(model).items():
+            assert scores[weight].shape == found.parameter.shape, (kind, weight)
             assert bool(scores[weight].isfinite().all()), (kind, weight)
             assert float(scores[weight].double().std()) > 0, (kind, weight)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.training
+    masks = gp.prune(model, partial(gp.activation, batches=[inputs]), sparsity=0.5)
+    assert masks.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def products(out, into, rows=TOKENS):

@@ -883,9 +883,7 @@ def test_what_is_no_model_is_refused_by_every_method(call, wrong):
 @pytest.mark.parametrize("wrong", [None, [], 0.1, nn.Linear(2, 2), torch.optim.SGD], ids=str)
 def test_what_is_no_optimizer_cannot_be_held_with(wrong):
     model = nn.Linear(4, 4)
-    with pytest.raises(
-        (TypeError, ValueError), match=r"must be a torch optimizer.*got|list of optimizers is"
-    ):
+    with pytest.raises((TypeError, ValueError), match=r"must be a torch optimizer.*got|list of optimizers is"):
         gp.prune(model, sparsity=0.5).hold(wrong)
 
 
