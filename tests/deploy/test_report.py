@@ -254,3 +254,25 @@ def test_torchs_defaults_do_not_matter():
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert found.rows == wanted.rows
+
+
+def test_the_latency_of_a_compiled_model_is_that_of_the_compiled_one():
+    eager = []
+
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            if not torch.compiler.is_compiling():
+                eager.append(1)
+            return self.layer(x)
+
+    x = torch.randn(2, 4)
+    model = torch.compile(Noted().eval(), backend="eager")
+    model(x)
+    report = gp.report(model, x, latency=True)
+    assert report.total.flops == 64
+    assert report.latency > 0
+    assert len(eager) == 1  # where the operators are counted

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import require
-from gradprune.core.evaluate import call, evaluated, plain_attention, plain_kernels
+from gradprune.core.evaluate import as_written, call, evaluated, plain_attention, plain_kernels
 from gradprune.core.owners import Owners, Place, aten, place
 from gradprune.weights.differentiate import described, floating, items
 from gradprune.weights.precision import product
@@ -56,7 +56,8 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     inputs = [_inputs(batch, i) for i, batch in enumerate(items(batches, "an iterable of batches"))]
     norms = _InputNorms(model)
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with evaluated(model), torch.no_grad(), plain_kernels() if recurrent else plain_attention(), norms.watching():
+    kernels = plain_kernels() if recurrent else plain_attention()
+    with evaluated(model), as_written(), torch.no_grad(), kernels, norms.watching():
         for batch in inputs:
             call(model, batch)
     scores = {}

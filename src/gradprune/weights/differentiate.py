@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gradprune.core.checks import function, module, require, require_values
-from gradprune.core.evaluate import arguments, evaluated, tensors_in
+from gradprune.core.evaluate import arguments, as_written, evaluated, tensors_in
 
 Batches = Iterable[tuple[Any, Any]]
 Loss = Callable[[Any, Any], Tensor]
@@ -46,7 +46,7 @@ def trainable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """The trainable parameters, while the model is in eval mode and gradients are on."""
     parameters = {name: p for name, p in floating(model).items() if p.requires_grad}
     require(bool(parameters), "no parameter of the model is trainable: requires_grad is False for all of them")
-    with evaluated(model), torch.enable_grad(), _checkpoints_differentiable():
+    with evaluated(model), as_written(), torch.enable_grad(), _checkpoints_differentiable():
         yield parameters
 
 
