@@ -15,23 +15,14 @@ from gradprune.recovery.correct import iterate
 from gradprune.recovery.distill import distill_loss
 from gradprune.recovery.history import Entry, History, Round
 from gradprune.weights.activation import activation
+from gradprune.weights.flow import synflow
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 from gradprune.weights.pruner import Event, Pruner, Regrow
 from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
-from gradprune.weights.score import (
-    fisher,
-    gradient,
-    grasp,
-    magnitude,
-    movement,
-    random,
-    rotation,
-    snip,
-    synflow,
-    taylor,
-)
+from gradprune.weights.score import magnitude, random, rotation
+from gradprune.weights.sensitivity import fisher, gradient, grasp, movement, snip, taylor
 
 __version__ = "0.1.0"
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, run as written; modes, buffers and torch's random state are restored at the end.
+    """Put the model in eval mode; modes, buffers and torch's random state are restored at the end.
 
-    Outside inference mode, where nothing can be differentiated or seen operator by operator, and not compiled, as a
-    compiled model passes by the hooks that were set since.
+    Outside inference mode, where nothing can be differentiated or seen operator by operator.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = [
@@ -27,7 +27,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), _as_written(), _no_cached_casts():
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), _no_cached_casts():
         try:
             with suppress(NotImplementedError):  # an exported graph has one mode only
                 model.eval()
@@ -36,9 +36,20 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             for module, mode in modes.items():
                 module.training = mode
             for held, name, buffer, before in buffers:
-                held[name] = buffer
+                if held[name] is not buffer:
+                    held[name] = buffer
                 with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
                     buffer.copy_(before)
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Run compiled models as they were written: compiled, they pass by the hooks that were set since.
+
+    Only where the compiler was loaded: who has compiled anything has loaded it.
+    """
+    stance = getattr(torch.compiler, "set_stance", None)
+    loaded = stance is not None and "torch._dynamo" in sys.modules
+    return stance("force_eager") if loaded else nullcontext()  # type: ignore[misc]
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -51,7 +62,8 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs as positional and named arguments."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+    return (tuple(inputs), {}) if several else ((inputs,), {})
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -101,12 +113,6 @@ def _disabled(backend: Any) -> Iterator[None]:
         yield
     finally:
         backend.enabled = before
-
-
-def _as_written() -> Any:
-    """Without torch.compile, where it was loaded: who has compiled anything has loaded it."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    return stance("force_eager") if stance is not None and "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class Report:
     rows: tuple[Row, ...]
     total: Row
     latency: float | None = None
-    uncounted: Mapping[str, int] = field(default_factory=dict)
+    uncounted: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def to_frame(self) -> Any:
         """Return the rows and the total as a pandas DataFrame.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import require
-from gradprune.core.evaluate import call, evaluated, plain_attention, plain_kernels
-from gradprune.core.owners import Owners, Place, aten, memory, place
+from gradprune.core.evaluate import as_written, call, evaluated, plain_attention, plain_kernels
+from gradprune.core.owners import Owners, Place, aten, place
 from gradprune.weights.differentiate import described, floating, items
 from gradprune.weights.precision import product
 
@@ -56,7 +56,8 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     inputs = [_inputs(batch, i) for i, batch in enumerate(items(batches, "an iterable of batches"))]
     norms = _InputNorms(model)
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with evaluated(model), torch.no_grad(), plain_kernels() if recurrent else plain_attention(), norms.watching():
+    kernels = plain_kernels() if recurrent else plain_attention()
+    with evaluated(model), as_written(), torch.no_grad(), kernels, norms.watching():
         for batch in inputs:
             call(model, batch)
     scores = {}
@@ -64,6 +65,7 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         if p.dim() >= 2 and p.layout == torch.strided and (total := norms.of(p)) is not None:
             scores[name] = product(name, p.detach().abs(), total)
     require(bool(scores), "the batches reach no weight: nothing of two dimensions or more multiplies what they hold")
+    require(norms.entries > 0, "batches held no sample")
     return scores
 
 
@@ -73,7 +75,8 @@ def _inputs(batch: Any, i: int) -> Any:
     if isinstance(batch, tuple | list) and len(batch) in (1, 2):
         return batch[0]
     raise TypeError(
-        f"batch {i} must be a pair (inputs, targets), or inputs: a tensor or a dict; got {described(batch)}"
+        f"batch {i} must be a pair (inputs, targets), or inputs: a tensor or a dict; got {described(batch)}. "
+        "Several arguments go into one tuple: ((first, second), None)"
     )
 
 
@@ -82,15 +85,20 @@ class _InputNorms(Owners):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._squares: dict[tuple[int, nn.Module], Tensor] = {}
+        self.entries = 0
+        self._squares: dict[tuple[int, int, nn.Module], Tensor] = {}
 
     def of(self, parameter: Tensor) -> Tensor | None:
         """The norm of what each entry multiplied, summed over the layers that have it; None where it met nothing."""
-        found = [total for (key, _), total in self._squares.items() if key == memory(parameter)]
-        if not found:
-            return None
         at = place(parameter)
-        return torch.stack([total.as_strided(at.size, at.stride, at.offset).sqrt() for total in found]).sum(dim=0)
+        found = []
+        for (key, entries, _), total in self._squares.items():
+            if key == at.memory and entries == at.entries:
+                found.append(total)
+            elif key == at.memory and parameter.is_complex() and entries == 2 * at.entries:
+                found.append(total.view(-1, 2).sum(-1))  # a product that torch forms of real and imaginary parts
+        norms = [total.as_strided(at.size, at.stride, at.offset).sqrt() for total in found]
+        return torch.stack(norms).sum(dim=0) if norms else None
 
     def ran(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         if operator in _PRODUCTS:
@@ -136,6 +144,8 @@ class _InputNorms(Owners):
 
     def _sums(self, x: Tensor, dim: int) -> Tensor:
         """The sums of the squares over a dimension, in float32, or in float64 where that has not the range."""
+        self.entries += x.numel()
+        x = x if x.layout == torch.strided else x.to_dense()
         size = x.abs() if x.is_complex() else x
         if size.dtype == torch.float64:
             sums = size.square().sum(dim)
@@ -161,7 +171,8 @@ class _InputNorms(Owners):
 
     def _add(self, owner: nn.Module, weight: Tensor, squares: Tensor) -> None:
         """Add to the squares of the entries of the weight, through its copies to the parameter itself."""
-        self._add_at(owner, place(weight), squares.expand(weight.shape))
+        if weight.layout == torch.strided:
+            self._add_at(owner, place(weight), squares.expand(weight.shape))
 
     def _add_at(self, owner: nn.Module, at: Place, squares: Tensor) -> None:
         copy = self.copied_from(at)
@@ -173,7 +184,7 @@ class _InputNorms(Owners):
                 back = gathered.index_put_(copy.indices, back, accumulate=True)
             self._add_at(owner, copy.source, back)
         elif at.memory in self.parameters:
-            key = (at.memory, owner)
+            key = (at.memory, at.entries, owner)
             self._squares[key] = _added(self._squares.get(key), at, squares)
 
 

@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gradprune.core.checks import function, module, require, require_values
-from gradprune.core.evaluate import arguments, evaluated, tensors_in
+from gradprune.core.evaluate import arguments, as_written, evaluated, tensors_in
 
 Batches = Iterable[tuple[Any, Any]]
 Loss = Callable[[Any, Any], Tensor]
@@ -35,12 +35,18 @@ def floating(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def entries(p: Tensor) -> Tensor:
+    """The parameter's entries as a dense tensor of a dtype that torch calculates with."""
+    dense = p.detach() if p.layout == torch.strided else p.detach().to_dense()
+    return dense.float() if dense.element_size() == 1 else dense
+
+
 @contextmanager
 def trainable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """The trainable parameters, while the model is in eval mode and gradients are on."""
     parameters = {name: p for name, p in floating(model).items() if p.requires_grad}
     require(bool(parameters), "no parameter of the model is trainable: requires_grad is False for all of them")
-    with evaluated(model), torch.enable_grad(), _checkpoints_differentiable():
+    with evaluated(model), as_written(), torch.enable_grad(), _checkpoints_differentiable():
         yield parameters
 
 
@@ -49,11 +55,12 @@ def pairs(batches: Batches) -> list[tuple[Any, Any]]:
     kept = items(batches, "an iterable of pairs (inputs, targets)")
     for i, batch in enumerate(kept):
         if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            one = ", and batches, if it is one pair, [(inputs, targets)]" if len(kept) == 2 else ""
-            named = (
-                "; of a dict take its parts: [(d, d['labels']) for d in loader]" if isinstance(batch, Mapping) else ""
-            )
-            raise TypeError(f"batch {i} must be a pair (inputs, targets), got {described(batch)}{one}{named}")
+            hint = ""
+            if isinstance(batch, Mapping):
+                hint = "; of dicts make pairs: [(d, d['labels']) for d in loader]"
+            elif len(kept) == 2:
+                hint = ", and batches, if it is one pair, [(inputs, targets)]"
+            raise TypeError(f"batch {i} must be a pair (inputs, targets), got {described(batch)}{hint}")
     return [(batch[0], batch[1]) for batch in kept]
 
 
@@ -134,11 +141,14 @@ def _checkpoints_differentiable() -> Iterator[None]:
     def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
+    before = vars(kind).get("apply")
     try:
         kind.apply = staticmethod(apply)  # type: ignore[method-assign]
         yield
     finally:
-        if "apply" in vars(kind):
+        if before is not None:
+            kind.apply = before  # type: ignore[method-assign]
+        elif "apply" in vars(kind):
             del kind.apply
 
 
