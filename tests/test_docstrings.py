@@ -9,14 +9,10 @@ import torch
 from torch import nn
 
 import gradprune as gp
-from gradprune.core.select import keep_n_of_m
 from gradprune.weights import allocate
 
 # Public beside the names of the package, and on its pages.
-FURTHER = {
-    "core.select.keep_n_of_m": keep_n_of_m,
-    **{f"weights.allocate.{name}": getattr(allocate, name) for name in ("uniform", "erk", "lamp", "share_out")},
-}
+FURTHER = {f"weights.allocate.{name}": getattr(allocate, name) for name in ("uniform", "erk", "lamp", "share_out")}
 # What functions return and nobody makes: each is shown by what returns it.
 RESULTS = {"Entry", "Event", "History", "Hold", "Report", "Round", "Row", "Trace"}
 

@@ -333,6 +333,15 @@ def flatten_module_list(
         context["body"] = f"{heading}<ul>{re.sub('</?ul>', '', items)}</ul>"
 
 
+def hide_lists_of_parameters(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Let a signature be read as one line: Sphinx lays its parameters out as a list of definitions without terms."""
+    opening = r'(<span class="sig-paren">\(</span>\s*<dl)>'
+    if "body" in context:
+        context["body"] = re.sub(opening, r'\1 role="presentation">', context["body"])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_directive("claims-table", ClaimsTable)
@@ -344,5 +353,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", link_chapters)
     app.connect("missing-reference", link_type)
     app.connect("html-page-context", flatten_module_list)
+    app.connect("html-page-context", hide_lists_of_parameters)
     app.connect("build-finished", keep_dark_to_screens, priority=900)  # after the theme has written its colours of code
     return {"parallel_read_safe": True, "parallel_write_safe": True}
