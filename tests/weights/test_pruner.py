@@ -391,7 +391,7 @@ def test_n_of_m_with_a_schedule_that_cannot_fit_is_refused_at_construction(sched
     ("arguments", "keywords", "message"),
     [
         ((0.9,), {}, r"give gp.OneShot\(0.9\)"),
-        ((gp.OneShot(0.5), "magnitude"), {}, "a score such as gp.magnitude, not its name"),
+        ((gp.OneShot(0.5), "magnitude"), {}, "give the function itself, gp.magnitude"),
         ((gp.OneShot(0.5),), {"regrow": 3}, "regrow must be a gp.Regrow, got int"),
         ((gp.OneShot(0.5),), {"granular": "channel"}, "Pruner has no argument 'granular'; beside its own it takes"),
         ((None,), {}, "schedule must be a function, got None"),
@@ -476,3 +476,36 @@ def test_holding_leaves_a_preconditioner_as_it_is(shape, bias):
         assert (again[0][key].diagonal() != 0).all()
     assert not again[0]["momentum_buffer"][model.weight == 0].any()
     assert int((model.weight == 0).sum()) == math.prod(shape) // 2
+
+
+# ------------------------------------------------------------------------------------------- what has come back alive
+
+
+def test_weights_that_a_new_optimizer_revived_are_noticed_at_the_next_call():
+    model = two_layers()
+    first = sgd(model)
+    masks = gp.prune(model, sparsity=0.5)
+    masks.hold(first)
+    train(model, second := sgd(model), 2)
+    assert sum(zeros(model).values()) == 0
+    with pytest.warns(UserWarning, match=r"held at zero are other than zero.*masks.hold\(optimizer\)"):
+        again = gp.prune(model, sparsity=0.5, within=masks)
+    again.hold([first, second])
+    train(model, [first, second], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.prune(model, sparsity=0.5, within=again)
+
+
+def test_a_pruner_notices_at_saving_that_weights_were_written_outside_its_steps():
+    model = two_layers()
+    optimizer = sgd(model)
+    dense = copy.deepcopy(model.state_dict())
+    pruner = gp.Pruner(model, optimizer, gp.OneShot(0.5))
+    model.load_state_dict(dense)
+    with pytest.warns(UserWarning, match="something has written them outside a step"):
+        pruner.state_dict()
+    pruner.masks.apply_(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.state_dict()

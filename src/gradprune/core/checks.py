@@ -69,7 +69,8 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
     Refused are bool, text, complex numbers, None (TypeError); 2.5, NaN, infinities, what is out of range (ValueError).
     """
     plain = _plain(name, value, "a whole number")
-    if isinstance(plain, float) and not (math.isfinite(plain) and plain == int(plain)):
+    ratio = isinstance(value, numbers.Rational) and value.denominator != 1  # its float may be whole by rounding
+    if ratio or (isinstance(plain, float) and not (math.isfinite(plain) and plain == int(plain))):
         raise ValueError(f"{name} must be a whole number, got {_shown(value)}")
     converted = int(plain)
     low, high = -math.inf if least is None else least, math.inf if most is None else most
@@ -88,7 +89,7 @@ def choice(name: str, value: T, known: Collection[T]) -> T:
     """Return the value if it is one of the known ones, else raise ValueError."""
     try:
         found = value in known
-    except TypeError:  # not hashable, or not comparable
+    except (TypeError, ValueError, RuntimeError):  # not hashable, or an array or tensor, whose comparison is one too
         found = False
     if not found or isinstance(value, Tensor):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {_shown(value)}")
@@ -133,13 +134,8 @@ def state(value: Any, wanted: Mapping[str, type | tuple[type, ...]], of: str) ->
     return value
 
 
-def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None:
-    """Raise, naming it, where a tensor cannot be read and written in place entry by entry.
-
-    Call it on all tensors of a call before the first is changed. TypeError for a kind of tensor that is not supported
-    (DTensor, quantized, lazy, meta, sparse, eight-bit floats), ValueError for one that could be made writable (entries
-    that share memory, inference mode, the negative bit).
-    """
+def require_values(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise TypeError, naming it, where a tensor's entries are not at hand: lazy, DTensor, meta, quantized, wrapped."""
     called = f"the {what} {name!r}"
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         raise TypeError(f"{called} is lazy, without a shape yet: run the model on one batch first")
@@ -149,8 +145,26 @@ def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None
         raise TypeError(f"{called} is on the meta device, without values: materialize the model first (to_empty, load)")
     if tensor.is_quantized:
         raise TypeError(f"{called} is quantized: prune before quantizing")
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise TypeError(f"{called} is a {type(tensor).__name__}, whose entries are held by other tensors: do it before")
+
+
+def require_readable(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise TypeError, naming it, where a tensor cannot be read entry by entry: as ``require_values``, or sparse."""
+    require_values(name, tensor, what)
     if tensor.layout != torch.strided:
-        raise TypeError(f"{called} is sparse ({tensor.layout}): make it dense first, to_dense()")
+        raise TypeError(f"the {what} {name!r} is sparse ({tensor.layout}): make it dense first, to_dense()")
+
+
+def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise, naming it, where a tensor cannot be read and written in place entry by entry.
+
+    Call it on all tensors of a call before the first is changed. TypeError for a kind of tensor that is not supported
+    (as ``require_readable``, and eight-bit floats), ValueError for one that could be made writable (entries that share
+    memory, inference mode, the negative bit).
+    """
+    require_readable(name, tensor, what)
+    called = f"the {what} {name!r}"
     if tensor.is_floating_point() and tensor.element_size() == 1:
         raise TypeError(f"{called} is {tensor.dtype}, which holds numbers with a scale elsewhere: convert it first")
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
@@ -177,7 +191,9 @@ def _plain(name: str, value: Any, wanted: str) -> int | float:
         found = value[()]
     if isinstance(found, bool | np.bool_) or not isinstance(found, numbers.Real | np.floating | np.integer):
         raise TypeError(f"{name} must be {wanted}, got {_shown(value)}")
-    return int(found) if isinstance(found, numbers.Integral) else _float(name, found)
+    if isinstance(found, numbers.Rational) and found.denominator == 1:  # an integer, or a Fraction that is one
+        return int(found.numerator)
+    return _float(name, found)
 
 
 def _float(name: str, value: Any) -> float:
@@ -209,6 +225,8 @@ def _shown(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and {value.dtype}"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, bool | int | float | complex | str | np.generic):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."

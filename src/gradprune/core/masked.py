@@ -2,31 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from gradprune.core.order import INTEGER_OF_SIZE
+from gradprune.core.uncompiled import uncompiled
 
 
+@uncompiled
 def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set each tensor to +0.0 where its mask is False, at the speed of memory, whatever stands there.
 
-    The pairs are of one shape and one device. Multiplying the numbers would keep the sign of zero and turn infinity
-    into NaN; multiplying their bits, read as an integer, by 0 or 1 does neither.
+    The pairs are of one shape and one device, and the tensors can be written (``checks.require_writable``). All pairs
+    are taken before the first is written, and an interrupt is let through once all are.
     """
-    for tensor, mask in tensors:
-        tensor, kept = tensor.detach(), mask.view(torch.int8)
-        if tensor.is_conj():
-            tensor = tensor.conj()  # the same memory, and zero is its own conjugate
-        if tensor.element_size() not in _INTEGER_OF_SIZE:  # complex128
-            tensor, kept = torch.view_as_real(tensor), kept.unsqueeze(-1)
-        tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]).mul_(kept)
+    pairs = [_as_integers(tensor.detach(), mask.detach()) for tensor, mask in tensors]
+    try:
+        _multiply_(pairs)
+    except BaseException:  # a signal's, between two tensors: no half of the masks
+        _multiply_(pairs)
+        raise
 
 
+@uncompiled
 def count_kept(mask: Tensor) -> int:
-    """How many entries are True."""
+    """Return how many entries are True."""
     # NumPy counts bytes a dozen times faster than torch does on the CPU.
-    return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.sum())
+    return int(np.count_nonzero(mask.detach().numpy()) if _on_cpu(mask) else mask.sum())
+
+
+@uncompiled
+def count_alive(tensors: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """Return how many entries of the tensors are other than zero where their mask is False; NaN is, -0.0 is not.
+
+    The pairs are of one shape and one device. No temporary is as large as a tensor, and a device is waited for once.
+    """
+    alive, waiting = 0, dict[torch.device, Tensor]()
+    for tensor, mask in tensors:
+        for values, kept in _pieces(tensor.detach(), mask.detach()):
+            if _on_cpu(values):
+                alive += int(np.count_nonzero(_nonzero(values) > kept.numpy()))
+            else:
+                count = (values != 0).logical_and_(~kept).sum()
+                waiting[count.device] = waiting.get(count.device, 0) + count
+    return alive + sum(int(count) for count in waiting.values())
+
+
+def _nonzero(values: Tensor) -> Any:
+    """Where they are other than zero, by NumPy: several times faster than torch on what a cache holds."""
+    values = values.resolve_conj().resolve_neg()
+    if (
+        values.is_floating_point() and values.element_size() == 2
+    ):  # NumPy has no bfloat16; without the sign, as -0.0 is 0
+        return (values.view(torch.int16).numpy() << 1) != 0
+    return (values.float() if values.is_floating_point() and values.element_size() == 1 else values).numpy() != 0
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same memory as integers, which times 0 are 0 and times 1 the same bits, unlike -1.0, infinity and NaN."""
+    kept = mask.view(torch.int8)
+    if tensor.is_conj():
+        tensor = tensor.conj()  # the same memory, and zero is its own conjugate
+    if tensor.element_size() not in INTEGER_OF_SIZE:  # complex128
+        tensor, kept = torch.view_as_real(tensor), kept.unsqueeze(-1)
+    return tensor.view(INTEGER_OF_SIZE[tensor.element_size()]), kept
+
+
+def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for bits, kept in pairs:
+        if _on_cpu(bits):  # NumPy widens the mask a few thousand entries at a time, torch as a whole
+            array = bits.numpy()
+            np.multiply(array, kept.numpy(), out=array)
+            if not bits.is_inference():
+                increment_version(bits)  # so that autograd notices, as it does where torch writes
+        else:
+            bits.mul_(kept)
+
+
+def _pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of both that a cache holds, whatever their strides."""
+    most = 2**17 if _on_cpu(values) else 2**24
+    if values.numel() <= most:
+        yield values, kept
+        return
+    if values.is_contiguous() and kept.is_contiguous():
+        values, kept = values.view(-1), kept.view(-1)
+    longest = max(range(values.dim()), key=values.shape.__getitem__)
+    count = -(-values.numel() // most)
+    for piece, of_mask in zip(values.chunk(count, longest), kept.chunk(count, longest), strict=True):
+        yield from _pieces(piece, of_mask)

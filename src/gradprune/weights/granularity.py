@@ -13,7 +13,7 @@ from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Axes, Weight
 from gradprune.core.masked import count_kept
-from gradprune.core.select import By
+from gradprune.core.order import By
 
 Granularity = Literal["weight", "channel"] | str | tuple[int, ...]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprune.core.masked import count_kept, zero_pruned_
+from gradprune.core.masked import count_alive, count_kept, zero_pruned_
 from gradprune.core.steps import Hooks, Optimizers, as_list, hook, not_owned, parameters_of, ridden
 
 # Their step moves an entry by its own weight, gradient and state alone, so what the gradient of a pruned entry does to
@@ -49,7 +49,11 @@ class Hold:
         self.replace(masks)
 
     def replace(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        """Hold by these masks from now on; what the optimizers remember of entries that come or go is forgotten."""
+        """Hold by these masks from now on; what the optimizers remember of entries that come or go is forgotten.
+
+        Args:
+            masks: the mask of each parameter, bool, of its shape (True stays).
+        """
         held = {parameter: _Held(mask) for parameter, mask in masks.items()}
         for keeper, optimizer in self._pairs():
             owned = set(map(id, parameters_of(optimizer)))
@@ -180,7 +184,7 @@ def warn_of_revived(parameters: Mapping[str, nn.Parameter], stacklevel: int) -> 
     """
     for name, parameter in parameters.items():
         mask = held_mask(parameter)
-        if mask is not None and alive(parameter, mask):
+        if mask is not None and count_alive([(parameter, mask)]):
             warnings.warn(
                 f"weights of {name!r} that are held at zero are other than zero: something has written them outside a "
                 "step of the optimizer that holds them (another optimizer, an average, a loaded checkpoint). "
@@ -188,11 +192,6 @@ def warn_of_revived(parameters: Mapping[str, nn.Parameter], stacklevel: int) -> 
                 stacklevel=stacklevel + 1,
             )
             return
-
-
-def alive(parameter: Tensor, mask: Tensor) -> int:
-    """Return how many pruned weights are other than zero."""
-    return int((parameter.detach()[~mask] != 0).sum())
 
 
 def warn_of_unowned(parameters: Mapping[str, nn.Parameter], optimizers: list[Any], stacklevel: int) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.masked import count_kept
-from gradprune.core.select import By, keep_largest, keep_n_of_m
+from gradprune.core.order import By
+from gradprune.core.select import keep_and_count, keep_largest, keep_n_of_m
 from gradprune.weights import allocate
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
 
@@ -77,11 +78,16 @@ def _allocate(units: Units, scope: Scope, budget: int, floors: Mapping[str, int]
     names = list(units.layers)
     low = [floors[name] * units.cost(name) for name in names]
     high = [units.available(name) * units.cost(name) for name in names]
-    shapes = [units.layers[name].parameter.shape for name in names]
     if scope == "erk":
-        counts = allocate.erk(shapes, budget, low=low, high=high)
+        shapes, copies = [], []
+        for weight in units.layers.values():
+            shape, stack = weight.parameter.shape, weight.axes.stack if weight.axes is not None else ()
+            shapes.append([size for axis, size in enumerate(shape) if axis not in stack])
+            copies.append(math.prod(shape[axis] for axis in stack))
+        counts = allocate.erk(shapes, budget, low=low, high=high, stacked=copies)
     else:
-        counts = allocate.uniform([math.prod(s) for s in shapes], budget, low=low, high=high)
+        sizes = [units.layers[name].parameter.numel() for name in names]
+        counts = allocate.uniform(sizes, budget, low=low, high=high)
     return dict(zip(names, counts, strict=True))
 
 
@@ -173,8 +179,10 @@ def _keep_over_all(
         values = {name: ranked.values[name] for name in free}
         among = None if units.within is None else [_known(units.allowed(name)) for name in free]
         count = _units_nearest(units, values, among, left)
-        masks = dict(zip(free, keep_largest(values, count, by=ranked.by, among=among), strict=True))
-        short = {name: floors[name] for name, mask in masks.items() if count_kept(mask) < floors[name]}
+        kept = keep_and_count(values, count, by=ranked.by, among=among)
+        masks = dict(zip(free, kept.masks, strict=True))
+        doubtful = [name for name, least in zip(free, kept.at_least, strict=True) if least < floors[name]]
+        short = {name: floors[name] for name in doubtful if count_kept(masks[name]) < floors[name]}
         if not short:
             masks |= _largest(units, ranked, at_floor)
             return units.expand({name: masks[name] for name in units.layers})

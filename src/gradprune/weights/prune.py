@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity
+from gradprune.weights.hold import warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
 from gradprune.weights.request import Request
@@ -87,7 +88,7 @@ def prune(
 
     Example:
         >>> model = nn.Linear(4, 5)
-        >>> masks = prune(model, sparsity=0.5)
+        >>> masks = gp.prune(model, sparsity=0.5)
         >>> int((model.weight == 0).sum())
         10
 
@@ -102,4 +103,5 @@ def prune(
         min_keep=min_keep,
         axes=axes,
     )
+    warn_of_revived(request.parameters, stacklevel=2)
     return request.masks(model, score, sparsity=sparsity, threshold=threshold, within=within).apply_(model)

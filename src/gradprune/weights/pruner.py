@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn, Unpack
 
 import torch
@@ -16,11 +18,11 @@ from gradprune.core.checks import choice, fraction, function, module, number, re
 from gradprune.core.masked import count_kept, zero_pruned_
 from gradprune.core.select import keep_largest
 from gradprune.core.steps import Optimizers, Steps, as_list, not_owned
-from gradprune.weights.granularity import parse_granularity
 from gradprune.weights.hold import Hold, held_mask, warn_of_revived
 from gradprune.weights.mask import Masks
-from gradprune.weights.plan import prepare
-from gradprune.weights.prune import AsPrune, Score, ranked_by
+from gradprune.weights.prune import AsPrune
+from gradprune.weights.request import Request, Score, checked_score, ranked_by
+from gradprune.weights.schedule import values_of
 from gradprune.weights.score import magnitude
 
 Schedule = Callable[[int], float]
@@ -81,7 +83,8 @@ class Pruner:
 
     Where the schedule's value changes, weights are pruned by ``prune`` and held at zero from then on. What is pruned
     already, held by an optimizer or zero in a layer that is not zero as a whole, stays pruned. A step that an AMP
-    scaler skips is no step. Save ``state_dict()`` beside the model's and the optimizer's own: a run resumed from them
+    scaler skips is no step. Before the climb of a step in two halves (SAM), ``masks.mask_gradients_(model)`` keeps
+    pruned weights out of it. Save ``state_dict()`` beside the model's and the optimizer's own: a run resumed from them
     goes on bit for bit. The masks are those of the parameters that were eligible when it was made, also where a layer
     is frozen later. ``copy.deepcopy`` of model, optimizer and pruner together gives a pruner of the copies.
 
@@ -130,12 +133,14 @@ class Pruner:
     ) -> None:
         self.model, self._optimizers = module(model), as_list(optimizer)
         self.schedule = function("schedule", schedule, hint=_instead_of(schedule))
-        self.score = function("score", score, hint="a score such as gp.magnitude, not its name")
+        self.score = checked_score(score)
         self.regrow = _checked_regrow(regrow, as_prune.get("granularity", "weight"))
-        self._kind = choice("amount", amount, ("sparsity", "threshold"))
-        self._as_prune = _checked_keywords(as_prune)
+        choice("amount", amount, ("sparsity", "threshold"))
+        self._kind = amount
+        self._request = Request.of(self.model, **_checked_keywords(as_prune))
+        self._layers = self._request.parameters
         first = self._wanted(0)
-        self._layers, _ = prepare(model, **self._amount(first), **self._as_prune)
+        self._request.check_amounts(_amounts_of(schedule, first), self._kind)
         _require_owned(self._layers, self._optimizers)
         _require_no_other_pruner(self._layers)
         self.step, self.amount = 0, 0.0
@@ -173,6 +178,9 @@ class Pruner:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where the state was taken: its masks are applied to the model and held.
 
+        Args:
+            state_dict: what ``state_dict()`` returned, also of a pruner of another model of the same layers.
+
         Raises:
             TypeError, ValueError: it is no state of a Pruner, or its masks are not for this pruner's parameters.
                 Nothing has been changed then.
@@ -193,7 +201,11 @@ class Pruner:
         memo[id(self)] = twin
         twin.__dict__ |= {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_hold")}
         twin.model, twin._optimizers = copy.deepcopy((self.model, self._optimizers), memo)
-        twin._layers = {name: copy.deepcopy(p, memo) for name, p in self._layers.items()}
+        weights = self._request.layers.items()
+        parts = {name: copy.deepcopy((w.parameter, w.module), memo) for name, w in weights}
+        layers = {name: w._replace(parameter=parts[name][0], module=parts[name][1]) for name, w in weights}
+        twin._request = replace(self._request, layers=layers)
+        twin._layers = twin._request.parameters
         twin.events, twin._growth = list(self.events), None
         twin._masks = Masks({name: mask.clone() for name, mask in self._masks.items()})
         twin._ride(twin._masks)
@@ -244,11 +256,6 @@ class Pruner:
         value = self.schedule(step)
         return fraction(called, value) if self._kind == "sparsity" else number(called, value, finite=False)
 
-    def _amount(self, value: float) -> dict[str, Any]:
-        """As an argument of prune. N:M is a sparsity by itself, reached at whatever step the schedule leaves 0."""
-        n_of_m, _ = parse_granularity(self._as_prune.get("granularity", "weight"))
-        return {} if n_of_m is not None and value == 0 else {self._kind: value}
-
     def _chosen(self, amount: float) -> Masks:
         """The masks for an amount, of what stays now; these as they are where they are sparse enough."""
         before = self._masks
@@ -261,9 +268,9 @@ class Pruner:
             if before.sparsity >= amount:
                 return before
         within = before if before.sparsity else None
-        _, choose = prepare(self.model, **self._amount(amount), **self._as_prune, within=within)
-        keep = choose(ranked_by(self.score, self.model, self._layers))
-        return Masks({name: (mask.to(before[name].device) & before[name]) for name, mask in keep.items()})
+        amounts: dict[str, Any] = self._request.amount(amount, self._kind)
+        masks = self._request.masks(self.model, self.score, within=within, **amounts)
+        return Masks({name: mask & before[name] for name, mask in masks.items()})
 
     def _swapped(self, growth: Mapping[str, Tensor], share: float) -> Masks:
         ranked = ranked_by(self.score, self.model, self._layers)
@@ -319,6 +326,12 @@ class Pruner:
 
 
 _PRUNERS: weakref.WeakSet[Pruner] = weakref.WeakSet()
+
+
+def _amounts_of(schedule: Schedule, first: float) -> list[float]:
+    """What can be known of a schedule beforehand: how it begins and where it ends."""
+    values = values_of(schedule)
+    return [first] if values is None else [*itertools.islice(values, 3), schedule(sys.maxsize)]
 
 
 def _instead_of(schedule: Any) -> str:
