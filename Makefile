@@ -27,7 +27,7 @@ lint: .venv/.installed ## ruff, mypy, and which way imports point
 	@$(BIN)/mypy
 
 quick: lint ## under a minute, for who edits: lint, types and the unit tests, with few random examples each
-	@$(BIN)/python -m pytest -x -q --hypothesis-profile=quick $(UNITS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x -q --hypothesis-profile=quick $(UNITS)
 
 test: lint book ## everything: lint, types, unit tests, notebooks, links, pages in a browser
 	@GRADPRUNE_QUIET=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests chapters
@@ -42,7 +42,7 @@ serve: book ## serve the built book on http://localhost:8000 (it also opens from
 	@$(BIN)/python -m http.server --directory book/_build/html --bind 127.0.0.1 8000
 
 clean: ## remove what was built
-	@rm -rf book/_build mutants .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf build book/_build mutants .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 clean-all: clean ## remove also .venv and the fetched JavaScript
 	@rm -rf .venv book/_vendor src/*.egg-info

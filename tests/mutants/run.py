@@ -135,16 +135,16 @@ class InPlaceOf:
         return importlib.util.spec_from_file_location(name, self.path, loader=Changed(name, self.path, self.source))
 
 
-def tests_for(module: str) -> list[str]:
-    """The tests of a module: those of its own name first, so that most mutants die early."""
+def tests_for(module: str) -> list[list[str]]:
+    """The tests of a module in stages, one after the other as long as they pass: those of its own name come first."""
     room = Path(module).parts[0]
-    own = ROOT / "tests" / room / f"test_{Path(module).stem}.py"
-    folders = [f"tests/{folder}" for folder in TESTS[room]]
-    return ([str(own.relative_to(ROOT))] if own.exists() else []) + folders
+    own = Path("tests") / room / f"test_{Path(module).stem}.py"
+    stages = [[f"tests/{folder}"] for folder in TESTS[room]]
+    return [[str(own)], *stages] if (ROOT / own).exists() else stages
 
 
-def run_tests(tests: list[str], mutant: Mutant | None, log: Path) -> int:
-    """Fork, run the tests in the child, and return its process id."""
+def run_tests(stages: list[list[str]], mutant: Mutant | None, log: Path) -> int:
+    """Fork, run the tests in the child, stage by stage until one fails, and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -161,7 +161,7 @@ def run_tests(tests: list[str], mutant: Mutant | None, log: Path) -> int:
         import pytest
 
         options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-profile=quick"]
-        status = int(pytest.main([*options, *tests]))
+        status = next((failed for tests in stages if (failed := int(pytest.main([*options, *tests])))), 0)
     except BaseException:  # a mutant may raise anything, also while it is imported
         status = 3
     finally:
@@ -187,7 +187,7 @@ def baselines(rooms: set[str], folder: Path) -> dict[str, float]:
     took = {}
     for room in sorted(rooms):
         began, log = time.monotonic(), folder / "baseline"
-        child = run_tests([f"tests/{name}" for name in TESTS[room]], None, log)
+        child = run_tests([[f"tests/{name}" for name in TESTS[room]]], None, log)
         _, status = os.waitpid(child, 0)
         if status:
             sys.exit(f"the tests of {room} fail on the code as it is:\n{log.read_text()[-2000:]}")
