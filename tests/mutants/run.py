@@ -150,6 +150,7 @@ def run_tests(stages: list[list[str]], mutant: Mutant | None, log: Path) -> int:
         return child
     status = 3
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -310,6 +311,7 @@ def main() -> int:
     for module in ("numpy", "torch", "pytest", "hypothesis"):
         __import__(module)
     sys.path.insert(0, str(ROOT / "src"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no test goes on when this is stopped
     waiting = [mutant for mutant in sample if mutant.key not in known]
     try:
         try_all(waiting, wanted, known)
