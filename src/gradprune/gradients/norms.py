@@ -156,7 +156,7 @@ def _plain_norm(values: list[Tensor], p: float) -> float:
     if values[0].device.type == "cpu":
         _, of_small, of_large = _norms_in_rows(values, p)
         norms = [of_small, *(norm for norms in of_large.values() for norm in norms)]
-        return float(torch.linalg.vector_norm(torch.cat([norm.double() for norm in norms]), p))
+        return float(torch.linalg.vector_norm(torch.cat(norms).double(), p))
     half = [value for value in values if value.dtype in HALF]
     full = [value for value in values if value.dtype not in HALF] if half else values
     found = [*torch._foreach_norm(full, p)] if full else []
@@ -183,13 +183,19 @@ def _norms_in_rows(values: Sequence[Tensor], p: float) -> tuple[list[int], Tenso
 
 def _row_norms(entries_: Tensor, p: float) -> list[Tensor]:
     """The p-norms of the rows into which a vector is cut, and that of what is left over."""
-    rows, rest = entries_.split([len(entries_) // ROW * ROW, len(entries_) % ROW])
-    rows = rows.view(-1, ROW)
-    if p == 1:  # which torch adds up better, and here faster, than as a norm
-        found = [chunk.abs().sum(1) for chunk in rows.split(CHUNK // ROW)]
-    else:
-        found = [torch.linalg.vector_norm(rows, p, dim=1)] if len(rows) else []
-    return [*found, torch.linalg.vector_norm(rest, p).view(1)] if len(rest) else found
+    left = len(entries_) % ROW
+    rows = (entries_[:-left] if left else entries_).view(-1, ROW)
+    found = [_norms_of_rows(rows, p)] if len(rows) else []
+    return [*found, torch.linalg.vector_norm(entries_[-left:], p).view(1)] if left else found
+
+
+def _norms_of_rows(rows: Tensor, p: float) -> Tensor:
+    if p != 1:
+        norms: Tensor = torch.linalg.vector_norm(rows, p, dim=1)
+        return norms
+    # Added up pair by pair, as torch's sum does, it is more accurate than its norm, and faster.
+    sizes = torch.empty(min(len(rows), CHUNK // ROW), ROW, dtype=rows.dtype, device=rows.device)
+    return torch.cat([torch.abs(chunk, out=sizes[: len(chunk)]).sum(1) for chunk in rows.split(len(sizes))])
 
 
 def _real_pieces(value: Tensor, p: float) -> Iterator[Tensor]:
