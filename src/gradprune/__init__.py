@@ -7,7 +7,7 @@ from gradprune.gradients.clip import clip_adaptive_, clip_by_norm_, clip_by_valu
 from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.feedback import ErrorFeedback
 from gradprune.gradients.jacobian import jacobian_singular_values
-from gradprune.gradients.norms import gradient_norms
+from gradprune.gradients.probe import gradient_norms
 from gradprune.gradients.recorder import Recorder
 from gradprune.gradients.sparsify import keep_top_gradients_, threshold_gradients_
 from gradprune.gradients.trace import Trace

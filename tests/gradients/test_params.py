@@ -121,6 +121,7 @@ def test_what_is_no_set_of_parameters_is_named_with_what_was_meant(function: Any
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "feedback"])
 def test_gradients_in_the_place_of_parameters_are_an_error(name: str) -> None:
     model = _model()

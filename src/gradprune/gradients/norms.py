@@ -1,4 +1,4 @@
-"""How large are gradients, right whatever the size of their entries and however many there are (chapters 1 and 2)?
+"""How large are tensors, right whatever the size of their entries and however many there are (chapters 1 and 2)?
 
 A sum of squares in float32 loses digits with every million entries, and overflows for entries above 1e19. So sums are
 taken over short rows and added in float64; where powers may have left the range, the entries are scaled by the largest.
@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from gradprune.core import checks
+from torch import Tensor
 
 SMALL = 2**14
 """Tensors of at most so many entries are joined where one call can then serve all of them."""
@@ -24,95 +22,6 @@ _CONVERTED = {*HALF, torch.complex64, torch.complex128}
 _WHOLE = 2**12  # up to so many in one go, together with other tensors: 2e-6 then
 
 Scalar = Tensor | float  # on an accelerator a tensor that nobody has waited for yet
-
-
-def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, float]:
-    """Return the Euclidean norm of each parameter's gradient, by parameter name.
-
-    A norm that is not finite is returned as it is: seeing it is what a probe is for.
-
-    Args:
-        model: the model. Parameters without a gradient are left out.
-        loss: None, after ``loss.backward()``, to read ``.grad``; or a scalar to differentiate here, which changes no
-            ``.grad`` and keeps the graph, so that ``backward`` can still follow.
-
-    Returns:
-        The norms as floats, in the order of the model's parameters.
-
-    Raises:
-        TypeError: where `model` is no module or `loss` no tensor, and for a gradient without values (DTensor, meta).
-        ValueError: where no parameter has a gradient, where `loss` is not a real scalar that depends on the model, and
-            where part of it passes through a reentrant checkpoint, whose gradients only ``backward`` gives.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
-        >>> gp.gradient_norms(model)
-        {'weight': 5.0, 'bias': 1.0}
-
-    Chapter 1.
-    """
-    checks.module(model)
-    if loss is None:
-        named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        if not named:
-            raise ValueError("no parameter of the model has a gradient; call loss.backward() first, or pass the loss")
-    else:
-        named = _gradients_of(loss, model)
-    for name, gradient in named.items():
-        if gradient.is_meta or type(gradient) is not Tensor:
-            checks.require_writable(name, gradient, "gradient of")
-    return dict(zip(named, read(norms_of(list(named.values()))), strict=True))
-
-
-def _gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"loss must be a scalar, not of shape {tuple(loss.shape)}; take its mean or its sum first")
-    if loss.is_complex():
-        raise ValueError("loss must be real, not complex; take its absolute value or its real part first")
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trainable:
-        raise ValueError("no parameter of the model requires a gradient")
-    if not loss.requires_grad:
-        raise ValueError("loss does not depend on the model: it was computed without gradients, or detached")
-    if _passes_through_reentrant_checkpoint(loss):
-        raise ValueError(
-            "loss passes through a reentrant checkpoint, which hides the parameters inside it from all but backward(): "
-            "call loss.backward() and gradient_norms(model), or checkpoint with use_reentrant=False"
-        )
-    with torch.inference_mode(False), torch.enable_grad():
-        scalar = loss.reshape(())
-        try:
-            grads = torch.autograd.grad(scalar, list(trainable.values()), retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "a second time" not in str(error):
-                raise
-            raise ValueError(
-                "the graph of loss is gone, as backward() was called on it: read gradient_norms(model) after that, or "
-                "pass the loss before"
-            ) from None
-    found = {name: grad for name, grad in zip(trainable, grads, strict=True) if grad is not None}
-    if not found:
-        raise ValueError("loss depends on no parameter of the model")
-    return found
-
-
-def _passes_through_reentrant_checkpoint(loss: Tensor) -> bool:
-    seen, ahead = set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        ahead += [following for following, _ in node.next_functions]
-    return False
-
-
-# ------------------------------------------------------------------------------------------------- norms of tensors
 
 
 @torch.no_grad()
@@ -156,7 +65,7 @@ def _plain_norm(values: list[Tensor], p: float) -> float:
     if values[0].device.type == "cpu":
         _, of_small, of_large = _norms_in_rows(values, p)
         norms = [of_small, *(norm for norms in of_large.values() for norm in norms)]
-        return float(torch.linalg.vector_norm(torch.cat([norm.double() for norm in norms]), p))
+        return float(torch.linalg.vector_norm(torch.cat(norms).double(), p))
     half = [value for value in values if value.dtype in HALF]
     full = [value for value in values if value.dtype not in HALF] if half else values
     found = [*torch._foreach_norm(full, p)] if full else []
@@ -183,13 +92,19 @@ def _norms_in_rows(values: Sequence[Tensor], p: float) -> tuple[list[int], Tenso
 
 def _row_norms(entries_: Tensor, p: float) -> list[Tensor]:
     """The p-norms of the rows into which a vector is cut, and that of what is left over."""
-    rows, rest = entries_.split([len(entries_) // ROW * ROW, len(entries_) % ROW])
-    rows = rows.view(-1, ROW)
-    if p == 1:  # which torch adds up better, and here faster, than as a norm
-        found = [chunk.abs().sum(1) for chunk in rows.split(CHUNK // ROW)]
-    else:
-        found = [torch.linalg.vector_norm(rows, p, dim=1)] if len(rows) else []
-    return [*found, torch.linalg.vector_norm(rest, p).view(1)] if len(rest) else found
+    left = len(entries_) % ROW
+    rows = (entries_[:-left] if left else entries_).view(-1, ROW)
+    found = [_norms_of_rows(rows, p)] if len(rows) else []
+    return [*found, torch.linalg.vector_norm(entries_[-left:], p).view(1)] if left else found
+
+
+def _norms_of_rows(rows: Tensor, p: float) -> Tensor:
+    if p != 1:
+        norms: Tensor = torch.linalg.vector_norm(rows, p, dim=1)
+        return norms
+    # Added up pair by pair, as torch's sum does, it is more accurate than its norm, and faster.
+    sizes = torch.empty(min(len(rows), CHUNK // ROW), ROW, dtype=rows.dtype, device=rows.device)
+    return torch.cat([torch.abs(chunk, out=sizes[: len(chunk)]).sum(1) for chunk in rows.split(len(sizes))])
 
 
 def _real_pieces(value: Tensor, p: float) -> Iterator[Tensor]:
