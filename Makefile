@@ -4,6 +4,8 @@ BIN := .venv/bin
 
 ROOMS := core gradients weights recovery deploy
 UNITS := $(ROOMS:%=tests/%) tests/test_package.py tests/test_docstrings.py
+# What starts processes or the compiler, or is about large models, takes as long as all the others.
+SLOW := process or compil or import or sharded or reads_and_writes
 
 .DEFAULT_GOAL := help
 .PHONY: help install book test quick mutants notebooks lint clean clean-all serve
@@ -27,7 +29,7 @@ lint: .venv/.installed ## ruff, mypy, and which way imports point
 	@$(BIN)/mypy
 
 quick: lint ## under a minute, for who edits: lint, types and the unit tests, with few random examples each
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x -q --hypothesis-profile=quick $(UNITS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x -q --hypothesis-profile=quick -k "not ($(SLOW))" $(UNITS)
 
 test: lint book ## everything: lint, types, unit tests, notebooks, links, pages in a browser
 	@GRADPRUNE_QUIET=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests chapters
