@@ -50,6 +50,8 @@ def collect(tensors: Tensors, by: By, among: Sequence[Tensor] | None = None) -> 
     if by == "magnitude" and not order.is_float:
         raise ValueError(f'by="magnitude" ranks floating values, got {dtype}')
     if among is not None:
+        if isinstance(among, Tensor | str) or not isinstance(among, Sequence):
+            raise TypeError(f"`among` must be a list of bool tensors, got {type(among).__name__}")
         among = [a.detach() if isinstance(a, Tensor) else a for a in among]
         _check_among(names, given, among, order)
     return Values(names, given, among, order, dtype, sum(t.numel() for t in given))

@@ -62,6 +62,8 @@ class Request:
         """Check the arguments, which are those of ``prune``, against the model; errors as there."""
         include = None if include is None else as_patterns("include", include)
         exclude = None if exclude is None else as_patterns("exclude", exclude)
+        if not isinstance(scope, str | Mapping):
+            raise TypeError(_wanted_scope(scope))
         n_of_m, block = parse_granularity(granularity)
         layers = eligible(model, include, exclude, axes)
         if n_of_m is not None or block is not None or scope == "row":
@@ -187,6 +189,10 @@ def checked_score(score: Any) -> Score:
         hint = f"give the function, not the scores it returned: gp.magnitude, or another of {_SCORES}"
     elif isinstance(score, int | float):
         hint = f"the number was taken as the score: sparsity={score!r} or threshold={score!r} is given by name"
+    elif isinstance(score, nn.Module):
+        raise TypeError(
+            f"score must be a function of the model, got a model, {type(score).__name__}; there are {_SCORES}"
+        )
     elif isinstance(score, torch.optim.Optimizer):
         hint = "prune takes no optimizer: hold the masks with masks.hold(optimizer)"
     return checks.function("score", score, hint=hint)
@@ -224,13 +230,14 @@ def ranked_by(score: Score, model: nn.Module, parameters: Mapping[str, nn.Parame
     return Ranked(found)
 
 
+def _wanted_scope(scope: Any) -> str:
+    return f"scope must be one of {_SCOPES}, 'row', or a dict of sparsities by name, got {scope!r}"
+
+
 def _checked_scope(scope: Any, layers: Mapping[str, Weight]) -> Scope:
     if not isinstance(scope, Mapping):
-        wanted = f"scope must be one of {_SCOPES}, 'row', or a dict of sparsities by name, got {scope!r}"
-        if not isinstance(scope, str):
-            raise TypeError(wanted)
-        require(scope in (*_SCOPES, "row"), wanted)
-        return scope  # type: ignore[return-value]
+        require(scope in (*_SCOPES, "row"), _wanted_scope(scope))
+        return scope  # type: ignore[no-any-return]
     found: dict[str, float] = {}
     for pattern in sorted(scope, key=lambda key: any(key in weight.names for weight in layers.values())):
         matched = [n for n, w in layers.items() if isinstance(pattern, str) and matches(pattern, w)]
