@@ -34,9 +34,9 @@ def favicon() -> str:
 
 def logo() -> str:
     """Return the logo: the bars and the name."""
-    name = (
-        f'<text x="70" y="54" font-family="sans-serif" font-size="36" font-weight="600" fill="{KEPT}">gradprune</text>'
-    )
+    fits = 'textLength="188" lengthAdjust="spacingAndGlyphs"'  # whatever font the reader's machine has
+    font = 'font-family="sans-serif" font-size="36" font-weight="600"'
+    name = f'<text x="70" y="54" {font} {fits} fill="{KEPT}">gradprune</text>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 262 64">\n{bars(6, 62)}\n{name}\n</svg>\n'
 
 

@@ -15,6 +15,7 @@ CHAPTERS = sorted((ROOT / "chapters").glob("[0-9]*.ipynb"))
 NOT_BUILT = "no built page in book/_build/html: run `make book` first (`make test` does)"
 
 settings.register_profile("any machine", deadline=None)  # no test asserts a time
+settings.register_profile("quick", deadline=None, max_examples=10)  # `make quick`
 settings.load_profile("any machine")
 
 os.environ.setdefault("GRADPRUNE_QUIET", "1")  # kernels started by a test inherit it: no progress bars in outputs

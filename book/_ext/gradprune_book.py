@@ -308,6 +308,25 @@ def link_chapters(app: Sphinx, what: str, name: str, obj: object, options: objec
     lines[:] = re.sub(r"\b[Cc]hapters? \d+(?:(?:, | and )\d+)*", link, "\n".join(lines)).split("\n")
 
 
+def keep_results_whole(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Say that a result has no type of its own: napoleon would take all before a colon for one."""
+    for number, line in enumerate(lines[:-1], 1):
+        if line == "Returns:":
+            lines[number] = re.sub(r"(?=\S)", ": ", lines[number], count=1)
+
+
+def leave_out_aliases(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Leave out the fields of a named tuple, which its docstring describes: Sphinx knows only their numbers."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def shorten_defaults(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Write a default that a dataclass makes anew as what Sphinx can read."""
+    return (signature and signature.replace("<factory>", "..."), returns)
+
+
 def written_chapters(root: Path) -> dict[str, str]:
     """Return by number, without leading zeros, the documents of the chapters that exist."""
     return {str(int(path.name[:2])): f"chapters/{path.stem}" for path in (root / "chapters").glob("[0-9][0-9]_*.ipynb")}
@@ -351,6 +370,9 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-read", mark_verdicts)
     app.connect("doctree-read", keep_still_pictures)
     app.connect("autodoc-process-docstring", link_chapters)
+    app.connect("autodoc-process-docstring", keep_results_whole, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorten_defaults)
+    app.connect("autodoc-skip-member", leave_out_aliases)
     app.connect("missing-reference", link_type)
     app.connect("html-page-context", flatten_module_list)
     app.connect("html-page-context", hide_lists_of_parameters)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gradprune.lab import claims
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -41,3 +43,9 @@ def test_every_make_target_it_names_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
     assert {"book", "test"} <= named <= targets
+
+
+def test_the_pages_count_the_statements_right():
+    for page in ("README.md", "book/start.md", "book/claims.md"):
+        (said,) = re.findall(r"(\d+)\W* statements", (ROOT / page).read_text(encoding="utf-8"))
+        assert int(said) == len(claims.all_claims()), page
