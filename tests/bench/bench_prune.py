@@ -19,7 +19,11 @@ from torch.nn.utils import prune as torch_prune
 
 import gradprune as gp
 
-OURS, THEIRS, FLOOR = "gradprune.prune", "torch.nn.utils.prune.global_unstructured", "floor: two reads, one byte a weight"
+OURS, THEIRS, FLOOR = (
+    "gradprune.prune",
+    "torch.nn.utils.prune.global_unstructured",
+    "floor: two reads, one byte a weight",
+)
 
 
 def model_of(weights, dtype=torch.float32, layers=8):

@@ -233,7 +233,9 @@ def _bracket(sample: Array, below: int, above: int, rank: float) -> tuple[int, i
     first, last = math.floor(centre - slack), math.ceil(centre + slack)
     low = int(inside[first]) if first >= 0 else below
     high = int(inside[last]) if last < inside.size else above
-    return (low - 1, high + 1) if low == high else (low, high)
+    if high - low < 2:  # ties, or an end of all keys: there is nothing strictly between
+        low, high = max(below, low - 1), min(above, high + 1)
+    return low, high
 
 
 def _count(chunks: _Chunks, low: int, high: int, few: int, *, check: bool) -> _Count:
