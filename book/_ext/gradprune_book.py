@@ -1,5 +1,10 @@
-"""What this book adds to Sphinx: tables of claims and of results, and the repository's address on the pages."""
+"""What this book adds to Sphinx.
 
+Tables of claims and of results, what the names of types stand for, a still picture where no scripts run, paper that is
+always light, and the repository's address on the pages.
+"""
+
+import ast
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,8 +13,11 @@ from typing import Any, ClassVar
 import nbformat
 from docutils import nodes
 from docutils.parsers.rst import directives
+from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
 
 from gradprune.lab import claims, experiment
 
@@ -29,6 +37,7 @@ OUTCOMES = {
     "none": "no meaning",
     "open": "open",
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"
 KINDS = ("formula", "procedure", "snippet", "effect", "scope", "next")
 
 
@@ -183,6 +192,29 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> nodes.t
     return table
 
 
+class TypeNames(SphinxDirective):
+    """What the names of types in the signatures stand for, as the package's sources define them."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Return a definition for each name, which the signatures link to."""
+        meanings: dict[str, set[str]] = {}
+        package = Path(self.env.srcdir) / "src" / "gradprune"
+        for path in sorted(path for path in package.glob("*/*.py") if path.parent.name != "lab"):
+            self.env.note_dependency(str(path))
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    meanings.setdefault(node.targets[0].id, set()).add(ast.unparse(node.value))
+        lines = []
+        for name in self.arguments[0].split():
+            if len(meanings.get(name, ())) != 1:
+                raise self.error(f"the sources define the type {name} {len(meanings.get(name, ()))} times, not once")
+            lines += [f".. py:type:: {name}", f"   :canonical: {meanings[name].pop()}", "   :no-index-entry:", ""]
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 def verdicts(root: Path) -> dict[str, tuple[str, str, claims.Verdict]]:
     """Return by claim: the chapter, the anchor of the cell, and the verdict in the cell's output."""
     found: dict[str, tuple[str, str, claims.Verdict]] = {}
@@ -199,6 +231,53 @@ def mark_verdicts(app: Sphinx, doctree: nodes.document) -> None:
     for cell in doctree.findall(lambda node: isinstance(node, nodes.container) and "cell_output" in node["classes"]):
         for verdict in claims.found_in(cell.astext()):
             cell["ids"].append(anchor_of(verdict.id))
+
+
+def keep_still_pictures(app: Sphinx, doctree: nodes.document) -> None:
+    """Put the picture in the middle of a slider where no scripts run, which otherwise would show nothing there."""
+    for bundle in doctree.findall(lambda node: isinstance(node, nodes.container) and "mime_type" not in node):
+        shown = {
+            child["mime_type"]: child for child in bundle.children if "mime_type" in getattr(child, "attributes", ())
+        }
+        if {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(shown):
+            still = "".join(part.astext() for part in shown["text/html"].children)
+            shown["application/vnd.jupyter.widget-view+json"] += nodes.raw(
+                "", f'<noscript><div class="gp-explore">{still}</div></noscript>', format="html"
+            )
+
+
+def keep_dark_to_screens(app: Sphinx, failure: Exception | None) -> None:
+    """Make a page light on paper, though it is dark on the screen, and light where no script sets its theme."""
+    if failure is None and app.builder.name == "html":
+        for path in (Path(app.outdir) / "_static").rglob("*.css"):
+            text = path.read_text(encoding="utf-8")
+            if "data-theme" in text:
+                path.write_text(dark_on_screens_only(text), encoding="utf-8")
+
+
+def dark_on_screens_only(sheet: str) -> str:
+    """Return a style sheet whose rules for dark hold on screens only, and those for light also elsewhere.
+
+    The theme is an attribute that a script sets; where none runs it stays "auto".
+    """
+
+    def rewrite(rule: re.Match[str]) -> str:
+        selectors, style = (
+            re.split(r",(?![^(]*\))", rule[1].strip()),
+            rule[2],
+        )  # a comma inside :is(...) divides nothing
+        dark = [part for part in selectors if re.search(r'data-theme="?dark', part)]
+        kept = [part for part in selectors if part not in dark]
+        light = [part for part in kept if re.search(r'data-theme="?light', part)]
+        kept += [re.sub(r'(data-theme="?)light', r"\1auto", part) for part in light]
+        paper = [re.sub(r'(data-theme="?)light', r"\1dark", part) for part in light]
+        rules = [f"{','.join(kept)}{{{style}}}"] if kept else []
+        rules += [f"@media screen{{{','.join(dark)}{{{style}}}}}"] if dark else []
+        rules += [f"@media print{{{','.join(paper)}{{{style}}}}}"] if paper else []
+        return "\n".join(rules)
+
+    without_comments = re.sub(r"/\*.*?\*/", "", sheet, flags=re.DOTALL)
+    return re.sub(r"([^{};]*data-theme[^{};]*)\{([^{}]*)\}", rewrite, without_comments)
 
 
 def anchor_of(claim: str) -> str:
@@ -234,6 +313,17 @@ def written_chapters(root: Path) -> dict[str, str]:
     return {str(int(path.name[:2])): f"chapters/{path.stem}" for path in (root / "chapters").glob("[0-9][0-9]_*.ipynb")}
 
 
+def link_type(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, shown: nodes.Element
+) -> nodes.Element | None:
+    """Link the name of a type in a signature to what it stands for: Sphinx looks only for classes there."""
+    name = node.get("reftarget", "").rpartition(".")[2]
+    found = env.get_domain("py").objects.get(name)
+    if node.get("reftype") != "class" or found is None or found.objtype != "type":
+        return None
+    return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, shown, name)
+
+
 def flatten_module_list(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
@@ -243,12 +333,26 @@ def flatten_module_list(
         context["body"] = f"{heading}<ul>{re.sub('</?ul>', '', items)}</ul>"
 
 
+def hide_lists_of_parameters(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Let a signature be read as one line: Sphinx lays its parameters out as a list of definitions without terms."""
+    opening = r'(<span class="sig-paren">\(</span>\s*<dl)>'
+    if "body" in context:
+        context["body"] = re.sub(opening, r'\1 role="presentation">', context["body"])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("results-table", ResultsTable)
+    app.add_directive("type-names", TypeNames)
     app.connect("source-read", fill_in)
     app.connect("doctree-read", mark_verdicts)
+    app.connect("doctree-read", keep_still_pictures)
     app.connect("autodoc-process-docstring", link_chapters)
+    app.connect("missing-reference", link_type)
     app.connect("html-page-context", flatten_module_list)
+    app.connect("html-page-context", hide_lists_of_parameters)
+    app.connect("build-finished", keep_dark_to_screens, priority=900)  # after the theme has written its colours of code
     return {"parallel_read_safe": True, "parallel_write_safe": True}

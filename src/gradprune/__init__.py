@@ -2,31 +2,27 @@
 
 from gradprune.core.select import keep_largest, kth_smallest
 from gradprune.deploy.report import Report, Row, report
-from gradprune.gradients.clip import AutoClip, clip_adaptive_, clip_by_norm_, clip_by_value_
+from gradprune.gradients.autoclip import AutoClip
+from gradprune.gradients.clip import clip_adaptive_, clip_by_norm_, clip_by_value_
 from gradprune.gradients.cliplog import ClipLog
-from gradprune.gradients.probe import Recorder, Trace, gradient_norms, jacobian_singular_values
-from gradprune.gradients.sparsify import ErrorFeedback, keep_top_gradients_, threshold_gradients_
+from gradprune.gradients.feedback import ErrorFeedback
+from gradprune.gradients.jacobian import jacobian_singular_values
+from gradprune.gradients.norms import gradient_norms
+from gradprune.gradients.recorder import Recorder
+from gradprune.gradients.sparsify import keep_top_gradients_, threshold_gradients_
+from gradprune.gradients.trace import Trace
 from gradprune.recovery.correct import iterate
 from gradprune.recovery.distill import distill_loss
 from gradprune.recovery.history import Entry, History, Round
+from gradprune.weights.activation import activation
+from gradprune.weights.flow import synflow
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 from gradprune.weights.pruner import Event, Pruner, Regrow
 from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
-from gradprune.weights.score import (
-    activation,
-    fisher,
-    gradient,
-    grasp,
-    magnitude,
-    movement,
-    random,
-    rotation,
-    snip,
-    synflow,
-    taylor,
-)
+from gradprune.weights.score import magnitude, random, rotation
+from gradprune.weights.sensitivity import fisher, gradient, grasp, movement, snip, taylor
 
 __version__ = "0.1.0"
 

@@ -123,5 +123,5 @@ def test_a_docstring_links_each_written_chapter_that_it_names(page: Path) -> Non
         link.replace_with("(link)")
     unlinked = {int(number) for number in CHAPTER_NUMBER.findall(article.get_text())}
     assert unlinked & written == set()
-    if page.stem == "probe":
-        assert named == {1}, "the page of chapter 1's module names it"
+    if page.stem == "gradients":
+        assert named >= {1, 2, 3}, "the page of their room names the chapters"

@@ -87,6 +87,17 @@ CONTRASTS = """(explorer) => {
   };
 }"""
 
+# What each part of the page is drawn in, once no colour fades any more.
+COLOURS = """() => {
+  document.getAnimations().forEach((fade) => fade.finish());
+  const parts = ['body', 'main article *'].flatMap((of) => [...document.querySelectorAll(of)]);
+  return parts.filter((e) => e.checkVisibility()).map((e) => {
+    const { color, backgroundColor, fill, stroke, borderTopColor } = getComputedStyle(e);
+    const name = `${e.tagName} ${e.className.baseVal ?? e.className}`;
+    return [name, color, backgroundColor, fill, stroke, borderTopColor].join(' | ');
+  });
+}"""
+
 # Of each picture that is to be seen: the words beside it, what is drawn, and its smaller side.
 VISIBLE_FRAMES = """(explorer) => [...explorer.querySelectorAll('.gp-frame')]
   .filter((frame) => frame.checkVisibility({ visibilityProperty: true }))
@@ -209,6 +220,20 @@ def test_every_picture_has_words(opened: Visit) -> None:
     assert opened.page.evaluate(PICTURES_WITHOUT_WORDS) == []
 
 
+def test_a_page_that_is_dark_on_the_screen_is_light_on_paper(opened: Visit) -> None:
+    printed = {}
+    try:
+        for theme in ("light", "dark"):
+            opened.page.emulate_media(media="screen", color_scheme=theme, reduced_motion="reduce")
+            opened.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
+            opened.page.emulate_media(media="print", color_scheme=theme, reduced_motion="reduce")
+            printed[theme] = opened.page.evaluate(COLOURS)
+    finally:
+        opened.page.emulate_media(media="screen", color_scheme="light", reduced_motion="reduce")
+    assert [pair for pair in zip(*printed.values(), strict=True) if len(set(pair)) > 1] == []
+    assert "rgb(34, 40, 50) | rgb(255, 255, 255)" in printed["dark"][0], "the body is not dark ink on white"
+
+
 def with_sliders() -> list[Path]:
     return [path for path in built_pages() if path.exists() and widgets_in(path)] or [HTML / "index.html"]
 
@@ -223,6 +248,23 @@ def test_every_slider_changes_picture_and_words_by_keyboard(context: BrowserCont
             walk(explorer, handle)
     assert seen.wrong == []
     seen.page.close()
+
+
+@pytest.mark.parametrize("path", with_sliders(), ids=page_name)
+def test_where_no_script_runs_a_picture_and_its_words_stand_for_each_slider(browser: Browser, path: Path) -> None:
+    with browser.new_context(offline=True, viewport=WIDE, java_script_enabled=False, color_scheme="dark") as context:
+        page = context.new_page()
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('main details').forEach((fold) => { fold.open = true; })")
+        explorers = page.locator("noscript .gp-explore").all()
+        assert len(explorers) == len(widgets_in(path)) > 0
+        for explorer in explorers:
+            ((words, picture, smaller_side),) = explorer.evaluate(VISIBLE_FRAMES)
+            assert words
+            assert picture
+            assert smaller_side > 50
+        light = "rgb(34, 40, 50) | rgb(255, 255, 255)"  # the ink of the figures, and nothing dark behind it
+        assert light in page.evaluate(COLOURS)[0]
 
 
 def test_the_statements_are_narrowed_down_by_document_kind_and_verdict(context: BrowserContext) -> None:
@@ -337,6 +379,6 @@ def test_search_opens_by_keyboard_and_finds_a_term_of_the_package(context: Brows
     seen.page.wait_for_url("**/search.html?q=jacobian*")
     results = seen.page.locator("#search-results li a")
     results.first.wait_for()
-    assert any("probe" in str(link.get_attribute("href")) for link in results.all())
+    assert any("api/gradients" in str(link.get_attribute("href")) for link in results.all())
     assert seen.wrong == []
     seen.page.close()

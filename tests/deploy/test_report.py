@@ -140,3 +140,139 @@ def test_without_pandas_the_frame_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_pandas)
     with pytest.raises(ImportError, match="pip install pandas"):
         gp.report(nn.Linear(2, 2)).to_frame()
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "coo", "bsr"])
+def test_a_weight_stored_sparse_is_reported_as_if_stored_dense(layout):
+    model, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
+    gp.prune(model, sparsity=0.75)
+    dense = gp.report(model, x)
+    weight = model[0].weight.detach()
+    stored = {"csr": weight.to_sparse_csr, "csc": weight.to_sparse_csc, "coo": weight.to_sparse}.get(layout)
+    model[0].weight = nn.Parameter(stored() if stored else weight.to_sparse_bsr((2, 2)), requires_grad=False)
+    assert gp.report(model, x).rows == dense.rows
+    assert gp.report(model).total.nonzeros == 8
+
+
+def test_what_holds_no_readable_weights_is_refused_by_name():
+    for model, told in (
+        (nn.Sequential(nn.Linear(2, 2, device="meta")), r"'0\.weight' is on the meta device"),
+        (nn.Sequential(nn.LazyLinear(2)), r"'0\.weight' is lazy"),
+        (nn.Linear, "got the class Linear"),
+        (nn.Linear(2, 2).state_dict(), "looks like a state dict"),
+        (None, r"model must be a torch\.nn\.Module, got None"),
+    ):
+        with pytest.raises(TypeError, match=told):
+            gp.report(model)
+
+
+def test_a_quantized_model_is_refused_rather_than_reported_as_empty():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._packed_params = nn.Identity()  # as torch's quantized layers keep their weights
+
+    with pytest.raises(TypeError, match="'0' is quantized"):
+        gp.report(nn.Sequential(Packed()))
+
+
+def test_a_dtensor_is_refused_by_name():
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.ParameterList([nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))])
+        for function in (gp.report, gp.magnitude, gp.random):
+            with pytest.raises(TypeError, match="'0' is a DTensor"):
+                function(model)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.complex64, torch.int8])
+def test_zeros_are_counted_in_any_dtype(dtype):
+    weight = torch.tensor([[0.0, 1.0], [2.0, 0.0]]).to(dtype)
+    row = gp.report(nn.ParameterList([nn.Parameter(weight, requires_grad=False)])).total
+    assert (row.parameters, row.nonzeros) == (4, 2)
+
+
+def test_an_interrupt_leaves_no_hook_no_mode_and_no_buffer_changed(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).train()
+    register, registered = nn.Module.register_forward_hook, []
+
+    def interrupt(self, *args, **kwargs):
+        registered.append(self)
+        if len(registered) == 3:
+            raise KeyboardInterrupt
+        return register(self, *args, **kwargs)
+
+    for look in (lambda: gp.report(model, torch.randn(4, 3)), lambda: gp.activation(model, [torch.randn(4, 3)])):
+        registered.clear()
+        monkeypatch.setattr(nn.Module, "register_forward_hook", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            look()
+        monkeypatch.undo()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert all(m.training for m in model.modules())
+        assert torch.backends.mha.get_fastpath_enabled()
+        assert torch.backends.mkldnn.enabled
+
+
+def test_buffers_that_the_model_changes_or_replaces_are_as_before():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", torch.zeros(2))
+
+        def forward(self, x):
+            self.calls += 1
+            self.last = self.last + 1
+            return self.layer(x)
+
+    model = Counting()
+    last = model.last
+    gp.report(model, torch.randn(1, 2), latency=True)
+    gp.activation(model, [torch.randn(1, 2)])
+    assert model.last is last
+    assert not model.calls.any()
+    assert not last.any()
+
+
+def test_torchs_defaults_do_not_matter():
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    gp.prune(model, sparsity=0.5)
+    wanted = gp.report(model, x)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = gp.report(model, x)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert found.rows == wanted.rows
+
+
+def test_the_latency_of_a_compiled_model_is_that_of_the_compiled_one():
+    eager = []
+
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            if not torch.compiler.is_compiling():
+                eager.append(1)
+            return self.layer(x)
+
+    x = torch.randn(2, 4)
+    model = torch.compile(Noted().eval(), backend="eager")
+    model(x)
+    report = gp.report(model, x, latency=True)
+    assert report.total.flops == 64
+    assert report.latency > 0
+    assert len(eager) == 1  # where the operators are counted

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradprune as gp
 from gradprune.gradients.params import by_name, with_gradient
 
 
@@ -61,3 +62,70 @@ def test_by_name_is_all_parameters_with_or_without_a_gradient() -> None:
     assert list(by_name([model[0].weight, model[0].weight])) == ["parameter 0"]
     with pytest.raises(ValueError, match="two different parameters are called 'a'"):
         by_name([("a", model[0].weight), ("a", model[0].bias)])
+
+
+# ------------------------------------------------------------------------------------- what is no set of parameters
+
+FUNCTIONS = {
+    "by value": lambda p: gp.clip_by_value_(p, 1.0),
+    "by norm": lambda p: gp.clip_by_norm_(p, 1.0),
+    "adaptive": lambda p: gp.clip_adaptive_(p),
+    "auto": lambda p: gp.AutoClip()(p),
+    "threshold": lambda p: gp.threshold_gradients_(p, 0.1),
+    "ratio": lambda p: gp.threshold_gradients_(p, ratio=0.1),
+    "top": lambda p: gp.keep_top_gradients_(p, 0.1),
+    "feedback": lambda p: gp.ErrorFeedback(p, 0.1),
+}
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+@every_function
+def test_an_iterator_that_yields_nothing_is_an_error(function: Any) -> None:
+    used = _model().parameters()
+    list(used)
+    for empty in (used, iter([]), filter(None, []), nn.ReLU().named_parameters()):
+        with pytest.raises(ValueError, match=r"an iterator that .*was used up before"):
+            function(empty)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "feedback"])
+def test_an_empty_list_and_a_model_without_gradients_have_nothing_to_bound(name: str) -> None:
+    for nothing in ([], (), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)):
+        result = FUNCTIONS[name](nothing)
+        assert result is None or float(result) in (0.0, 1.0)
+
+
+WRONG = [
+    (lambda m: None, "got None"),
+    (lambda m: type(m), "got the class Sequential: make one"),
+    (lambda m: torch.optim.SGD(m.parameters(), 0.1), r"got the optimizer SGD: give the model, or \[p for group in"),
+    (lambda m: torch.optim.SGD(m.parameters(), 0.1).param_groups, r"entry 0 is dict: of an optimizer's groups"),
+    (lambda m: m.state_dict(), "got a mapping, as a state dict is: give the model"),
+    (lambda m: dict(m.named_parameters()), r"got a mapping: give its items\(\)"),
+    (lambda m: m.parameters, "got a function, parameters: call it"),
+    (lambda m: "weight", "got str"),
+    (lambda m: 3, "got int"),
+    (lambda m: [m, m], r"entry 0 is Sequential: of several models"),
+    (lambda m: [None, m[0].weight], "entry 0 is NoneType: where a parameter has no gradient"),
+]
+
+
+@every_function
+@pytest.mark.parametrize("case", WRONG, ids=[message for _, message in WRONG])
+def test_what_is_no_set_of_parameters_is_named_with_what_was_meant(function: Any, case: Any) -> None:
+    make, message = case
+    model = _model()
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(TypeError, match=message):
+        function(make(model))
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "feedback"])
+def test_gradients_in_the_place_of_parameters_are_an_error(name: str) -> None:
+    model = _model()
+    for wrong in ([p.grad for p in model.parameters()], model.state_dict().items(), torch.ones(3)):
+        with pytest.raises(ValueError, match="give the parameters themselves, not their gradients"):
+            FUNCTIONS[name](wrong)
+    with pytest.raises(ValueError, match="were computed from others, so that no gradient is kept"):
+        FUNCTIONS[name]([p * 1 for p in model.parameters()])

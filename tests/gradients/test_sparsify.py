@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradprune as gp
-from gradprune.gradients import sparsify
+from gradprune.gradients import representable, sparsify
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(0,), (1,), (), (3,), (2, 3), (5, 1, 4), (7, 9)]
@@ -110,8 +110,8 @@ def test_a_constant_gradient_lies_not_below_its_own_mean(dtype, size):
 def test_a_mean_of_many_values_is_that_of_their_exact_sum():
     values = torch.randn(700_001, generator=torch.Generator().manual_seed(0))
     exact = math.fsum(values.abs().tolist()) / len(values)
-    assert sparsify._mean_magnitude(values) == pytest.approx(exact, rel=1e-14)
-    assert sparsify._mean_magnitude(values[::3]) == pytest.approx(values[::3].double().abs().mean().item(), rel=1e-14)
+    assert sparsify.mean_magnitude(values) == pytest.approx(exact, rel=1e-14)
+    assert sparsify.mean_magnitude(values[::3]) == pytest.approx(values[::3].double().abs().mean().item(), rel=1e-14)
 
 
 def test_a_threshold_between_two_numbers_of_the_dtype_is_not_rounded():
@@ -125,9 +125,9 @@ def test_a_threshold_between_two_numbers_of_the_dtype_is_not_rounded():
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_neighbour_of_a_threshold_falls_on_its_side(dtype):
     for cut in (1e-300, 1e-45, 6e-8, 0.1, 1.0, 3.7, 65504.0, 1e5, 3e38):
-        at_least = torch.tensor(sparsify._at_least(cut, dtype), dtype=dtype)
+        at_least = torch.tensor(representable.at_least(cut, dtype), dtype=dtype)
         assert at_least.double() >= cut
-        assert sparsify._neighbour(at_least, -1).double() < cut
+        assert representable.neighbour(at_least, -1).double() < cut
 
 
 def test_threshold_zero_changes_no_bit_and_keeps_all():
@@ -236,7 +236,7 @@ def test_without_any_gradient_nothing_is_dropped(call):
 
 def test_an_empty_iterable_is_nothing_to_threshold():
     assert gp.threshold_gradients_([], 1.0) == 1.0
-    assert gp.keep_top_gradients_(iter([]), 0.5) == 1.0
+    assert gp.keep_top_gradients_([], 0.5) == 1.0
 
 
 @every_call
@@ -296,19 +296,19 @@ def test_a_complex_gradient_is_an_error(call):
 ARGUMENTS = {
     "exactly one of threshold, ratio; got none": lambda m: gp.threshold_gradients_(m),
     "exactly one of threshold, ratio; got threshold, ratio": lambda m: gp.threshold_gradients_(m, 1.0, ratio=1.0),
-    "threshold must be a finite number of at least 0, got -1": lambda m: gp.threshold_gradients_(m, -1),
-    "threshold must be a finite number of at least 0, got nan": lambda m: gp.threshold_gradients_(m, math.nan),
-    "ratio must be a finite number of at least 0, got inf": lambda m: gp.threshold_gradients_(m, ratio=math.inf),
+    "threshold must be a finite number, at least 0, got -1": lambda m: gp.threshold_gradients_(m, -1),
+    "threshold must be a finite number, at least 0, got nan": lambda m: gp.threshold_gradients_(m, math.nan),
+    "ratio must be a finite number, at least 0, got inf": lambda m: gp.threshold_gradients_(m, ratio=math.inf),
     r"density must be in \[0, 1\], got 1.5": lambda m: gp.keep_top_gradients_(m, 1.5),
     r"density must be in \[0, 1\], got nan": lambda m: gp.ErrorFeedback(m, math.nan),
-    'scope must be "global" or "layer", got \'erk\'': lambda m: gp.keep_top_gradients_(m, 0.5, scope="erk"),
-    'scope must be "global" or "layer", got \'all\'': lambda m: gp.ErrorFeedback(m, 0.5, scope="all"),
+    "scope must be one of 'global', 'layer'; got 'erk'": lambda m: gp.keep_top_gradients_(m, 0.5, scope="erk"),
+    "scope must be one of 'global', 'layer'; got 'all'": lambda m: gp.ErrorFeedback(m, 0.5, scope="all"),
     "exactly one of density, threshold, ratio; got none": lambda m: gp.ErrorFeedback(m),
     "one of density, threshold, ratio; got density, ratio": lambda m: gp.ErrorFeedback(m, 0.1, ratio=1.0),
-    r"momentum must be in \[0, 1\), got 1.0": lambda m: gp.ErrorFeedback(m, 0.1, momentum=1.0),
+    "momentum must be .*at least 0 and below 1, got 1.0": lambda m: gp.ErrorFeedback(m, 0.1, momentum=1.0),
     "params is empty": lambda m: gp.ErrorFeedback([], 0.1),
     r"density at step 0 must be in \[0, 1\], got 2": lambda m: gp.ErrorFeedback(m, lambda step: 2).step(),
-    "ratio at step 0 must be a finite number of at least 0, got -1": lambda m: gp.ErrorFeedback(
+    "ratio at step 0 must be a finite number, at least 0, got -1": lambda m: gp.ErrorFeedback(
         m, ratio=lambda step: -1
     ).step(),
 }

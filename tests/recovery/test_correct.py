@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import signal
 import subprocess
@@ -10,15 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gradprune as gp
-from gradprune.recovery.correct import History, Round
+from gradprune.recovery.history import History, Round
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(64, 6, generator=GENERATOR), torch.randint(0, 3, (64,), generator=GENERATOR)
@@ -199,6 +200,239 @@ def test_a_wrong_argument_is_refused_before_anything_is_trained(given: dict[str,
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+WRONG_KINDS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"retrain": 2.5}, ValueError, r"retrain must be a whole number, got 2\.5"),
+    ({"steps": 2.5}, ValueError, "steps must be a whole number"),
+    ({"steps": math.nan}, ValueError, "steps must be a whole number, got nan"),
+    ({"steps": True}, TypeError, "steps must be a whole number, got True"),
+    ({"steps": "10"}, TypeError, "steps must be a whole number, got '10'"),
+    ({"steps": None}, TypeError, "steps must be a whole number, got None"),
+    ({"rounds": 1.5}, ValueError, "rounds must be a whole number"),
+    ({"rounds": "2"}, TypeError, "rounds must be a whole number"),
+    ({"rewind_to": 1.5, "rewind": "weights"}, ValueError, "rewind_to must be a whole number"),
+    ({"rewind": torch.ones(2)}, ValueError, "rewind: "),
+    ({"rewind": 3}, ValueError, "rewind: .*3"),
+    ({"evaluate": "acc"}, TypeError, "evaluate must be a function, got 'acc'"),
+    ({"evaluate": 0.5}, TypeError, "evaluate must be a function"),
+    ({"stop": 3}, TypeError, "stop must be a function, got 3"),
+    ({"stop": True}, TypeError, "stop must be a function, got True"),
+    ({"teacher": 3}, TypeError, 'teacher must be a module, "dense" or None; got int'),
+    ({"teacher": [network()]}, TypeError, "teacher must be a module"),
+    ({"train": None}, TypeError, "train must be a function, got None"),
+    ({"train": 5}, TypeError, "train must be a function"),
+    ({"schedule": 0.9}, TypeError, r"schedule must be a function, got 0\.9; .*OneShot"),
+    ({"schedule": None}, TypeError, "schedule must be a function"),
+    ({"schedule": lambda r: "0.5", "rounds": 1}, TypeError, r"schedule\(1\) must be a number, got '0\.5'"),
+    ({"schedule": lambda r: True, "rounds": 1}, TypeError, r"schedule\(1\) must be a number, got True"),
+    ({"schedule": lambda r: math.nan, "rounds": 1}, ValueError, r"schedule\(1\) must be a number, got nan"),
+    ({"schedule": lambda r: None, "rounds": 1}, TypeError, r"schedule\(1\) must be a number, got None"),
+    ({"score": "magnitude"}, TypeError, "score must be a function, got 'magnitude'"),
+    ({"score": 0.9}, TypeError, "score must be a function"),
+    ({"sparsity": 0.9}, TypeError, "no argument 'sparsity'; how much is pruned is what the schedule says"),
+    ({"epochs": 3}, TypeError, "no argument 'epochs'"),
+    ({"scope": "all"}, ValueError, "scope must be"),
+    ({"granularity": "1:2"}, ValueError, "1:2 is itself a sparsity"),
+    ({"checkpoint": 3}, TypeError, "checkpoint must be a path"),
+    ({"checkpoint": ""}, ValueError, "checkpoint must name a file"),
+    ({"checkpoint": Path("no") / "such" / "folder" / "c"}, ValueError, "checkpoint is in a folder that does not exist"),
+    ({"checkpoint": Path(__file__).parent}, ValueError, "checkpoint is a folder"),
+    ({"checkpoint": Path(__file__)}, ValueError, "is no checkpoint of iterate: it is no safetensors file"),
+    ({"model": None}, TypeError, "model must be a torch.nn.Module, got None"),
+    ({"model": network().state_dict()}, TypeError, "looks like a state dict"),
+    ({"model": nn.Linear}, TypeError, "Linear is the class"),
+    ({"model": nn.Sequential(nn.LazyLinear(3))}, TypeError, "the parameter '0.weight' is lazy"),
+    ({"model": nn.Linear(3, 3, device="meta")}, TypeError, "the parameter 'weight' is on the meta device"),
+    (
+        {"model": nn.ParameterList([nn.Parameter(torch.ones(1, 4).expand(4, 4))])},
+        ValueError,
+        "entries of the parameter '0' share memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "says"), WRONG_KINDS, ids=[str(at) for at in range(len(WRONG_KINDS))])
+def test_whatever_can_be_known_is_known_before_anything_is_trained(
+    given: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    watch = Watch()
+    given = {"model": network(), "train": watch, "steps": 10, "schedule": THREE} | given
+    random = torch.get_rng_state()
+    with pytest.raises(error, match=says):
+        gp.iterate(given.pop("model"), given.pop("train"), given.pop("schedule"), **given)
+    assert not watch.rounds
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_model_cannot_teach_itself() -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r'teacher is the model itself, .*"dense" is a copy'):
+        gp.iterate(model, train, THREE, steps=2, teacher=model)
+
+
+def test_a_model_that_cannot_be_copied_has_no_dense_teacher() -> None:
+    class Alone(nn.Linear):
+        def __deepcopy__(self, memo: object) -> None:
+            raise RuntimeError("there is only one")
+
+    watch = Watch()
+    with pytest.raises(TypeError, match="a copy of the model, which cannot be copied: there is only one"):
+        gp.iterate(Alone(6, 3), watch, THREE, steps=2, teacher="dense")
+    assert not watch.rounds
+
+
+def test_without_safetensors_a_checkpoint_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    watch = Watch()
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        gp.iterate(network(), watch, THREE, steps=2, checkpoint=tmp_path / "c")
+    assert not watch.rounds
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5]), np.array(0.5)])
+def test_what_evaluate_gives_is_recorded_as_a_plain_float(value: Any) -> None:
+    history = gp.iterate(network(), train, gp.OneShot(0.5), steps=1, evaluate=lambda m: value)
+    assert [type(e.corrected["score"]) for e in history.entries] == [float, float]
+    assert history[-1].corrected == {"score": 0.5}
+
+
+def test_a_network_that_diverged_is_recorded_as_it_is() -> None:
+    history = gp.iterate(network(), train, gp.OneShot(0.5), steps=1, evaluate=lambda m: {"a": math.nan, "b": math.inf})
+    assert math.isnan(history[-1].corrected["a"])
+    assert history[-1].corrected["b"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("0.5", r"what evaluate returns \('score'\) must be a number, got '0\.5'"),
+        (None, "must be a number, got None"),
+        (True, "must be a number, got True"),
+        (torch.ones(2), "must be a number, got a tensor"),
+        ({"a": "x"}, r"what evaluate returns \('a'\) must be a number"),
+        ({0: 0.5}, "evaluate must give numbers by name, got the name 0"),
+    ],
+)
+def test_what_evaluate_must_not_give_is_named(value: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        gp.iterate(network(), train, gp.OneShot(0.5), steps=1, evaluate=lambda m: value)
+
+
+@pytest.mark.parametrize("value", [None, 1, 0.0, "no", [], torch.ones(2)])
+def test_stop_gives_true_or_false(value: Any) -> None:
+    with pytest.raises(TypeError, match="stop must return True or False, got"):
+        gp.iterate(network(), train, gp.OneShot(0.5), steps=1, stop=lambda h: value)
+
+
+@pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor, np.array])
+def test_stop_may_give_the_truth_of_any_library(kind: Any) -> None:
+    history = gp.iterate(network(), train, THREE, steps=1, stop=lambda h: kind(len(h) == 3))
+    assert [e.failed for e in history.entries] == [False, False, True]
+
+
+# ------------------------------------------------------------------------------------------------------------ stop
+
+
+def test_the_network_that_comes_back_is_that_of_the_last_round_that_did_not_fail() -> None:
+    watch, model = Watch(), network()
+    history = gp.iterate(model, watch, THREE, steps=6, evaluate=loss, stop=lambda h: h[-1].sparsity > 0.8)
+    twin = network()
+    expected = gp.iterate(twin, train, THREE, steps=6, evaluate=loss, rounds=2)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+    assert history.masks == expected.masks
+    assert history.masks.sparsity == pytest.approx(0.75, abs=0.01)
+    assert history.masks.holds(model)
+    assert len(watch.rounds) == 4  # the failed one was trained
+    assert history.entries[:-1] == expected.entries
+    assert history[-1].failed
+    assert history[-1].sparsity > 0.8
+    assert [row["failed"] for row in history.rows()] == [False, False, False, True]
+    assert "failed" in [line.get_label() for line in history.plot().axes[0].get_lines()]
+    with history.masks.hold(torch.optim.SGD(model.parameters(), 0.1)):
+        pass  # they belong to the model
+
+
+def test_where_the_first_pruned_round_fails_the_dense_network_comes_back() -> None:
+    model = network()
+    history = gp.iterate(model, train, THREE, steps=6, stop=lambda h: len(h) > 1)
+    dense = network()
+    train(dense, Round(0, range(6), gp.Masks({}), None))
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
+    assert [e.failed for e in history.entries] == [False, True]
+    assert history.masks == gp.Masks({})
+
+
+def test_where_the_dense_network_fails_it_is_what_comes_back() -> None:
+    model = network()
+    history = gp.iterate(model, train, THREE, steps=6, stop=lambda h: True)
+    dense = network()
+    train(dense, Round(0, range(6), gp.Masks({}), None))
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
+    assert [e.failed for e in history.entries] == [True]
+
+
+def test_a_stop_that_never_comes_changes_nothing() -> None:
+    model = network()
+    history = gp.iterate(model, train, THREE, steps=6, stop=lambda h: False)
+    twin = network()
+    expected = gp.iterate(twin, train, THREE, steps=6)
+    assert history == expected
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------------- extra state
+
+
+class Versioned(nn.Linear):
+    """A layer with state that is no tensor, which it changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.seen = {"steps": 0, "log": [0]}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.seen
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.seen = state
+
+
+def count(model: nn.Module, work: Round) -> None:
+    layer = model[0]
+    assert isinstance(layer, Versioned)
+    for _ in work.steps:
+        layer.seen["steps"] += 1
+        layer.seen["log"].append(layer.seen["steps"])
+    train(model, work)
+
+
+@pytest.mark.parametrize("stop", [None, lambda history: len(history) > 2])
+def test_extra_state_is_rewound_and_taught_with(stop: Callable[[History], bool] | None) -> None:
+    model = nn.Sequential(Versioned(), nn.Linear(6, 3))
+    counts = []
+
+    def noting(model: nn.Module, work: Round) -> None:
+        counts.append(model[0].seen["steps"])  # type: ignore[index,union-attr]
+        if work.teacher is not None:
+            assert work.teacher[0].seen == {"steps": 5, "log": list(range(6))}  # type: ignore[index]
+        count(model, work)
+
+    gp.iterate(model, noting, THREE, steps=5, rewind="weights", rewind_to=2, teacher="dense", stop=stop)
+    assert counts == [0, 2, 2, 2] + ([2] if stop is None else [])
+    assert model[0].seen == {"steps": 5, "log": list(range(6))}
+
+
+def test_extra_state_is_refused_where_a_file_has_to_hold_it(tmp_path: Path) -> None:
+    watch = Watch()
+    model = nn.Sequential(Versioned(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"'0\._extra_state' of the model's state is no tensor, but dict: .*leave `c"):
+        gp.iterate(model, watch, THREE, steps=2, checkpoint=tmp_path / "c")
+    assert not watch.rounds
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("schedule", "sparsities"),
     [
@@ -249,6 +483,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"rewind": "weights"},
     {"rewind": "weights", "rewind_to": 2},
     {"retrain": 2, "teacher": "dense", "score": gp.magnitude, "scope": "layer"},
+    {"retrain": 2, "stop": lambda h: len(h) == 3},
+    {"rewind": "weights", "stop": lambda h: len(h) == 2},
+    {
+        "rewind": "learning rate",
+        "retrain": 2,
+        "stop": lambda h: False,
+        "include": ["4*", "0*"],
+    },
 ]
 
 
@@ -335,32 +577,172 @@ def test_a_process_killed_by_the_system_goes_on_from_its_file(tmp_path: Path) ->
     assert all(torch.equal(after[name], weights[name]) for name in weights)
 
 
-# --------------------------------------------------------------------------------------------------- distillation
+def test_a_stopped_loop_comes_back_from_its_file_with_the_last_good_round(tmp_path: Path) -> None:
+    def stop(history: History) -> bool:
+        return len(history) == 3
+
+    whole, weights = run(tmp_path / "c", retrain=3, stop=stop)
+    random = torch.get_rng_state()
+    again, after = run(tmp_path / "c", die_at=0, retrain=3, stop=stop)  # nothing is trained
+    assert again == whole
+    assert [e.failed for e in again.entries] == [False, False, True]
+    assert again.masks.sparsity == pytest.approx(0.4, abs=0.01)
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
-@given(st.integers(0, 1000), st.floats(0.5, 10.0), st.sampled_from([(3,), (4, 3), (2, 5, 3)]))
-def test_the_distillation_loss_is_the_divergence_at_that_temperature(
-    seed: int, temperature: float, shape: tuple[int, ...]
+def test_a_stopped_loop_goes_on_from_its_file_without_stop_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    run(tmp_path / "c", retrain=3, stop=lambda h: len(h) == 2)
+    again, after = run(tmp_path / "c", retrain=3)
+    whole, weights = run(None, retrain=3)
+    assert again == whole
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+def test_a_file_without_the_last_good_round_cannot_stop_and_says_so(tmp_path: Path) -> None:
+    run(tmp_path / "c", retrain=3)
+    model = network()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    schedule = gp.Geometric(0.4, every=1, rounds=2)
+    with pytest.raises(ValueError, match=r"stop is true of round 2, .*of a call without `stop`"):
+        gp.iterate(
+            model, train, schedule, steps=5, retrain=3, evaluate=loss, checkpoint=tmp_path / "c", stop=lambda h: True
+        )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    again, _ = run(tmp_path / "c", retrain=3, stop=lambda h: False)
+    assert len(again) == 3
+
+
+def test_a_file_without_the_dense_network_has_no_dense_teacher(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run(tmp_path / "c", die_at=6, retrain=3)
+    with pytest.raises(ValueError, match='no dense network to teach: it is of a call without teacher="dense"'):
+        run(tmp_path / "c", retrain=3, teacher="dense")
+
+
+def test_a_model_of_another_dtype_is_another_model(tmp_path: Path) -> None:
+    gp.iterate(network(), train, gp.OneShot(0.5), steps=2, checkpoint=tmp_path / "c")
+    with pytest.raises(ValueError, match=r"of another model: its '0\.weight' is .*float32.*, the model's .*float64"):
+        gp.iterate(network().double(), train, gp.OneShot(0.5), steps=2, checkpoint=tmp_path / "c")
+
+
+def rewritten(path: Path, change: Callable[[Any, dict[str, Tensor]], None]) -> None:
+    """The checkpoint with something else in it."""
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        told = json.loads(file.metadata()["gradprune.iterate"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    change(told, tensors)
+    save_file(tensors, path, metadata={"gradprune.iterate": json.dumps(told)})
+
+
+DAMAGE: dict[str, Callable[[Any, dict[str, Tensor]], object]] = {
+    "no call": lambda told, tensors: told.pop("call"),
+    "call is text": lambda told, tensors: told.update(call="x"),
+    "no entries": lambda told, tensors: told.pop("entries"),
+    "entries are text": lambda told, tensors: told.update(entries=["x"]),
+    "an entry lacks a key": lambda told, tensors: told["entries"][0].pop("steps"),
+    "steps of text": lambda told, tensors: told["entries"][0].update(steps=["a", "b"]),
+    "three steps": lambda told, tensors: told["entries"][0].update(steps=[0, 1, 2]),
+    "a sparsity of text": lambda told, tensors: told["entries"][1].update(sparsity="0.5"),
+    "a sparsity beyond 1": lambda told, tensors: told["entries"][1].update(sparsity=1.5),
+    "values of text": lambda told, tensors: told["entries"][1].update(corrected={"score": "x"}),
+    "rounds in disorder": lambda told, tensors: told["entries"].reverse(),
+    "no shapes": lambda told, tensors: told.pop("shapes"),
+    "a mask of no tensor": lambda told, tensors: told["shapes"].update({"4.bias": [3]}),
+    "a mask of another shape": lambda told, tensors: told["shapes"].update({"4.weight": [12, 3]}),
+    "complex of no tensor": lambda told, tensors: told.update(complex=["model/x"]),
+    "complex of a real one": lambda told, tensors: told.update(complex=["model/0.bias"]),
+    "no weights": lambda told, tensors: tensors.pop("model/0.weight"),
+    "weights of another shape": lambda told, tensors: tensors.update({"model/0.weight": torch.ones(2, 2)}),
+    "weights of another name": lambda told, tensors: tensors.update({"model/x": torch.ones(2, 2)}),
+    "half of what to rewind to": lambda told, tensors: tensors.pop("rewound/0.weight"),
+    "half of the good round": lambda told, tensors: tensors.pop("good/0.weight"),
+    "half of the dense network": lambda told, tensors: tensors.pop("dense/0.weight"),
+    "no random state": lambda told, tensors: tensors.pop("random/cpu"),
+    "a random state that is none": lambda told, tensors: tensors.update(
+        {"random/cpu": torch.ones(3, dtype=torch.uint8)}
+    ),
+    "a random state of floats": lambda told, tensors: tensors.update({"random/cpu": torch.ones(5056)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_with_the_model_as_it_was(damage: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rewind": "weights", "teacher": "dense", "stop": lambda h: len(h) == 3}
+    run(tmp_path / "c", **options)
+    rewritten(tmp_path / "c", DAMAGE[damage])  # type: ignore[arg-type]
+    data, watch, model = (tmp_path / "c").read_bytes(), Watch(), network(3)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    schedule = gp.Geometric(0.4, every=1, rounds=2)
+    with pytest.raises(ValueError, match=r"^the checkpoint 'c' (is|has) (damaged|of another)"):
+        gp.iterate(model, watch, schedule, steps=5, evaluate=loss, checkpoint=tmp_path / "c", **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not watch.rounds
+    assert (tmp_path / "c").read_bytes() == data
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 30, 1000, -1])
+def test_a_checkpoint_that_is_cut_off_is_refused(size: int, tmp_path: Path) -> None:
+    run(tmp_path / "c", retrain=3)
+    (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:size])
+    with pytest.raises(ValueError, match="'c' is no checkpoint of iterate: it is"):
+        run(tmp_path / "c", retrain=3)
+
+
+@pytest.mark.parametrize("place", ["load_state_dict", "set_rng_state", "apply_"])
+def test_an_interrupt_while_a_checkpoint_is_taken_up_leaves_the_model_as_it_was(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    p, q = (torch.softmax(logits / temperature, -1) for logits in (teacher, student))
-    expected = (p * (p / q).log()).sum(-1).mean() * temperature**2
-    torch.testing.assert_close(gp.distill_loss(student, teacher, temperature), expected)
+    with pytest.raises(KilledError):
+        run(tmp_path / "c", die_at=9, retrain=3)
+    model = network(3)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    interrupted = []
+    owner = {"load_state_dict": nn.Module, "set_rng_state": torch, "apply_": gp.Masks}[place]
+    real = getattr(owner, place)
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        done = real(*args, **kwargs)
+        if not interrupted:
+            interrupted.append(place)
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(owner, place, interrupt)
+    schedule = gp.Geometric(0.4, every=1, rounds=2)
+    with pytest.raises(KeyboardInterrupt):
+        gp.iterate(model, train, schedule, steps=5, retrain=3, evaluate=loss, checkpoint=tmp_path / "c")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_the_distillation_loss_is_zero_for_equals_and_teaches_the_student_only() -> None:
-    student, teacher = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
-    assert gp.distill_loss(student, student.detach(), 3.0).item() == pytest.approx(0.0, abs=1e-6)
-    gp.distill_loss(student, teacher).backward()
-    assert student.grad is not None
-    assert teacher.grad is None
+def test_files_beside_the_checkpoint_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "c.part").write_text("mine")
+    run(tmp_path / "c", retrain=3)
+    with pytest.raises(KilledError):
+        run(tmp_path / "d", die_at=9, retrain=3)
+    assert (tmp_path / "c.part").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.part", "d"]
 
 
-def test_wrong_logits_are_refused() -> None:
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
-        gp.distill_loss(torch.zeros(1, 2), torch.zeros(1, 2), 0)
-    with pytest.raises(ValueError, match=r"one shape, got \(1, 2\), \(1, 3\)"):
-        gp.distill_loss(torch.zeros(1, 2), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="no logits"):
-        gp.distill_loss(torch.zeros(0, 2), torch.zeros(0, 2))
+# ------------------------------------------------------------------------------------------------------ as objects
+
+
+def test_rounds_entries_and_histories_are_compared_and_hashed_by_what_they_say() -> None:
+    masks = gp.prune(network(), sparsity=0.5)
+    rounds = [Round(1, range(3), copy.deepcopy(masks), None) for _ in range(2)]
+    assert rounds[0] == rounds[1]
+    assert hash(rounds[0]) == hash(rounds[1])
+    assert rounds[0] != Round(1, range(3), gp.Masks({}), None)
+    entries = [gp.Entry(0, (0, 3), 0.0, {}, {"score": 1.0}) for _ in range(2)]
+    assert len(set(entries)) == 1
+    assert History(entries[:1], masks) == History(entries[1:], copy.deepcopy(masks))
+    assert History(entries[:1], masks) != History(entries, masks)
+    assert History(entries[:1], masks) != History(entries[:1], gp.Masks({}))

@@ -94,3 +94,9 @@ def test_lamp_names_the_layer_whose_scores_it_cannot_use():
     for bad in (-1.0, math.nan):
         with pytest.raises(ValueError, match="neither negative nor NaN; 'fc' has others"):
             allocate.lamp({"conv": torch.ones(2), "fc": torch.tensor([1.0, bad])})
+
+
+def test_a_stack_of_matrices_has_the_density_of_one_of_them():
+    apart = allocate.erk([(8, 16)] * 5, 100, low=[0] * 5, high=[128] * 5)
+    together = allocate.erk([(8, 16), (8, 16)], 100, low=[0, 0], high=[128, 512], stacked=[1, 4])
+    assert together == [apart[0], sum(apart[1:])]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import gradprune as gp
-from gradprune.core.masked import count_kept, zero_pruned_
+from gradprune.core.masked import count_alive, count_kept, zero_pruned_
 
 
 def small_model(dtype=torch.float32):
@@ -686,3 +686,221 @@ def test_no_warning_comes_up_in_ordinary_use():
         gp.prune(model, sparsity=0.8).hold(optimizer)
         model(batch()[0]).sum().backward()
         optimizer.step()
+
+
+# ------------------------------------------------------------------------------------------------------ as an object
+
+
+def test_masks_are_equal_where_names_and_tensors_are():
+    mask = torch.tensor([[True, False], [False, True]])
+    masks = gp.Masks({"a": mask, "b": ~mask})
+    assert masks == gp.Masks({"b": ~mask, "a": mask.clone()})
+    assert masks == {"a": mask, "b": ~mask}
+    assert gp.Masks({}) == gp.Masks({})
+    for other in (
+        gp.Masks({"a": mask}),
+        gp.Masks({"a": mask, "c": ~mask}),
+        gp.Masks({"a": mask, "b": mask}),
+        gp.Masks({"a": mask, "b": ~mask[:1]}),
+        {"a": mask, "b": ~mask.float().bool() * 1.0},
+        masks.state_dict(),
+        3,
+        None,
+    ):
+        assert masks != other
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(masks)
+
+
+def test_a_copy_keeps_its_model_and_a_deep_copy_or_a_pickle_has_none():
+    model = small_model()
+    masks = gp.prune(model, sparsity=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    twin = copy.copy(masks)
+    assert twin == masks
+    assert all(twin[name] is masks[name] for name in masks)
+    with twin.hold(optimizer):
+        pass
+    for other in (copy.deepcopy(masks), pickle.loads(pickle.dumps(masks))):
+        assert other == masks
+        with pytest.raises(ValueError, match="belong to no model yet"):
+            other.hold(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        (None, TypeError, "masks must be a mapping from parameter names to bool tensors, got NoneType"),
+        ([torch.ones(2, dtype=torch.bool)], TypeError, "got list"),
+        (torch.ones(2, dtype=torch.bool), TypeError, "got Tensor"),
+        (nn.Linear(2, 2), TypeError, r"got Linear; gp\.prune\(model, \.\.\.\) makes the masks"),
+        ({"a": None}, TypeError, "mask of 'a' must be a bool tensor, got NoneType"),
+        ({"a": [True, False]}, TypeError, "mask of 'a' must be a bool tensor, got list"),
+        ({0: torch.ones(2, dtype=torch.bool)}, TypeError, "names of masks must be text, got 0"),
+        ({"a": torch.ones(2, dtype=torch.uint8)}, ValueError, r"must be a bool tensor, got torch\.uint8"),
+        (nn.Linear(2, 2).state_dict(), ValueError, r"mask of 'weight' must be a bool tensor, got torch\.float32"),
+        (gp.Masks({"a": torch.ones(2, dtype=torch.bool)}).state_dict(), TypeError, r"by Masks\.from_state_dict"),
+        ({"a": torch.ones(2, dtype=torch.bool, device="meta")}, TypeError, "mask of 'a' is on the meta device"),
+        ({"a": torch.ones(2, dtype=torch.bool).to_sparse()}, TypeError, "mask of 'a' is sparse"),
+    ],
+)
+def test_masks_of_something_else_are_refused(wrong, error, says):
+    with pytest.raises(error, match=says):
+        gp.Masks(wrong)
+
+
+# ------------------------------------------------------------------------------------------- written from outside
+
+
+def averaged(model, masks, optimizer):
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(small_model())  # begun while the model was dense
+    average.update_parameters(model)
+    return average
+
+
+def best_loaded(model, masks, optimizer):
+    model.load_state_dict(small_model().state_dict())
+    return model
+
+
+def slow_weights(model, masks, optimizer):
+    with torch.no_grad():  # the sync of a Lookahead
+        for fast, slow in zip(model.parameters(), small_model().parameters(), strict=True):
+            fast.lerp_(slow, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("write", [averaged, best_loaded, slow_weights])
+def test_weights_written_outside_a_step_are_told_and_mended(write):
+    model = small_model()
+    masks = gp.prune(model, sparsity=0.8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masks.hold(optimizer)
+    assert masks.holds(model)
+    written = write(model, masks, optimizer)
+    assert not masks.holds(written)
+    masks.apply_(written)
+    assert masks.holds(written)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from([(), (0, 3), (1,), (7, 5), (3, 4, 5), (2, 3, 2, 2), (300, 1000), (1, 400000), (400000, 1)]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]),
+    transposed=st.booleans(),
+    value=st.sampled_from([1.0, -1e-7, math.nan, math.inf, -0.0]),
+    seed=st.integers(0, 1000),
+)
+def test_one_weight_that_is_not_zero_is_found_wherever_it_is(shape, dtype, transposed, value, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(shape, generator=generator) < 0.5
+    model = nn.ParameterDict({"w": nn.Parameter(torch.ones(shape, dtype=dtype))})
+    if transposed and len(shape) > 1:
+        mask = mask.transpose(0, -1)
+        model["w"] = nn.Parameter(model["w"].detach().transpose(0, -1))
+    masks = gp.Masks({"w": mask}).apply_(model)
+    assert masks.holds(model)
+    pruned = (~mask).nonzero()
+    if len(pruned):
+        at = tuple(pruned[int(torch.randint(len(pruned), (), generator=generator))].tolist())
+        model["w"].data[at] = value
+        assert masks.holds(model) == (float(torch.tensor(value, dtype=dtype).real) == 0.0)
+        assert count_alive([(model["w"], mask)]) == int((model["w"][~mask] != 0).sum())
+
+
+def test_asking_changes_nothing_and_takes_what_can_only_be_read():
+    with torch.inference_mode():
+        model = nn.Linear(8, 8)
+    masks = gp.Masks({"weight": torch.rand(8, 8) < 0.5})
+    before = copy.deepcopy(model.state_dict())
+    assert not masks.holds(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="'weight' was made in inference mode"):
+        masks.apply_(model)
+
+
+# -------------------------------------------------------------------------------- all is checked before the first write
+
+
+def inference_parameter():
+    with torch.inference_mode():
+        return nn.Parameter(torch.ones(4, 4))
+
+
+UNWRITABLE = {
+    "expanded": (lambda: nn.Parameter(torch.ones(1, 4).expand(4, 4)), ValueError, "share memory"),
+    "inference": (inference_parameter, ValueError, "inference mode"),
+    "sparse": (lambda: nn.Parameter(torch.eye(4).to_sparse()), TypeError, "is sparse"),
+    "meta": (lambda: nn.Parameter(torch.ones(4, 4, device="meta")), TypeError, "meta device"),
+    "lazy": (nn.UninitializedParameter, TypeError, "is lazy"),
+    "float8": (
+        lambda: nn.Parameter(torch.ones(4, 4).to(torch.float8_e5m2), requires_grad=False),
+        TypeError,
+        "float8_e5m2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_a_parameter_that_cannot_be_written_is_named_before_another_is(kind):
+    make, error, says = UNWRITABLE[kind]
+    model = nn.ParameterDict({"first": nn.Parameter(torch.ones(4, 4)), "last": make()})
+    masks = gp.Masks({name: torch.zeros(4, 4, dtype=torch.bool) for name in ("first", "last")})
+    optimizer = torch.optim.SGD([model["first"]], 0.1)
+    for call in (lambda: masks.apply_(model), lambda: masks.hold(optimizer, model), lambda: masks.to_torch_(model)):
+        with pytest.raises(error, match=f"'last'.*{says}"):
+            call()
+    assert bool((model["first"] == 1).all())
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: torch.ones(1, 4).expand(4, 4), ValueError, "share memory"),
+        (lambda: torch.complex(torch.ones(4, 4), torch.ones(4, 4)).conj().imag, ValueError, "negative bit"),
+        (lambda: torch.eye(4).to_sparse(), ValueError, "is sparse"),
+    ],
+    ids=["expanded", "negative", "sparse"],
+)
+def test_a_gradient_that_cannot_be_written_is_named_before_another_is(make, error, says):
+    model = nn.ParameterDict({name: nn.Parameter(torch.ones(4, 4)) for name in ("first", "last")})
+    model["first"].grad, model["last"].grad = torch.ones(4, 4), make()
+    masks = gp.Masks({name: torch.zeros(4, 4, dtype=torch.bool) for name in ("first", "last")})
+    with pytest.raises(error, match=f"the gradient of 'last'.*{says}|gradient of 'last' {says}"):
+        masks.mask_gradients_(model)
+    assert bool((model["first"].grad == 1).all())
+
+
+@pytest.mark.parametrize("call", ["apply_", "holds", "mask_gradients_", "to_torch_"])
+@pytest.mark.parametrize("wrong", [None, [], nn.Linear, nn.Linear(2, 2).state_dict()], ids=str)
+def test_what_is_no_model_is_refused_by_every_method(call, wrong):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+        getattr(gp.Masks({"w": torch.ones(2, dtype=torch.bool)}), call)(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, [], 0.1, nn.Linear(2, 2), torch.optim.SGD], ids=str)
+def test_what_is_no_optimizer_cannot_be_held_with(wrong):
+    model = nn.Linear(4, 4)
+    with pytest.raises((TypeError, ValueError), match=r"must be a torch optimizer.*got|list of optimizers is"):
+        gp.prune(model, sparsity=0.5).hold(wrong)
+
+
+@pytest.mark.parametrize("how", ["expanded", "transposed", "made in inference mode"])
+def test_masks_of_any_layout_are_applied(how):
+    if how == "made in inference mode":
+        with torch.inference_mode():
+            mask = torch.rand(4, 4) < 0.5
+    else:
+        mask = (torch.rand(1, 4) < 0.5).expand(4, 4) if how == "expanded" else (torch.rand(4, 4) < 0.5).T
+    model = nn.Linear(4, 4)
+    expected = model.weight.detach().masked_fill(~mask, 0.0)
+    masks = gp.Masks({"weight": mask}).apply_(model)
+    assert torch.equal(model.weight, expected)
+    assert masks.sparsity == 1 - int(mask.sum()) / 16
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masks.hold(optimizer)
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    assert masks.mask_gradients_(model).holds(model)

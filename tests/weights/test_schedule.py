@@ -1,12 +1,17 @@
 """Each schedule is the formula of its paper, changing only when it says it does."""
 
 import itertools
+import math
+import pickle
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gradprune as gp
+from gradprune.weights.schedule import values_of
 
 
 def test_one_shot_jumps_once():
@@ -63,3 +68,88 @@ def test_ramps_never_fall_and_end_exactly_at_the_final_sparsity(ramp, kind):
 def test_a_schedule_that_makes_no_sense_is_refused_when_it_is_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+NO_NUMBERS = [True, "0.5", None, 1j, torch.ones(2), [1]]
+MAKE = {
+    "sparsity": lambda value: gp.OneShot(value),
+    "final": lambda value: gp.Cubic(value, 0, 5),
+    "initial": lambda value: gp.Linear(1.0, 0, 5, initial=value),
+    "rate": lambda value: gp.Geometric(value, 1, 1),
+    "at": lambda value: gp.OneShot(0.5, at=value),
+    "begin": lambda value: gp.Linear(0.5, value, 5),
+    "end": lambda value: gp.Cubic(0.5, 0, value),
+    "every": lambda value: gp.Linear(0.5, 0, 5, every=value),
+    "rounds": lambda value: gp.Geometric(0.5, 1, value),
+    "step": lambda value: gp.Cubic(0.5, 0, 5)(value),
+}
+WHOLE = ["at", "begin", "end", "every", "rounds", "step"]
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=str)
+def test_what_is_no_number_is_a_type_error_by_name(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a .*number, got"):
+        MAKE[name](value)
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, np.float32(-1), torch.tensor(-1)], ids=str)
+def test_what_is_out_of_range_is_a_value_error_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got"):
+        MAKE[name](value)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("value", [1.5, np.float64(2.5), torch.tensor(1.5)], ids=str)
+def test_a_number_of_steps_that_is_not_whole_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, got"):
+        MAKE[name](value)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, float, torch.tensor, np.array])
+@pytest.mark.parametrize("share", [np.float64, torch.tensor, np.array, float])
+def test_numbers_of_other_libraries_become_plain_ones(number, share):
+    made = [
+        gp.OneShot(share(0.5), number(2)),
+        gp.Linear(share(0.5), number(2), number(8), number(3), share(0.25)),
+        gp.Cubic(share(0.5), number(2), number(8), number(3), share(0.25)),
+        gp.Geometric(share(0.5), number(2), number(3)),
+    ]
+    plain = [gp.OneShot(0.5, 2), gp.Linear(0.5, 2, 8, 3, 0.25), gp.Cubic(0.5, 2, 8, 3, 0.25), gp.Geometric(0.5, 2, 3)]
+    for ours, wanted in zip(made, plain, strict=True):
+        assert ours == wanted
+        assert hash(ours) == hash(wanted)
+        assert pickle.loads(pickle.dumps(ours)) == wanted
+        assert all(type(value) in (int, float) for value in vars(ours).values())
+        for step in range(10):
+            assert type(ours(number(step))) is float
+            assert ours(number(step)) == wanted(step)
+
+
+@st.composite
+def ramp_schedules(draw):
+    a, b, begin, length, every = draw(ramps)
+    return draw(st.sampled_from([gp.Linear, gp.Cubic]))(max(a, b), begin, begin + length, every, min(a, b))
+
+
+schedules = st.one_of(
+    st.builds(gp.OneShot, st.floats(0, 1), st.integers(0, 30)),
+    ramp_schedules(),
+    st.builds(gp.Geometric, st.floats(0, 1), st.integers(1, 9), st.integers(1, 9)),
+)
+
+
+@given(schedules)
+def test_the_values_of_a_schedule_are_those_it_takes_in_order(schedule):
+    taken = [schedule(step) for step in range(120)]
+    assert list(values_of(schedule)) == sorted(set(taken))
+
+
+def test_the_values_of_a_long_schedule_are_made_one_by_one_and_of_another_function_not_at_all():
+    values = values_of(gp.Cubic(0.5, 0, 10**12))
+    assert next(values) == 0.0
+    assert 0 < next(values) < 1e-11
+    assert values_of(lambda step: 0.5) is None
+    assert list(values_of(gp.OneShot(0.9, at=3))) == [0.0, 0.9]
+    assert list(values_of(gp.OneShot(0.9))) == [0.9]

@@ -134,11 +134,8 @@ def state(value: Any, wanted: Mapping[str, type | tuple[type, ...]], of: str) ->
     return value
 
 
-def require_readable(name: str, tensor: Tensor, what: str = "parameter") -> None:
-    """Raise TypeError, naming it, where a tensor has no values that can be read entry by entry.
-
-    That is a lazy, meta, sparse or quantized one, and a DTensor.
-    """
+def require_values(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise TypeError, naming it, where a tensor's entries are not at hand: lazy, DTensor, meta, quantized, wrapped."""
     called = f"the {what} {name!r}"
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         raise TypeError(f"{called} is lazy, without a shape yet: run the model on one batch first")
@@ -148,8 +145,15 @@ def require_readable(name: str, tensor: Tensor, what: str = "parameter") -> None
         raise TypeError(f"{called} is on the meta device, without values: materialize the model first (to_empty, load)")
     if tensor.is_quantized:
         raise TypeError(f"{called} is quantized: prune before quantizing")
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise TypeError(f"{called} is a {type(tensor).__name__}, whose entries are held by other tensors: do it before")
+
+
+def require_readable(name: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise TypeError, naming it, where a tensor cannot be read entry by entry: as ``require_values``, or sparse."""
+    require_values(name, tensor, what)
     if tensor.layout != torch.strided:
-        raise TypeError(f"{called} is sparse ({tensor.layout}): make it dense first, to_dense()")
+        raise TypeError(f"the {what} {name!r} is sparse ({tensor.layout}): make it dense first, to_dense()")
 
 
 def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None:

@@ -1,7 +1,8 @@
 """How is a file written whole or not at all, and how is one read that may be anything?
 
 Files are safetensors: tensors, and one piece of metadata that says in JSON what they are. A file is written under a new
-name in its folder and then renamed; a process that is killed in between leaves that one, ``.gradprune-....part``.
+name in its folder and then renamed; a process that is killed in between may leave it there (``.gradprune-....part``, or
+the library's own ``.tmp...``).
 """
 
 from __future__ import annotations
@@ -77,10 +78,11 @@ def replacing(path: Path) -> Iterator[Path]:
     with contextlib.closing(_New(target.parent)) as new:
         mode = (target if target.exists() else new.path).stat().st_mode
         yield new.path
-        os.chmod(new.path, stat.S_IMODE(mode))
+        if new.path.stat().st_mode != mode:  # the library makes a file that only its owner can read
+            os.chmod(new.path, stat.S_IMODE(mode))
         _sync(new.path, os.O_RDWR)
         os.replace(new.path, target)
-    if os.name == "posix":
+    with contextlib.suppress(OSError):  # not every system can do that, and the file is there
         _sync(target.parent, os.O_RDONLY)
 
 

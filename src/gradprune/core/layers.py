@@ -8,7 +8,6 @@ Modules store their weights in different orders: a linear layer [out, in], a tra
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,22 +61,22 @@ class Weight(NamedTuple):
 
 def weights_of(model: nn.Module) -> dict[str, Weight]:
     """Return every parameter of a model, weight or not, once, by its first name."""
-    layer_of = _parametrized(model)
+    roles = _parametrized(model)
     found: dict[int, list[Weight]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                layer = layer_of.get(id(module), (module, "", ""))
-                found.setdefault(id(parameter), []).append(_weight(name, parameter, module, attribute, *layer))
+                role = roles.get((id(module), attribute)) or _hooked(module, attribute)
+                found.setdefault(id(parameter), []).append(_weight(name, parameter, module, attribute, role))
     return {uses[0].name: _joined(uses) for uses in found.values()}
 
 
-def last_of(weights: Mapping[str, Weight]) -> Weight | None:
+def last_of(model: nn.Module) -> Weight | None:
     """Return the matrix that comes last in the model, which mostly gives its outputs; None where there is none."""
-    order = {name: at for at, name in enumerate(name for weight in weights.values() for name in weight.names)}
-    matrices = [weight for weight in weights.values() if weight.axes is not None]
-    return max(matrices, key=lambda weight: max(order[name] for name in weight.names), default=None)
+    by_name = {name: weight for weight in weights_of(model).values() for name in weight.names}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return next((by_name[name] for name in reversed(names) if by_name[name].axes is not None), None)
 
 
 def stated_axes(name: str, given: Any, dimensions: int) -> Axes:
@@ -116,13 +115,14 @@ _STACKS = {
     "Llama4TextExperts": True,
     "MoshiFlexibleLinear": False,
 }
+_NORM = re.compile(r"Norm(\d?[dD]|Gated|alization)?$")
 # What a parameter is called that is added, looked up or exponentiated, but no matrix of a product.
 _NO_MATRIX = re.compile(
     r"(^|_)(embed(ding)?s?|tokens?|pos|positions?|positional|log|scales?|gamma|latents?|prompts?|codebook|table)(_|$)"
 )
 
 
-def _layer_axes(module: nn.Module, attribute: str) -> tuple[Axes, str] | None:
+def _layer_axes(module: nn.Module, attribute: str, parameter: Tensor) -> tuple[Axes, str] | None:
     """The axes of a known layer's weight, and why its rows are no units; None for all else."""
     if isinstance(module, _OUTPUT_FIRST) and attribute == "weight":
         return Axes(), ""
@@ -144,8 +144,7 @@ def _layer_axes(module: nn.Module, attribute: str) -> tuple[Axes, str] | None:
     stacked = [_STACKS[kind] for kind in kinds if kind in _STACKS]
     if kinds and isinstance(getattr(module, "is_transposed", None), bool):
         stacked.append(bool(module.is_transposed))
-    parameter = module._parameters.get(attribute)
-    if stacked and "bias" not in attribute and parameter is not None and parameter.dim() == 3:
+    if stacked and "bias" not in attribute and parameter.dim() == 3:
         return (Axes(2, 1, (0,)) if stacked[0] else Axes(1, 2, (0,))), ""
     return None
 
@@ -155,12 +154,10 @@ def _unlike(module: nn.Module, attribute: str, shape: torch.Size) -> str:
     kind, name = type(module).__name__, attribute.lower()
     if "bias" in name:
         return "is a bias"
-    if "Norm" in kind and not any(module.children()):
+    if _NORM.search(kind) or ("Embed" in kind and attribute == "weight"):
         return f"belongs to a {kind}"
     if "proj" not in name and "weight" not in name and (_NO_MATRIX.search(name) or "Embed" in kind):
         return f"is no matrix of a product, by the name {attribute!r} in a {kind}"
-    if "Embed" in kind and attribute == "weight":
-        return f"belongs to a {kind}"
     if attribute != "weight" and sum(size > 1 for size in shape) <= 1:
         return f"is a vector in the shape {tuple(shape)}"
     if attribute != "weight" and len(shape) > 2 and shape[0] == 1:
@@ -168,49 +165,31 @@ def _unlike(module: nn.Module, attribute: str, shape: torch.Size) -> str:
     return ""
 
 
-def _weight(
-    name: str,
-    parameter: nn.Parameter,
-    owner: nn.Module,
-    attribute: str,
-    layer: nn.Module,
-    tensor: str,
-    parametrization: str,
-) -> Weight:
-    """What one use of a parameter makes of it; `tensor` and `parametrization` are empty where it is a plain one."""
-    direction = None
-    refused = ""
-    if tensor:  # in a list of parametrizations, or in one of them
-        at, attribute = attribute, tensor
-        if parametrization == "part":
-            return Weight(name, (name,), parameter, layer, tensor, None, reason=f"shapes {tensor!r} of its layer")
-        if parametrization == "weight_norm":
-            if at == "original0":
-                return Weight(name, (name,), parameter, layer, tensor, None, reason="is the gain of a weight_norm")
-            dim = owner[0].dim  # type: ignore[index]
-            direction = _other_axes(parameter, dim)
-        elif parametrization:
-            refused = parametrization
-    else:
-        attribute, direction, gain = _hooked(owner, attribute, parameter)
-        if gain:
-            return Weight(name, (name,), parameter, layer, attribute, None, reason="is the gain of a weight_norm")
-    use = Weight(name, (name,), parameter, layer, attribute, None, refused=refused, direction=direction)
-    if not isinstance(parameter, nn.UninitializedParameter):
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            return use._replace(reason=f"is {parameter.dtype}")
-        if parameter.dim() < 2:
-            return use._replace(reason=f"has {parameter.dim()} dimension{'' if parameter.dim() else 's'}")
-    if isinstance(layer, _EMBEDDINGS):
+def _weight(name: str, parameter: nn.Parameter, module: nn.Module, attribute: str, role: _Role | None) -> Weight:
+    """What one use of a parameter makes of it."""
+    direction, refused = None, ""
+    if role is not None:
+        module, attribute, refused = role.layer, role.tensor, role.refused
+        if role.normed:
+            direction = tuple(axis for axis in range(parameter.dim()) if axis != role.dim)
+    use = Weight(name, (name,), parameter, module, attribute, None, refused=refused, direction=direction)
+    if role is not None and role.reason:
+        return use._replace(reason=role.reason)
+    lazy = isinstance(parameter, nn.UninitializedParameter)
+    if not lazy and not (parameter.is_floating_point() or parameter.is_complex()):
+        return use._replace(reason=f"is {parameter.dtype}")
+    if not lazy and parameter.dim() < 2:
+        return use._replace(reason=f"has {parameter.dim()} dimension{'' if parameter.dim() else 's'}")
+    if isinstance(module, _EMBEDDINGS):
         return use._replace(reason="is an embedding's")
-    if isinstance(layer, _NORMS):
+    if isinstance(module, _NORMS):
         return use._replace(reason="is a normalisation's")
-    known = _layer_axes(layer, attribute)
+    known = _layer_axes(module, attribute, parameter)
     if known is not None:
         return use._replace(axes=known[0], packed=known[1])
-    if isinstance(parameter, nn.UninitializedParameter):
+    if lazy:
         return use._replace(reason="has no shape yet")
-    reason = _unlike(layer, attribute, parameter.shape)
+    reason = _unlike(module, attribute, parameter.shape)
     return use._replace(reason=reason, guessed=bool(reason))
 
 
@@ -235,44 +214,57 @@ def _joined(uses: list[Weight]) -> Weight:
 # -------------------------------------------------------------------------------------------------- parametrizations
 
 
-def _parametrized(model: nn.Module) -> dict[int, tuple[nn.Module, str, str]]:
-    """Of each list of parametrizations, and of what is in it: the layer, the tensor's name, and what it does to it."""
-    found: dict[int, tuple[nn.Module, str, str]] = {}
-    for module in model.modules():
-        if not parametrize.is_parametrized(module):
+class _Role(NamedTuple):
+    """What a parameter is for, that its module or its name do not say."""
+
+    layer: nn.Module
+    tensor: str  # the layer's own name
+    reason: str = ""  # why it is no weight
+    refused: str = ""  # why zeros here would not be the layer's
+    normed: bool = False  # by weight_norm, over all axes but `dim` (-1 or None: over all)
+    dim: int | None = None
+
+
+def _parametrized(model: nn.Module) -> dict[tuple[int, str], _Role]:
+    """The roles of what torch.nn.utils.parametrize moved, by the module that has it now and its name there."""
+    found: dict[tuple[int, str], _Role] = {}
+    for layer in model.modules():
+        if not parametrize.is_parametrized(layer):
             continue
-        for tensor, steps in module.parametrizations.items():  # type: ignore[operator, union-attr]
-            found |= {id(part): (module, tensor, "part") for part in steps.modules() if part is not steps}
+        for tensor, steps in layer.parametrizations.items():  # type: ignore[operator, union-attr]
             kinds = [type(step) for step in steps]
-            if kinds == [parametrizations._WeightNorm]:
-                effect = "weight_norm"
-            elif all(kind is parametrizations._SpectralNorm for kind in kinds):
-                effect = ""  # a multiple of the original: its zeros are the layer's
-            else:
-                effect = (
-                    f"the layer computes its {tensor} from it by the parametrization "
-                    f"{', '.join(kind.__name__.lstrip('_') for kind in kinds)}, so zeros here are no zeros there; call "
-                    f'torch.nn.utils.parametrize.remove_parametrizations(layer, "{tensor}") first, or exclude it'
-                )
-            found[id(steps)] = (module, tensor, effect)
+            for module in steps.modules():
+                for attribute in module._parameters:
+                    found[id(module), attribute] = _Role(layer, tensor, f"shapes the {tensor} of its layer")
+            for attribute in steps._parameters:
+                if kinds == [parametrizations._WeightNorm]:
+                    gain = "is the gain of a weight_norm" if attribute == "original0" else ""
+                    role = _Role(layer, tensor, gain, normed=True, dim=steps[0].dim)
+                elif all(kind is parametrizations._SpectralNorm for kind in kinds):
+                    role = _Role(layer, tensor)  # a multiple of the original has its zeros
+                else:
+                    names = ", ".join(kind.__name__.lstrip("_") for kind in kinds)
+                    refused = (
+                        f"the layer computes its {tensor} from it by the parametrization {names}, so zeros here are no "
+                        "zeros there; call torch.nn.utils.parametrize.remove_parametrizations(layer, "
+                        f'"{tensor}") first, or exclude it'
+                    )
+                    role = _Role(layer, tensor, refused=refused)
+                found[id(steps), attribute] = role
     return found
 
 
-def _hooked(module: nn.Module, attribute: str, parameter: nn.Parameter) -> tuple[str, tuple[int, ...] | None, bool]:
-    """The layer's name of a tensor that a hook of torch.nn.utils renamed, its norm's axes, whether it is a gain."""
+def _hooked(module: nn.Module, attribute: str) -> _Role | None:
+    """The role of what an older function of torch.nn.utils renamed, and computes the layer's tensor from by a hook."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and attribute in (f"{hook.name}_g", f"{hook.name}_v"):
-            return hook.name, _other_axes(parameter, hook.dim), attribute.endswith("_g")
+            gain = "is the gain of a weight_norm" if attribute.endswith("_g") else ""
+            return _Role(module, hook.name, gain, normed=True, dim=hook.dim)
         if isinstance(hook, SpectralNorm) and attribute == f"{hook.name}_orig":
-            return hook.name, None, False
+            return _Role(module, hook.name)
         if isinstance(hook, BasePruningMethod) and attribute == f"{hook._tensor_name}_orig":
-            return hook._tensor_name, None, False
-    return attribute, None, False
-
-
-def _other_axes(parameter: Tensor, dim: int | None) -> tuple[int, ...]:
-    """The axes over which weight_norm takes its norm, given the one that numbers the norms (-1: one norm of all)."""
-    return tuple(axis for axis in range(parameter.dim()) if axis != dim)
+            return _Role(module, hook._tensor_name)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- kinds that are lost

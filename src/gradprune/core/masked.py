@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +44,23 @@ def count_alive(tensors: Iterable[tuple[Tensor, Tensor]]) -> int:
     """
     alive, waiting = 0, dict[torch.device, Tensor]()
     for tensor, mask in tensors:
-        for values, kept in _pieces(tensor.detach(), mask):
-            revived = (values != 0).logical_and_(~kept)
-            if _on_cpu(revived):
-                alive += count_kept(revived)
+        for values, kept in _pieces(tensor.detach(), mask.detach()):
+            if _on_cpu(values):
+                alive += int(np.count_nonzero(_nonzero(values) > kept.numpy()))
             else:
-                waiting[revived.device] = waiting.get(revived.device, 0) + revived.sum()
+                count = (values != 0).logical_and_(~kept).sum()
+                waiting[count.device] = waiting.get(count.device, 0) + count
     return alive + sum(int(count) for count in waiting.values())
+
+
+def _nonzero(values: Tensor) -> Any:
+    """Where they are other than zero, by NumPy: several times faster than torch on what a cache holds."""
+    values = values.resolve_conj().resolve_neg()
+    if (
+        values.is_floating_point() and values.element_size() == 2
+    ):  # NumPy has no bfloat16; without the sign, as -0.0 is 0
+        return (values.view(torch.int16).numpy() << 1) != 0
+    return (values.float() if values.is_floating_point() and values.element_size() == 1 else values).numpy() != 0
 
 
 def _on_cpu(tensor: Tensor) -> bool:

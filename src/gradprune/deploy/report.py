@@ -1,19 +1,21 @@
-"""What a model costs: parameters, operations, bytes and time, dense and pruned (chapter 4)."""
+"""What does a model cost: parameters, operations, bytes and time, dense and pruned (chapter 4)?"""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from gradprune.core.checks import module, require_values
+from gradprune.core.evaluate import call, evaluated
+from gradprune.deploy.flops import Count, Flops, count_flops, nonzeros
 
 INDEX_BYTES = 4  # of a column or row index in CSR
 COMPRESSED_AT_A_TIME = 2**22  # bytes
@@ -24,7 +26,20 @@ NOTE = (
 
 
 class Row(NamedTuple):
-    """One layer's cost, or the whole model's. FLOPs are those of one forward pass; None without an example."""
+    """One layer's cost, or the whole model's. FLOPs are those of one forward pass; None without an example.
+
+    Args:
+        name: The layer's name in the model.
+        kind: The name of its class.
+        parameters: Number of entries in all its tensors.
+        nonzeros: Those that are not zero.
+        flops: All operations.
+        effective_flops: Those with weights that are not zero.
+        bytes_dense: As stored dense.
+        bytes_bitmask: One bit a weight, and the nonzeros.
+        bytes_csr: In compressed sparse rows.
+        bytes_compressed: After zlib.
+    """
 
     name: str
     kind: str
@@ -45,18 +60,26 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report`` found: ``rows``, one a layer, their ``total``, and ``latency`` in seconds if asked for.
+    """What ``report`` found; printed, a table in a terminal (with rich, a prettier one) and in a notebook.
 
-    Printed, it is a table in a terminal (with rich, a prettier one) and in a notebook; ``to_frame`` makes it a
-    pandas DataFrame.
+    Args:
+        rows: One a layer.
+        total: Their sum.
+        latency: Seconds of one forward pass, or None where it was not asked for.
+        uncounted: The operators whose products the FLOPs lack, and how often each ran.
     """
 
     rows: tuple[Row, ...]
     total: Row
     latency: float | None = None
+    uncounted: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def to_frame(self) -> Any:
-        """The rows and the total as a pandas DataFrame. Raises ImportError where pandas is not installed."""
+        """Return the rows and the total as a pandas DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
         try:
             import pandas
         except ImportError as error:
@@ -118,7 +141,10 @@ class Report:
 
     def _notes(self) -> list[str]:
         timing = [] if self.latency is None else [f"One forward pass took {1e3 * self.latency:.3g} ms (median)."]
-        return [*timing, NOTE]
+        if not self.uncounted:
+            return [*timing, NOTE]
+        names = ", ".join(f"{name} ({times}x)" for name, times in self.uncounted.items())
+        return [*timing, f"FLOPs lack those of operators without a formula: {names}.", NOTE]
 
 
 _COLUMNS = (
@@ -128,58 +154,80 @@ _COLUMNS = (
 
 
 def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> Report:
-    """What `model` costs, layer by layer and in all: parameters, nonzeros, FLOPs, bytes, and time on request.
+    """Return what a model costs, layer by layer and in all: parameters, nonzeros, FLOPs, bytes, and time on request.
 
-    A layer is a module with parameters of its own; a tied tensor counts where it comes first. `example` is the model's
-    input, a tensor, or a tuple or dict of its arguments; with it, FLOPs of one forward pass are counted by torch's own
-    counter (a multiplication and an addition are 2; of complex numbers they are 8, or 6 in a convolution, which torch
-    computes as three real ones). A product with a weight, or with a part of one such as the keys' share of an attention
-    layer's joint matrix, counts for the layer that has the weight, and effective FLOPs leave out the share of zeros in
-    that part. All else, attention's own products among it, is effective as it is, and so is a product with a weight
-    computed from parameters. Bytes: dense as stored; bit mask, one bit a weight and the nonzeros; CSR, the nonzeros
-    with a 4-byte column each and a 4-byte offset a row; compressed, the stored bytes after zlib at level 1. Tensors of
-    one dimension are encoded as they are.
-    `latency` times the forward pass with ``torch.utils.benchmark``, in seconds, the median.
+    A layer is a module with parameters of its own; a tied tensor counts where it comes first. A multiplication and an
+    addition are 2 FLOPs (of complex numbers 8, or 6 in a convolution, which torch computes as three real ones). A
+    product with a weight, with a part of one or with its copy or cast counts for the layer that has the weight, and
+    effective FLOPs leave out the share of zeros in that part. All else is effective as it is: attention's own products,
+    and those with a weight computed from parameters. The model runs in eval mode and is left as it was.
 
-    The model is run in eval mode without gradients, and left as it was. Raises ValueError where `latency` is asked for
-    without an example. Chapter 4.
+    Args:
+        model: Any module. Weights may be stored sparse; they are reported as if stored dense.
+        example: The model's input, a tensor, or a tuple or dict of its arguments; without it FLOPs are None.
+        latency: Whether to time the forward pass with ``torch.utils.benchmark``: seconds, the median.
+
+    Returns:
+        A ``Report``. Its bytes: dense, one number after the other; bit mask, one bit a weight and the nonzeros; CSR,
+        the nonzeros with a 4-byte column each and a 4-byte offset a row; compressed, the dense bytes after zlib at
+        level 1. Tensors of one dimension are encoded as they are. ``uncounted`` names the operators that multiply
+        tensors in a way there is no formula for, with how often they ran: the FLOPs lack theirs.
+
+    Raises:
+        TypeError: The model is no module, or holds weights that cannot be read: lazy, on the meta device, DTensors,
+            quantized.
+        ValueError: `latency` is asked for without an example.
+
+    Example:
+        >>> total = gp.report(nn.Linear(4, 3), torch.ones(2, 4)).total
+        >>> total.parameters, total.flops, total.bytes_dense
+        (15, 48, 60)
+
+    Chapter 4.
     """
+    module(model)
     if latency and example is None:
         raise ValueError("latency needs an example: the model's input, or a tuple or dict of its arguments")
-    flops = {} if example is None else _flops(model, example)
+    _require_values(model)
+    count = Count({}, {}) if example is None else count_flops(model, example)
+    flops = dict(count.by_module)
     counted: set[int] = set()
     rows = []
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
+    for name, layer in model.named_modules():
+        own = dict(layer.named_parameters(recurse=False))
         if own:
             new = [p.detach() for p in own.values() if id(p) not in counted]
             counted |= {id(p) for p in own.values()}
-            layer_flops = None if example is None else flops.pop(module, _Flops())
-            rows.append(_row(name or "(model)", type(module).__name__, new, layer_flops))
+            layer_flops = None if example is None else flops.pop(layer, Flops())
+            kind = getattr(layer, "original_name", type(layer).__name__)  # what was scripted
+            rows.append(_row(name or "(model)", kind, new, layer_flops))
     elsewhere = sum((f.all for f in flops.values()), 0)
     if elsewhere:  # in modules without parameters, and so without zeros
-        rows.append(_row("(other)", "", [], _Flops(elsewhere, elsewhere)))
-    return Report(tuple(rows), _sum(rows), _latency(model, example) if latency else None)
+        rows.append(_row("(other)", "", [], Flops(elsewhere, elsewhere)))
+    return Report(tuple(rows), _sum(rows), _latency(model, example) if latency else None, count.uncounted)
 
 
-@dataclass
-class _Flops:
-    all: int = 0
-    effective: float = 0.0
+def _require_values(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(getattr(layer, "_packed_params", None), torch.ScriptObject | nn.Module):
+            raise TypeError(f"the module {name!r} is quantized, its weights are packed out of sight: report it before")
+        for own, parameter in layer.named_parameters(recurse=False):
+            require_values(f"{name}.{own}" if name else own, parameter)
 
 
-def _row(name: str, kind: str, tensors: list[Tensor], flops: _Flops | None) -> Row:
-    nonzeros = [int(torch.count_nonzero(t)) for t in tensors]
+def _row(name: str, kind: str, tensors: list[Tensor], flops: Flops | None) -> Row:
+    counts = [nonzeros(t) for t in tensors]
+    sizes = [t.numel() * t.element_size() for t in tensors]
     return Row(
         name,
         kind,
         parameters=sum(t.numel() for t in tensors),
-        nonzeros=sum(nonzeros),
+        nonzeros=sum(counts),
         flops=None if flops is None else flops.all,
         effective_flops=None if flops is None else round(flops.effective),
-        bytes_dense=sum(t.nbytes for t in tensors),
-        bytes_bitmask=sum(_bitmask_bytes(t, n) for t, n in zip(tensors, nonzeros, strict=True)),
-        bytes_csr=sum(_csr_bytes(t, n) for t, n in zip(tensors, nonzeros, strict=True)),
+        bytes_dense=sum(sizes),
+        bytes_bitmask=sum(_bitmask_bytes(t, n) for t, n in zip(tensors, counts, strict=True)),
+        bytes_csr=sum(_csr_bytes(t, n) for t, n in zip(tensors, counts, strict=True)),
         bytes_compressed=sum(_compressed_bytes(t) for t in tensors),
     )
 
@@ -194,148 +242,38 @@ def _sum(rows: list[Row]) -> Row:
 
 def _bitmask_bytes(tensor: Tensor, nonzeros: int) -> int:
     if tensor.dim() < 2:
-        return tensor.nbytes
+        return tensor.numel() * tensor.element_size()
     return -(-tensor.numel() // 8) + nonzeros * tensor.element_size()
 
 
 def _csr_bytes(tensor: Tensor, nonzeros: int) -> int:
     if tensor.dim() < 2:
-        return tensor.nbytes
+        return tensor.numel() * tensor.element_size()
     return nonzeros * (tensor.element_size() + INDEX_BYTES) + (tensor.shape[0] + 1) * INDEX_BYTES
 
 
 def _compressed_bytes(tensor: Tensor) -> int:
     """In pieces, each by itself, so that all cores take part: zlib lets go of the interpreter's lock."""
-    raw = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    dense = (tensor if tensor.layout == torch.strided else tensor.to_dense()).cpu().contiguous()
+    raw = dense.resolve_conj().resolve_neg().view(-1).view(torch.uint8).numpy() if tensor.numel() else _NO_BYTES
     pieces = [raw[i : i + COMPRESSED_AT_A_TIME] for i in range(0, raw.size, COMPRESSED_AT_A_TIME)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return sum(pool.map(lambda piece: len(zlib.compress(piece, 1)), pieces))
 
 
-def _flops(model: nn.Module, example: Any) -> dict[nn.Module, _Flops]:
-    """FLOPs by the module that has the weight, or else by the one that ran."""
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry
-
-    count = _Count(model)
-    formulas = {op: count.watching(formula) for op, formula in flop_registry.items()}
-    with _evaluated(model), _plain_kernels(), count, FlopCounterMode(display=False, custom_mapping=formulas):
-        _call(model, example)
-    return count.found
-
-
-class _Count:
-    """Sees every product: whose weight takes part in it, and how many of that weight's entries are zero?"""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.found: dict[nn.Module, _Flops] = {}
-        self._model, self._running = model, [model]
-        self._owners: dict[int, list[nn.Module]] = {}
-        for module in model.modules():
-            for p in module.parameters(recurse=False):
-                if p.dim() >= 2:
-                    self._owners.setdefault(p.untyped_storage().data_ptr(), []).append(module)
-        self._densities: dict[Any, float] = {}
-
-    def __enter__(self) -> _Count:
-        self._hooks: list[RemovableHandle] = []
-        for module in self._model.modules():
-            self._hooks.append(module.register_forward_pre_hook(self._begin))
-            self._hooks.append(module.register_forward_hook(self._end))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _begin(self, module: nn.Module, _: Any) -> None:
-        self._running.append(module)
-
-    def _end(self, *_: Any) -> None:
-        self._running.pop()
-
-    def watching(self, formula: Callable[..., int]) -> Callable[..., int]:
-        """The formula of torch's counter, which also tells what it counted here."""
-
-        def counted(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-            flops = formula(*args, out_val=out_val, **kwargs)
-            flops *= 4 if isinstance(out_val, Tensor) and out_val.is_complex() else 1
-            module, weight = self._weight_among(args)
-            found = self.found.setdefault(module, _Flops())
-            found.all += flops
-            found.effective += flops * (1.0 if weight is None else self._density(weight))
-            return flops
-
-        counted._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
-        return counted
-
-    def _weight_among(self, args: Iterable[Any]) -> tuple[nn.Module, Tensor | None]:
-        """The weight, or the part of one, and its module: the one that runs where it has one itself."""
-        running, elsewhere = self._running[-1], None
-        for tensor in args:
-            if isinstance(tensor, Tensor) and tensor.dim() >= 2:
-                owners = self._owners.get(tensor.untyped_storage().data_ptr(), [])
-                if running in owners:
-                    return running, tensor
-                if owners and elsewhere is None:
-                    elsewhere = owners[0], tensor
-        return elsewhere or (running, None)
-
-    def _density(self, weight: Tensor) -> float:
-        key = (weight.data_ptr(), weight.shape, weight.stride())
-        if key not in self._densities:
-            self._densities[key] = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
-        return self._densities[key]
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Without the fused kernels of recurrent and attention layers, in which the counter sees no product."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with _disabled(torch.backends.mkldnn), _disabled(torch.backends.cudnn), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def _disabled(backend: Any) -> Iterator[None]:
-    before, backend.enabled = backend.enabled, False
-    try:
-        yield
-    finally:
-        backend.enabled = before
+_NO_BYTES = np.empty(0, np.uint8)
 
 
 def _latency(model: nn.Module, example: Any) -> float:
     from torch.utils.benchmark import Timer
 
-    with _evaluated(model):
-        call = {"call": _call, "model": model, "example": example}
-        timer = Timer("call(model, example)", globals=call, num_threads=torch.get_num_threads())
+    with evaluated(model), torch.no_grad():
+        timer = Timer(
+            "call(model, example)",
+            globals={"call": call, "model": model, "example": example},
+            num_threads=torch.get_num_threads(),
+        )
         return float(timer.blocked_autorange(min_run_time=0.2).median)
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    devices = [p.device.index for p in model.parameters() if p.device.type == "cuda"]
-    with torch.random.fork_rng(devices=set(devices)), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-
-def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
 def _readable(size: int) -> str:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gradprune.core import checks
+from gradprune.gradients.plotting import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SIZES = {
+    None: "size",
+    "norm": "norm of the gradients",
+    "value": "largest gradient entry",
+    "adaptive": "norm of a unit, over its weights'",
+}
 
 
 class Call(NamedTuple):
@@ -17,25 +32,39 @@ class Call(NamedTuple):
 
 
 class ClipLog:
-    """How often and how hard did clipping engage? Pass one as ``log=`` to a clip, call after call, and plot its lists.
+    """How often and how hard did clipping engage? Pass one as ``log=`` to a clip, call after call, and plot it.
 
-    Counted over all calls: `calls`; `engaged`, those in which something was scaled down or skipped; `skipped`, those in
-    which "skip" set everything to zero; and `nonfinite`, how often each parameter's gradient was not finite, by name.
-    Kept of the last `window` calls, one list entry for each: `steps`, their numbers from 0; `sizes`, what was bounded,
-    before (the norm; by value, the largest magnitude; adaptive, the largest norm of a unit's gradient over that of its
-    weights); `bounds`, what it was bounded to; `factors`, the smallest factor that anything was scaled by (1 where
-    nothing was, 0 where all was skipped); `shares`, how much was scaled (by norm, all or nothing; by value, of the
-    entries; adaptive, of the units).
+    A log is for one kind of clipping, since sizes of different kinds do not compare.
 
-    A log is for one kind of clipping, since sizes of different kinds do not compare; it raises ValueError for a second
-    kind, before anything is changed, and where window < 1. Chapter 2 reads one.
+    Args:
+        window: of how many calls the lists are kept; the counts are over all.
+
+    Attributes:
+        calls: how many there were.
+        engaged: in how many something was scaled down or skipped.
+        skipped: in how many "skip" set everything to zero.
+        nonfinite: how often each parameter's gradient was not finite, by name.
+        kind: "norm", "value" or "adaptive"; None before the first call.
+
+    Raises:
+        TypeError: for a window that is no number.
+        ValueError: for a window below 1, and in a clip of a second kind, before anything is changed.
+
+    Example:
+        >>> weight, log = torch.nn.Parameter(torch.zeros(2)), gp.ClipLog()
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> norm = gp.clip_by_norm_(weight, 10.0, log=log)
+        >>> log.sizes, log.bounds, log.factors, log.rate
+        ([5.0], [10.0], [1.0], 0.0)
+
+    Chapter 2.
     """
 
     def __init__(self, window: int = 10_000) -> None:
         self.kind: str | None = None
         self.calls = self.engaged = self.skipped = 0
         self.nonfinite: dict[str, int] = {}
-        self._rows: deque[Call] = deque(maxlen=checked_window(window))
+        self._rows: deque[Call] = deque(maxlen=min(sys.maxsize, checks.whole("window", window, least=1)))
 
     @property
     def steps(self) -> list[int]:
@@ -44,7 +73,11 @@ class ClipLog:
 
     @property
     def sizes(self) -> list[float]:
-        """What was bounded, before it was."""
+        """What was bounded, before it was.
+
+        The norm; by value, the largest magnitude; adaptive, the largest norm of a unit's gradient over that of its
+        weights.
+        """
         return [row.size for row in self._rows]
 
     @property
@@ -54,12 +87,12 @@ class ClipLog:
 
     @property
     def factors(self) -> list[float]:
-        """The smallest factor that anything was scaled by."""
+        """The smallest factor that anything was scaled by: 1 where nothing was, 0 where all was skipped."""
         return [row.factor for row in self._rows]
 
     @property
     def shares(self) -> list[float]:
-        """How much was scaled, 0 to 1."""
+        """How much was scaled, 0 to 1: by norm, all or nothing; by value, of the entries; adaptive, of the units."""
         return [row.share for row in self._rows]
 
     @property
@@ -67,16 +100,60 @@ class ClipLog:
         """The share of all calls in which clipping engaged; 0.0 before the first."""
         return self.engaged / self.calls if self.calls else 0.0
 
-    def _require_kind(self, kind: str) -> None:
+    def require_kind(self, kind: str) -> None:
+        """Raise ValueError where the log is of another kind of clipping.
+
+        Args:
+            kind: "value", "norm" or "adaptive".
+        """
         if self.kind not in (None, kind):
             raise ValueError(f"this log is of clipping by {self.kind}; clipping by {kind} needs one of its own")
 
-    def _note(self, kind: str, row: Call, *, skipped: bool) -> None:
+    def note(self, kind: str, row: Call, *, skipped: bool) -> None:
+        """Note one call of a clip.
+
+        Args:
+            kind: "value", "norm" or "adaptive".
+            row: what the call did.
+            skipped: whether it left the step out.
+        """
         self.kind = kind
         self.calls += 1
         self.engaged += row.share > 0
         self.skipped += skipped
         self._rows.append(row)
+
+    def plot(self) -> Figure:
+        """Draw what was bounded, and to what, over the calls that are kept.
+
+        Returns:
+            A matplotlib figure: sizes and bounds above, on a logarithmic axis, the smallest factors below.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: where no call was noted.
+
+        Example:
+            >>> weight, log = torch.nn.Parameter(torch.zeros(1)), gp.ClipLog()
+            >>> for size in (1.0, 2.0, 0.5):
+            ...     weight.grad = torch.tensor([size])
+            ...     norm = gp.clip_by_norm_(weight, 1.0, log=log)
+            >>> log.plot().get_suptitle()
+            'clipping by norm engaged in 1 of 3 calls (33.3 %)'
+        """
+        checks.require(bool(self._rows), "there is nothing to plot: pass the log to a clip, log=log")
+        figure = new_figure(4.5)
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        finite = [(step, row.size) for step, row in zip(self.steps, self._rows, strict=True) if 0 < row.size < math.inf]
+        above.plot(*zip(*finite, strict=True) if finite else ([], []), ".", color="tab:blue", label="before clipping")
+        above.plot(self.steps, self.bounds, color="tab:orange", label="bound")
+        above.set(yscale="log", ylabel=_SIZES[self.kind])
+        above.legend()
+        below.plot(self.steps, self.factors, color="tab:blue", drawstyle="steps-mid")
+        below.set(xlabel="call", ylabel="smallest\nfactor", ylim=(-0.05, 1.05))
+        rate = f"{self.engaged} of {self.calls} calls ({100 * self.rate:.1f} %)"
+        figure.suptitle(f"clipping by {self.kind} engaged in {rate}".replace("by adaptive", "by unit"))
+        return figure
 
     def __repr__(self) -> str:
         least = min(self.factors, default=1.0)
@@ -101,25 +178,30 @@ class ClipLog:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` was taken.
 
-        Raises ValueError, before anything is changed, where it is not a state of this class.
+        Args:
+            state: what ``state_dict()`` returned.
+
+        Raises:
+            TypeError, ValueError: before anything is changed, where it is not a state of this class.
         """
-        require_keys(state, self.state_dict())
-        window, rows = checked_window(state["window"]), [Call(*row) for row in state["rows"]]
-        if len(rows) > min(window, state["calls"]):
-            raise ValueError(f"the state keeps {len(rows)} calls, of {state['calls']} and at most {window}")
-        self.kind, self.nonfinite = state["kind"], dict(state["nonfinite"])
-        self.calls, self.engaged, self.skipped = state["calls"], state["engaged"], state["skipped"]
-        self._rows = deque(rows, maxlen=window)
+        kinds: dict[str, Any] = {"calls": int, "engaged": int, "kind": (str, type(None)), "nonfinite": Mapping}
+        state = checks.state(state, kinds | {"rows": (list, tuple), "skipped": int, "window": int}, "ClipLog")
+        kind = checks.choice("kind", state["kind"], list(_SIZES))
+        calls = checks.whole("calls", state["calls"], least=0)
+        window, rows = checks.whole("window", state["window"], least=1), [_call(row) for row in state["rows"]]
+        if len(rows) > min(window, calls):
+            raise ValueError(f"the state keeps {len(rows)} calls, of {calls} and at most {window}")
+        engaged, skipped = (checks.whole(name, state[name], least=0, most=calls) for name in ("engaged", "skipped"))
+        nonfinite = {str(name): checks.whole("nonfinite", count, least=1) for name, count in state["nonfinite"].items()}
+        kept = deque(rows, maxlen=min(window, sys.maxsize))
+        self.kind, self.nonfinite, self._rows = kind, nonfinite, kept
+        self.calls, self.engaged, self.skipped = calls, engaged, skipped
 
 
-def checked_window(value: int | None) -> int:
-    """Return a window's length, or raise ValueError."""
-    if value is None or value != int(value) or value < 1:
-        raise ValueError(f"window must be a whole number of at least 1, not {value}")
-    return int(value)
-
-
-def require_keys(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError where a state lacks one of the wanted keys."""
-    if missing := wanted.keys() - state.keys():
-        raise ValueError(f"the state lacks {', '.join(map(repr, sorted(missing)))}: it is not one of this class")
+def _call(row: Any) -> Call:
+    numbers = isinstance(row, list | tuple) and all(isinstance(n, int | float) for n in row)
+    if not numbers or len(row) != len(Call._fields):
+        raise ValueError(
+            f"a row of the state must be {len(Call._fields)} numbers ({', '.join(Call._fields)}), got {row}"
+        )
+    return Call(*map(float, row))

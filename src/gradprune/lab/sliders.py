@@ -20,17 +20,25 @@ class Explorer:
     """Pictures of one drawing at every value of one or two sliders; displays as the sliders over the picture.
 
     Every picture is drawn beforehand, and the link from slider to picture runs in the browser, so that the same object
-    works in a notebook and in a static page. Where widgets are not shown, the picture in the middle is.
+    works in a notebook and in a static page. Where widgets are not shown, the picture in the middle is: as a PNG in a
+    notebook, and with its words in the built page, which puts them where no scripts run.
     """
 
     def __init__(
-        self, widget: widgets.Widget, words: dict[tuple[Any, ...], str], names: list[str], middle: bytes, alt: str
+        self,
+        widget: widgets.Widget,
+        words: dict[tuple[Any, ...], str],
+        names: list[str],
+        middle: bytes,
+        alt: str,
+        frame: str,
     ) -> None:
         self.widget = widget
         self.words = words
         self.names = names
         self._middle = middle
         self._alt = alt
+        self._frame = frame
 
     def _repr_mimebundle_(
         self, include: Any = None, exclude: Any = None
@@ -39,6 +47,8 @@ class Explorer:
         lines = [f"{', '.join(self.names)} = {', '.join(map(str, key))}: {text}" for key, text in self.words.items()]
         bundle["text/plain"] = "\n".join(lines)
         bundle["image/png"] = base64.b64encode(self._middle).decode()
+        if figures.for_page():
+            bundle["text/html"] = self._frame
         return dict(bundle), {"image/png": {"alt": self._alt}}
 
 
@@ -75,7 +85,7 @@ def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
     pictures = _stacks(frames, list(sliders.values()), controls)
     box = widgets.VBox([*controls, pictures])
     box.add_class("gp-explore")
-    return Explorer(box, words, [_label(name) for name in names], middle, words[middle_key])
+    return Explorer(box, words, [_label(name) for name in names], middle, words[middle_key], frames[middle_key].value)
 
 
 def _check(sliders: dict[str, Sequence[Any]]) -> None:

@@ -22,6 +22,7 @@ from gradprune.weights.named import parameters_of
 State = dict[str, Any]
 
 _FILE = files.Kind("gradprune.iterate", "checkpoint of iterate", "a round saved by iterate")
+_NOT_AS_WRITTEN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
 
 
 @dataclass
@@ -104,29 +105,30 @@ class Checkpoint:
             return None
         told, tensors = files.read(self.path, _FILE)
         try:
-            wanted = {"call": dict, "shapes": dict, "entries": list, "complex": list}
-            told = state(told, wanted, "iterate")
-            self._require_same(told["call"])
+            state(told, {"call": dict, "shapes": dict, "entries": list, "complex": list}, "iterate")
             tensors |= {name: torch.view_as_complex(tensors[name]) for name in told["complex"]}
             parts: dict[str, dict[str, Tensor]] = {}
             for key, tensor in tensors.items():
                 part, _, name = key.partition("/")
                 parts.setdefault(part, {})[name] = tensor
-            masks = _masks(parts.get("mask", {}), told["shapes"], model)
-            good_masks = _masks(parts.get("good mask", {}), told.get("good shapes", {}), model)
             entries = [_entry(at, entry) for at, entry in enumerate(told["entries"])]
-            found = Standing(
-                self._checked(parts.get("model", {})),
-                self._checked(parts["rewound"]) if "rewound" in parts else {},
-                self._checked(parts["dense"]) if "dense" in parts else None,
-                self._checked(parts["good"]) if "good" in parts else None,
-                masks,
-                good_masks,
-                entries,
-            )
-            return found, _random(parts.get("random", {}))
-        except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            random = _random(parts.get("random", {}))
+        except _NOT_AS_WRITTEN as error:
             raise ValueError(f"the checkpoint {self.path.name!r} is damaged: {error}") from error
+        self._require_same(told["call"])
+        found = Standing(
+            self._checked(parts.get("model", {})),
+            self._checked(parts["rewound"]) if "rewound" in parts else {},
+            self._checked(parts["dense"]) if "dense" in parts else None,
+            self._checked(parts["good"]) if "good" in parts else None,
+            entries=entries,
+        )
+        try:
+            found.masks = _masks(parts.get("mask", {}), told["shapes"], model)
+            found.good_masks = _masks(parts.get("good mask", {}), told.get("good shapes", {}), model)
+        except _NOT_AS_WRITTEN as error:
+            raise ValueError(f"the checkpoint {self.path.name!r} has damaged masks: {error}") from error
+        return found, random
 
     def _require_same(self, theirs: Mapping[str, Any]) -> None:
         for what, ours in self._call.items():

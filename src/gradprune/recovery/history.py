@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from gradprune.core.checks import require
+from gradprune.core.steps import Optimizers
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 
@@ -34,8 +34,15 @@ class Round:
     masks: Masks = field(hash=False)
     teacher: nn.Module | None
 
-    def hold(self, optimizer: Optimizer) -> Hold:
-        """Keep what is pruned at zero while `optimizer` trains: ``masks.hold(optimizer)``."""
+    def hold(self, optimizer: Optimizers) -> Hold:
+        """Keep what is pruned at zero while `optimizer` trains: ``masks.hold(optimizer)``.
+
+        Args:
+            optimizer: what trains the model, or a list of all that do.
+
+        Returns:
+            A handle with ``remove()``; `train` need not call it.
+        """
         return self.masks.hold(optimizer)
 
 

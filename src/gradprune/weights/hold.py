@@ -49,7 +49,11 @@ class Hold:
         self.replace(masks)
 
     def replace(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        """Hold by these masks from now on; what the optimizers remember of entries that come or go is forgotten."""
+        """Hold by these masks from now on; what the optimizers remember of entries that come or go is forgotten.
+
+        Args:
+            masks: the mask of each parameter, bool, of its shape (True stays).
+        """
         held = {parameter: _Held(mask) for parameter, mask in masks.items()}
         for keeper, optimizer in self._pairs():
             owned = set(map(id, parameters_of(optimizer)))

@@ -212,7 +212,11 @@ class Masks(Mapping[str, Tensor]):
         return Hold(optimizers, held)
 
     def belonging_to(self, parameters: Mapping[str, nn.Parameter]) -> Masks:
-        """Remember these parameters, by the masks' names, as the ones to ``hold``; return these masks."""
+        """Remember these parameters as the ones to ``hold``; return these masks.
+
+        Args:
+            parameters: by the masks' names.
+        """
         self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
         return self
 
@@ -302,6 +306,12 @@ class Masks(Mapping[str, Tensor]):
 
         The parameters stay the same objects under their own names, so an optimizer goes on with them; hold them with
         ``hold``.
+
+        Args:
+            model: the network; it is changed in place.
+
+        Returns:
+            The masks, by the parameters' own names.
 
         Raises:
             TypeError: where `model` is no module, or a parameter is of a kind that cannot be pruned.

@@ -78,11 +78,16 @@ def _allocate(units: Units, scope: Scope, budget: int, floors: Mapping[str, int]
     names = list(units.layers)
     low = [floors[name] * units.cost(name) for name in names]
     high = [units.available(name) * units.cost(name) for name in names]
-    shapes = [units.layers[name].parameter.shape for name in names]
     if scope == "erk":
-        counts = allocate.erk(shapes, budget, low=low, high=high)
+        shapes, copies = [], []
+        for weight in units.layers.values():
+            shape, stack = weight.parameter.shape, weight.axes.stack if weight.axes is not None else ()
+            shapes.append([size for axis, size in enumerate(shape) if axis not in stack])
+            copies.append(math.prod(shape[axis] for axis in stack))
+        counts = allocate.erk(shapes, budget, low=low, high=high, stacked=copies)
     else:
-        counts = allocate.uniform([math.prod(s) for s in shapes], budget, low=low, high=high)
+        sizes = [units.layers[name].parameter.numel() for name in names]
+        counts = allocate.uniform(sizes, budget, low=low, high=high)
     return dict(zip(names, counts, strict=True))
 
 

@@ -88,7 +88,7 @@ def prune(
 
     Example:
         >>> model = nn.Linear(4, 5)
-        >>> masks = prune(model, sparsity=0.5)
+        >>> masks = gp.prune(model, sparsity=0.5)
         >>> int((model.weight == 0).sum())
         10
 

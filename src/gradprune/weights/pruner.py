@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -138,7 +140,7 @@ class Pruner:
         self._request = Request.of(self.model, **_checked_keywords(as_prune))
         self._layers = self._request.parameters
         first = self._wanted(0)
-        self._request.check_amounts(values_of(schedule) or [first], self._kind)
+        self._request.check_amounts(_amounts_of(schedule, first), self._kind)
         _require_owned(self._layers, self._optimizers)
         _require_no_other_pruner(self._layers)
         self.step, self.amount = 0, 0.0
@@ -175,6 +177,9 @@ class Pruner:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where the state was taken: its masks are applied to the model and held.
+
+        Args:
+            state_dict: what ``state_dict()`` returned, also of a pruner of another model of the same layers.
 
         Raises:
             TypeError, ValueError: it is no state of a Pruner, or its masks are not for this pruner's parameters.
@@ -321,6 +326,12 @@ class Pruner:
 
 
 _PRUNERS: weakref.WeakSet[Pruner] = weakref.WeakSet()
+
+
+def _amounts_of(schedule: Schedule, first: float) -> list[float]:
+    """What can be known of a schedule beforehand: how it begins and where it ends."""
+    values = values_of(schedule)
+    return [first] if values is None else [*itertools.islice(values, 3), schedule(sys.maxsize)]
 
 
 def _instead_of(schedule: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.checks import require
-from gradprune.core.layers import Weight, last_of, weights_of
+from gradprune.core.layers import Weight, last_of
 from gradprune.core.masked import count_kept
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
 from gradprune.weights.granularity import (
@@ -60,19 +60,13 @@ class Request:
         axes: StatedAxes = None,
     ) -> Request:
         """Check the arguments, which are those of ``prune``, against the model; errors as there."""
-        include, exclude = (
-            p if p is None else as_patterns(n, p) for n, p in (("include", include), ("exclude", exclude))
-        )
+        include = None if include is None else as_patterns("include", include)
+        exclude = None if exclude is None else as_patterns("exclude", exclude)
         n_of_m, block = parse_granularity(granularity)
         layers = eligible(model, include, exclude, axes)
         if n_of_m is not None or block is not None or scope == "row":
             layers = with_axes(layers)
             check_fits(layers, n_of_m, block)
-        outputs = ""
-        if block is not None and len(block) == 1 and len(layers) > 1:
-            last = last_of(weights_of(model))
-            named = include is not None and last is not None and any(matches(pattern, last) for pattern in include)
-            outputs = last.name if last is not None and last.name in layers and not named else ""
         if isinstance(granularity, str) and granularity == "channel":
             check_channels(layers)
         if min_keep is not None:
@@ -86,6 +80,7 @@ class Request:
                 scope in ("global", "layer"), f"granularity {n}:{m} leaves nothing to allocate; got scope={scope!r}"
             )
         require(scope != "row" or block is None, f"scope='row' prunes single weights; got granularity={granularity!r}")
+        outputs = _unnamed_outputs(model, layers, include) if block is not None and len(block) == 1 else ""
         return cls(layers, scope, n_of_m, block, min_keep, outputs)
 
     @property
@@ -158,7 +153,8 @@ class Request:
             try:
                 self.plan(**self.amount(value, kind))  # type: ignore[arg-type]
             except ValueError as error:
-                raise ValueError(f"the schedule comes to a {kind} of {value:g}, which does not fit: {error}") from None
+                given = f"a {kind} of {value!s:.20}"
+                raise ValueError(f"the schedule comes to {given}, which does not fit: {error}") from None
 
     def _check_directions(self, keep: Mapping[str, Tensor]) -> None:
         """Raise ValueError where weight_norm would divide by the norm of an emptied row."""
@@ -172,6 +168,14 @@ class Request:
                 "would be empty, which makes the network NaN: remove the parametrization first (torch.nn.utils."
                 "parametrize.remove_parametrizations, or remove_weight_norm), prune less, or exclude it",
             )
+
+
+def _unnamed_outputs(model: nn.Module, layers: Mapping[str, Weight], include: list[str] | None) -> str:
+    """The last layer, where it is among others that are pruned without having been named."""
+    last = last_of(model)
+    if last is None or last.name not in layers or len(layers) == 1:
+        return ""
+    return "" if any(matches(pattern, last) for pattern in include or []) else last.name
 
 
 def checked_score(score: Any) -> Score:

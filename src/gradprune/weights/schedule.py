@@ -58,8 +58,8 @@ class Linear:
         ValueError: where it is out of range.
 
     Example:
-        >>> [gp.Linear(0.8, begin=0, end=4)(step) for step in range(6)]
-        [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 0.8]
+        >>> [gp.Linear(0.75, begin=1, end=4)(step) for step in range(6)]
+        [0.0, 0.0, 0.25, 0.5, 0.75, 0.75]
 
     Chapter 5.
     """
