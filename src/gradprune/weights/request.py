@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Weight, last_of
-from gradprune.core.masked import count_kept
+from gradprune.core.masked import count_kept, pieces
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
 from gradprune.weights.granularity import (
     Granularity,
@@ -33,7 +33,7 @@ Score = Callable[[nn.Module], Mapping[str, Tensor]]
 _SCOPES = ("global", "layer", "erk", "lamp")
 _SCORES = "magnitude, random, gradient, taylor, snip, grasp, synflow, fisher, activation, movement, rotation"
 ZEROS_NOTICED = 1e-3  # the share of the weights that may be zero and stay without a word
-ZEROS_SAMPLED = 2**16  # entries of a tensor on an accelerator that are looked at for it
+ZEROS_SAMPLED = 2**16  # entries of a tensor that are looked at first
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,7 @@ def _checked_within(
 def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:
     """Warn where weights that are to stay are zero already, as an earlier pruning leaves them."""
     weights = sum(p.numel() for p in parameters.values())
-    counts = [_zeros(p.detach()) for p in parameters.values()]
-    if _total(counts) <= ZEROS_NOTICED * weights:
+    if _total([_zeros_by_a_sample(p.detach()) for p in parameters.values()]) <= ZEROS_NOTICED / 2 * weights:
         return
     zeros = _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
     if zeros > ZEROS_NOTICED * weights:
@@ -286,14 +285,17 @@ def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, T
         )
 
 
-def _zeros(tensor: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many entries are zero, of those where a mask is True; on an accelerator by a sample."""
-    step = 1 if tensor.device.type == "cpu" else max(1, tensor.numel() // ZEROS_SAMPLED)
-    if step > 1 and tensor.is_contiguous():
-        tensor, mask = tensor.view(-1)[::step], None if mask is None else mask.view(-1)[::step]
-    if mask is None:
-        return (tensor.numel() - torch.count_nonzero(tensor)) * step
-    return torch.count_nonzero((tensor == 0).logical_and_(mask)) * step
+def _zeros_by_a_sample(tensor: Tensor) -> Tensor:
+    """About how many entries are zero; how many, where there are few."""
+    step = max(1, tensor.numel() // ZEROS_SAMPLED)
+    some = tensor.view(-1)[::step] if step > 1 and tensor.is_contiguous() else tensor
+    return (some.numel() - torch.count_nonzero(some)) * (tensor.numel() // max(1, some.numel()))
+
+
+def _zeros(tensor: Tensor, mask: Tensor) -> Tensor:
+    """How many entries are zero where a mask is True, without a temporary of the tensor's size."""
+    counts = [torch.count_nonzero((some == 0).logical_and_(kept)) for some, kept in pieces(tensor, mask)]
+    return torch.stack(counts).sum()
 
 
 def _total(counts: list[Tensor]) -> int:
