@@ -19,7 +19,8 @@ from gradprune.weights.flow import synflow
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
-from gradprune.weights.pruner import Event, Pruner, Regrow
+from gradprune.weights.pruner import Event, Pruner
+from gradprune.weights.regrow import Regrow
 from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
 from gradprune.weights.score import magnitude, random, rotation
 from gradprune.weights.sensitivity import fisher, gradient, grasp, movement, snip, taylor

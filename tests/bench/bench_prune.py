@@ -1,19 +1,36 @@
-"""Global magnitude pruning: time and memory beside torch.nn.utils.prune, growth with size, distance to the floor."""
+"""Global magnitude pruning, each call the first of a fresh process: beside torch.nn.utils.prune and beside the floor.
+
+The other ways are measured by the same code: a process of its own imports, makes the model, and prunes it once. Time is
+that of the call; memory the most that was resident during it beyond what was just before.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from record import PeakMemory, in_turn, parser, ratios, settle, summary, write
+from record import parser, ratios, settle, summary, write
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import gradprune as gp
 
+OURS, THEIRS, FLOOR = (
+    "gradprune.prune",
+    "torch.nn.utils.prune.global_unstructured",
+    "floor: two reads, one byte a weight",
+)
 
-def model_of(weights, layers=8):
+
+def model_of(weights, dtype=torch.float32, layers=8):
     """Square-ish layers without biases, `weights` in all."""
     width = max(1, round((weights / layers) ** 0.5))
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False, device="meta") for _ in range(layers)))
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False, device="meta", dtype=dtype) for _ in range(layers)))
     model.to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
@@ -21,91 +38,117 @@ def model_of(weights, layers=8):
     return model
 
 
-def floor(model):
-    """Two reads of every weight and one byte a weight written, and nothing else."""
-    marks = [np.empty(p.numel(), np.int8) for p in model.parameters()]
-    for _ in range(2):
-        for p in model.parameters():
-            p.detach().sum()
-    for m in marks:
-        torch.from_numpy(m).fill_(1)
-    return marks
+def ours(model):
+    return list(gp.prune(model, sparsity=0.9).values())
 
 
 def theirs(model):
     layers = [(module, "weight") for module in model]
     torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=0.9)
+    return [module.weight_mask for module in model]
 
 
-def undo_theirs(model):
-    for module in model:
-        torch_prune.remove(module, "weight")
+def floor(model):
+    """Two reads of every weight and one byte a weight written, and nothing else."""
+    marks = [torch.from_numpy(np.empty(p.numel(), np.int8)) for p in model.parameters()]
+    for _ in range(2):
+        for p in model.parameters():
+            p.detach().sum()
+    for m in marks:
+        m.fill_(1)
+    return marks
 
 
-def restore(model, dense):
-    with torch.no_grad():
-        for p, d in zip(model.parameters(), dense, strict=True):
-            p.copy_(d)
+SIDES = {OURS: ours, THEIRS: theirs, FLOOR: floor}
 
 
-def compare(weights, rounds):
-    model = model_of(weights)
-    dense = [p.detach().clone() for p in model.parameters()]
-    size = sum(p.nbytes for p in dense)
-    gp.prune(model, sparsity=0.9)  # first use of memory and threads
-    restore(model, dense)
-    with PeakMemory() as ours_memory:
-        masks = gp.prune(model, sparsity=0.9)
-    kept = [m.clone() for m in masks.values()]
-    del masks
-    restore(model, dense)
-    with PeakMemory() as their_memory:
-        theirs(model)
-    theirs_kept = [module.weight_mask.bool() for module in model]
-    differ = torch.cat([d[a != b].abs() for d, a, b in zip(dense, kept, theirs_kept, strict=True)])
-    counts = [sum(int(m.sum()) for m in masks) for masks in (kept, theirs_kept)]
-    same = counts[0] == counts[1] and differ.unique().numel() <= 1
-    del theirs_kept
-    undo_theirs(model)
-    del kept
+def one_call(side, weights, dtype, masks_to):
+    """What one call takes, in this process; the masks' bits go to a file."""
+    model = model_of(weights, getattr(torch, dtype))
+    size = sum(p.nbytes for p in model.parameters())
+    Path("/proc/self/clear_refs").write_text("5")  # the high water mark is now what is resident
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    masks = SIDES[side](model)
+    seconds = time.perf_counter() - start
+    extra = memory("VmHWM") - before
+    if masks_to:
+        np.save(masks_to, np.concatenate([np.packbits(m.bool().numpy().reshape(-1)) for m in masks]))
+    print(json.dumps({"seconds": seconds, "extra": extra / size}))
 
-    ours_seconds, their_seconds, floors = [], [], []
+
+def memory(field):
+    """Bytes, from what the kernel says of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def in_fresh_processes(sides, weights, rounds, threads, dtype="float32", folder=None):
+    """Seconds and extra memory of each side, `rounds` times in turn, each time in a process of its own."""
+    taken = {side: {"seconds": [], "extra": []} for side in sides}
     for _ in range(rounds):
-        restore(model, dense)
-        their_seconds += in_turn({"theirs": lambda: theirs(model)}, 1)["theirs"]
-        undo_theirs(model)
-        several = in_turn(
-            {"ours": lambda: gp.prune(model, sparsity=0.9), "floor": lambda: floor(model)},
-            5,
-            before=lambda: restore(model, dense),
-        )
-        ours_seconds.append(float(np.median(several["ours"])))
-        floors.append(float(np.median(several["floor"])))
-    return [
-        {"weights": weights, "side": "torch.nn.utils.prune.global_unstructured", **summary(their_seconds),
-         "extra memory / model": their_memory.extra / size},
-        {"weights": weights, "side": "gradprune.prune", **summary(ours_seconds),
-         "extra memory / model": ours_memory.extra / size, "times faster": ratios(their_seconds, ours_seconds),
-         "same masks but for ties at the threshold": same},
-        {"weights": weights, "side": "floor: two reads, one byte a weight", **summary(floors),
-         "ours / floor": ratios(ours_seconds, floors)},
-    ]  # fmt: skip
+        for side in sides:
+            command = [sys.executable, __file__, "--side", side, "--weights", str(weights), "--dtype", dtype]
+            command += ["--threads", str(threads)]
+            command += ["--masks-to", f"{folder}/{sides.index(side)}.npy"] if folder else []
+            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            for name, values in taken[side].items():
+                values.append(result[name])
+    return taken
 
 
-def growth(sizes, runs):
+def same_masks(folder, weights):
+    """Whether both sides kept equally many, and where they differ it is between weights of one magnitude."""
+    ours, theirs = (np.load(f"{folder}/{i}.npy") for i in range(2))
+    if np.array_equal(ours, theirs):
+        return True
+    model = model_of(weights)
+    if np.unpackbits(ours).sum() != np.unpackbits(theirs).sum():
+        return False
+    magnitudes, start = [], 0
+    for p in model.parameters():
+        bits = slice(start, start := start + -(-p.numel() // 8))
+        differ = np.unpackbits(ours[bits] ^ theirs[bits], count=p.numel()).astype(bool)
+        magnitudes.append(p.detach().abs().view(-1)[torch.from_numpy(differ)])
+    return torch.cat(magnitudes).unique().numel() <= 1
+
+
+def compare(weights, rounds, threads):
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [OURS, THEIRS, FLOOR]
+        taken = in_fresh_processes(sides, weights, rounds, threads, folder=folder)
+        same = same_masks(folder, weights)
+    seconds = {side: taken[side]["seconds"] for side in sides}
+    rows = {side: {"weights": weights, "side": side, **summary(seconds[side]), **extra(taken[side])} for side in sides}
+    rows[OURS] |= {
+        "times faster": ratios(seconds[THEIRS], seconds[OURS]),
+        "same masks but for ties at the threshold": same,
+    }
+    rows[FLOOR] |= {"ours / floor": ratios(seconds[OURS], seconds[FLOOR])}
+    return [rows[side] for side in (THEIRS, OURS, FLOOR)]
+
+
+def extra(taken):
+    return {"extra memory / model": float(np.median(taken["extra"])), "most extra memory / model": max(taken["extra"])}
+
+
+def half_precision(weights, rounds, threads):
+    rows = []
+    for dtype in ("bfloat16", "float16"):
+        taken = in_fresh_processes([OURS], weights, rounds, threads, dtype)[OURS]
+        rows.append({"weights": weights, "side": f"{OURS}, {dtype}", **summary(taken["seconds"]), **extra(taken)})
+    return rows
+
+
+def growth(sizes, rounds, threads):
     rows = []
     for weights in sizes:
-        model = model_of(weights)
-        dense = [p.detach().clone() for p in model.parameters()]
-        sides = {"ours": lambda m=model: gp.prune(m, sparsity=0.9), "floor": lambda m=model: floor(m)}
-        in_turn(sides, 1)
-        seconds = in_turn(sides, runs, before=lambda m=model, d=dense: restore(m, d))
-        ours = summary(seconds["ours"])
+        taken = in_fresh_processes([OURS, FLOOR], weights, rounds, threads)
+        mine = summary(taken[OURS]["seconds"])
         rows.append(
-            {"weights": weights, "side": "gradprune.prune", **ours, "ns a weight": 1e9 * ours["median_s"] / weights,
-             "ours / floor": ratios(seconds["ours"], seconds["floor"])}
+            {"weights": weights, "side": OURS, **mine, "ns a weight": 1e9 * mine["median_s"] / weights,
+             **extra(taken[OURS]), "ours / floor": ratios(taken[OURS]["seconds"], taken[FLOOR]["seconds"])}
         )  # fmt: skip
-        del model, dense, sides
     return rows
 
 
@@ -116,8 +159,17 @@ if __name__ == "__main__":
     options.add_argument(
         "--sizes", type=int, nargs="*", default=[1, 3, 10, 30, 100, 400], help="millions, of the growth"
     )
+    options.add_argument("--side", choices=SIDES, help="make one call in this process, and print what it took")
+    options.add_argument("--weights", type=int)
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--masks-to")
     arguments = options.parse_args()
     settle(arguments)
-    compared = compare(arguments.millions * 10**6, arguments.rounds)
-    grown = growth([n * 10**6 for n in arguments.sizes], 5)
-    write("bench_prune", compared + grown, seeds=[0], sparsity=0.9, dtype="float32")
+    if arguments.side:
+        one_call(arguments.side, arguments.weights, arguments.dtype, arguments.masks_to)
+        sys.exit()
+    weights, threads = arguments.millions * 10**6, arguments.threads
+    rows = compare(weights, arguments.rounds, threads)
+    rows += half_precision(weights, 5, threads)
+    rows += growth([n * 10**6 for n in arguments.sizes], 5, threads)
+    write("bench_prune", rows, seeds=[0], sparsity=0.9, dtype="float32", calls="the first of a fresh process each")

@@ -132,7 +132,7 @@ def test_the_ends_of_a_range_belong_to_it_or_not_as_it_says(value, ends):
     ("call", "message"),
     [
         (lambda: checks.fraction("sparsity", 1.2), r"sparsity must be in \[0, 1\], got 1.2"),
-        (lambda: checks.number("t", 0, above=0), "t must be a finite number, positive, got 0"),
+        (lambda: checks.number("t", 0, above=0), "t must be positive and finite, got 0"),
         (lambda: checks.whole("every", 0, least=1), "every must be at least 1, got 0"),
         (lambda: checks.whole("every", 1.5), "every must be a whole number, got 1.5"),
         (lambda: checks.whole("every", torch.tensor(1.5)), "every must be a whole number, got a tensor of shape"),

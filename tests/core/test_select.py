@@ -4,6 +4,7 @@ import math
 from contextlib import contextmanager
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from gradprune import keep_largest, kth_smallest
 from gradprune.core import select, select_cpu, select_device
 from gradprune.core.collect import Values
+from gradprune.core.select import keep_n_of_m
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -284,3 +286,95 @@ def test_n_of_m_errors_say_what_does_not_fit():
         select.keep_n_of_m(torch.ones(2, 6), 4, 3)
     with pytest.raises(ValueError, match="contains NaN"):
         select.keep_n_of_m(torch.full((1, 2), math.nan), 1, 2)
+
+
+NUMBERS = [True, "3", None, float("nan"), 2.5, 1j, torch.ones(2), 10**400]
+
+
+@pytest.mark.parametrize("k", NUMBERS)
+def test_a_rank_that_is_no_whole_number_in_range_is_refused(k):
+    for call in (
+        lambda: kth_smallest(torch.ones(3), k),
+        lambda: keep_largest(torch.ones(3), k),
+        lambda: keep_n_of_m(torch.ones(4, 4), k, 4),
+        lambda: keep_n_of_m(torch.ones(4, 4), 0, k),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"k must be|n must be|m must be|n of m|multiple"):
+            call()
+
+
+def test_numbers_of_numpy_and_torch_are_ranks():
+    for k in (np.int64(2), np.float32(2), torch.tensor(2), 2.0):
+        assert kth_smallest(torch.tensor([5.0, 1.0, 3.0]), k).item() == 3
+        assert keep_n_of_m(torch.tensor([[5.0, 1.0, 3.0]]), k, 3).tolist() == [[True, False, True]]
+
+
+UNREADABLE = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "on the meta device": lambda: torch.empty(3, device="meta"),
+    "lazy": lambda: torch.nn.LazyLinear(3).weight,
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "float4_e2m1fn_x2": lambda: torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    "got ndarray": lambda: np.ones(3),
+    "got str": lambda: "abc",
+    "got Linear": lambda: torch.nn.Linear(2, 2),
+    "got NoneType": lambda: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_ranked_is_refused_by_kind(kind):
+    given = UNREADABLE[kind]()
+    for call in (kth_smallest, keep_largest):
+        with pytest.raises(TypeError, match=kind):
+            call(given, 1)
+    with pytest.raises(TypeError, match=kind):
+        keep_n_of_m(given, 1, 1)
+
+
+def test_n_of_m_says_which_dimension_and_which_order_is_lacking():
+    with pytest.raises(ValueError, match="has 2 dimensions, none of them is dim = 2"):
+        keep_n_of_m(torch.ones(2, 4), 2, 4, dim=2)
+    with pytest.raises(ValueError, match="by must be"):
+        keep_n_of_m(torch.ones(2, 4), 2, 4, by="size")
+    with pytest.raises(ValueError, match="by='magnitude' ranks complex ones by their modulus"):
+        keep_n_of_m(torch.ones(2, 4, dtype=torch.complex64), 2, 4)
+    eight_bits = torch.tensor([[1.0, -2.0, 0.5, 4.0]]).to(torch.float8_e4m3fn)
+    assert keep_n_of_m(eight_bits, 2, 4).tolist() == [[True, False, False, True]]
+
+
+def test_complex_numbers_rank_by_their_modulus():
+    values = torch.tensor([3 + 4j, -1j, 0.5, 2 - 2j])
+    assert kth_smallest(values, 4, by="magnitude").item() == 5.0
+    assert kth_smallest([values, torch.ones(1, dtype=torch.float16)], 4, by="magnitude").item() == pytest.approx(8**0.5)
+    assert keep_largest(values.conj(), 2, by="magnitude")[0].tolist() == [True, False, False, True]
+    with pytest.raises(ValueError, match="contains NaN"):
+        keep_largest(torch.tensor([complex(math.inf, math.nan), 1j]), 1, by="magnitude")
+
+
+def test_views_with_the_negative_bit_and_strided_rare_dtypes_are_ranked():
+    imaginary = torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    assert kth_smallest(imaginary, 1).item() == -2
+    with sizes("chunks of 8 and a bracket"):
+        rare = torch.arange(60).reshape(10, 6).to(torch.uint16).T
+        assert kth_smallest(rare, 31).item() == 30
+        assert flat(keep_largest(rare, 1)) == [False] * 59 + [True]
+        eights = torch.arange(-30.0, 30).reshape(10, 6).to(torch.float8_e5m2).T
+        assert kth_smallest(eights, 60).float().item() == eights.float().max()
+
+
+def test_among_is_a_list_of_bool_tensors():
+    for among in (torch.ones(3, dtype=torch.bool), 3, "abc"):
+        with pytest.raises((TypeError, ValueError), match="`among` must"):
+            keep_largest(torch.ones(3), 1, among=among)
+    with pytest.raises(TypeError, match="must be a bool tensor, got list"):
+        keep_largest(torch.ones(3), 1, among=[[True, True, False]])
+
+
+def test_random_numbers_of_torch_stay_as_they_were():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    keep_largest(torch.arange(300_000.0), 1000)
+    assert torch.equal(torch.get_rng_state(), state)

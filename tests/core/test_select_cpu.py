@@ -81,3 +81,16 @@ def test_torchs_defaults_do_not_leak_in():
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("k", [1, 3, 60_000, 99_997, 99_999])
+@pytest.mark.parametrize("value", [0.0, -0.0, 5.0, float("inf")])
+def test_ties_at_an_end_of_all_ranks_are_found_in_three_passes(k, value):
+    values = torch.full((100_000,), value)
+    values[::50] = 1.0
+    with (
+        mock.patch.multiple(select_cpu, CHUNK=9_999, GATHER_ALL=100, SAMPLE=1000),
+        mock.patch.object(select_cpu, "_count", wraps=select_cpu._count) as count,
+    ):
+        assert kth_smallest(values, k, by="magnitude") == values.sort().values[k - 1]
+    assert count.call_count <= 3

@@ -234,7 +234,7 @@ def test_singular_values_say_what_is_wrong():
         with pytest.raises(ValueError, match="complex; pass its real and imaginary parts"):
             gp.jacobian_singular_values(torch.fft.fft, x, k=k)
     for tolerance in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="tolerance must be a finite number, positive"):
+        with pytest.raises(ValueError, match="tolerance must be positive and finite"):
             gp.jacobian_singular_values(torch.sin, x, k=1, tolerance=tolerance)
     with pytest.raises(ValueError, match=r"4097 x 4097 entries; pass k"):
         gp.jacobian_singular_values(torch.sin, torch.ones(4097))

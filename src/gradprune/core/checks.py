@@ -112,6 +112,8 @@ def module(value: Any, name: str = "model") -> nn.Module:
 
 def function(name: str, value: Any, *, hint: str = "") -> Callable[..., Any]:
     """Return something that can be called, or raise TypeError; `hint` says what was probably meant."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be a function, got the class {value.__name__}: make one, {value.__name__}(...)")
     if callable(value):
         return value  # type: ignore[no-any-return]
     raise TypeError(f"{name} must be a function, got {_shown(value)}{'; ' + hint if hint else ''}")
@@ -206,6 +208,8 @@ def _float(name: str, value: Any) -> float:
 def _range(least: float, most: float, above: float, below: float, finite: bool) -> str:
     if (least, most) == (0.0, 1.0):
         return "in [0, 1]"
+    if (above, finite) == (0, True) and (least, most, below) == (-math.inf, math.inf, math.inf):
+        return "positive and finite"
     parts = []
     if least > -math.inf:
         parts.append(f"at least {least:g}")

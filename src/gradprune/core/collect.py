@@ -6,12 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradprune.core.checks import require_readable
 from gradprune.core.order import By, Order, compared_as
 
+_REAL = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64),
+}
+_TAKEN = {  # torch.take knows no others; those, where strided, are copied whole: they are narrow
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 Tensors = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
 
 
@@ -38,34 +47,28 @@ class Kept(NamedTuple):
     at_least: list[int]
 
 
-def collect(tensors: Tensors, by: By, among: Sequence[Tensor] | None = None) -> Values:
-    """Return the tensors with their common order, checked."""
-    check_by(by)
-    names, given = _named(tensors)
+def collect(
+    tensors: Tensors, by: By, among: Sequence[Tensor] | None = None, *, names: list[str] | None = None
+) -> Values:
+    """Return the tensors with their common order, checked; `names` is what errors call them."""
+    if not isinstance(by, str) or by not in ("value", "magnitude"):
+        raise ValueError(f'by must be "value" or "magnitude", got {by!r}')
+    own_names, given = _named(tensors)
+    names = own_names if names is None else names
     for name, tensor in zip(names, given, strict=True):
-        check_readable(name, tensor)
+        _check_readable(name, tensor)
     given = [t.detach().resolve_neg() for t in given]
+    given = [t if t.dtype in _TAKEN else t.contiguous() for t in given]
     dtype = _common_dtype(names, given, by)
     order = Order(compared_as(dtype), by)
     if by == "magnitude" and not order.is_float:
         raise ValueError(f'by="magnitude" ranks floating values, got {dtype}')
     if among is not None:
+        if isinstance(among, Tensor | str) or not isinstance(among, Sequence):
+            raise TypeError(f"`among` must be a list of bool tensors, got {type(among).__name__}")
         among = [a.detach() if isinstance(a, Tensor) else a for a in among]
         _check_among(names, given, among, order)
     return Values(names, given, among, order, dtype, sum(t.numel() for t in given))
-
-
-def check_by(by: Any) -> None:
-    """Raise ValueError unless it is one of the two ways to rank."""
-    if not isinstance(by, str) or by not in ("value", "magnitude"):
-        raise ValueError(f'by must be "value" or "magnitude", got {by!r}')
-
-
-def check_readable(name: str, tensor: Any) -> None:
-    """Raise TypeError, naming it, unless this is a tensor whose numbers lie in memory."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    require_readable(name.strip("'"), tensor, "input")
 
 
 def raise_nan(name: str) -> NoReturn:
@@ -78,12 +81,22 @@ def _named(tensors: Any) -> tuple[list[str], list[Tensor]]:
         tensors = [tensors]
     if isinstance(tensors, Mapping):
         return [repr(name) for name in tensors], list(tensors.values())
-    if isinstance(tensors, str) or not isinstance(tensors, Iterable):
+    if isinstance(tensors, str | np.ndarray) or not isinstance(tensors, Iterable):
         raise TypeError(
             f"tensors must be a tensor, an iterable of tensors or a mapping to tensors, got {type(tensors).__name__}"
         )
     given = list(tensors)
     return [f"tensor {i} of {len(given)} (counted from 0)" for i in range(len(given))], given
+
+
+def _check_readable(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    require_readable(name.strip("'"), tensor, "input")
+    if tensor.is_nested:
+        raise TypeError(f"{name} is nested: give its parts, unbind()")
+    if not (tensor.is_complex() or tensor.dtype in _REAL or str(tensor.dtype).startswith("torch.float8_")):
+        raise TypeError(f"{name} is {tensor.dtype}, which holds no numbers that can be ranked")
 
 
 def _common_dtype(names: list[str], tensors: list[Tensor], by: By) -> torch.dtype:

@@ -61,6 +61,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs as positional and named arguments."""
     if isinstance(inputs, Mapping):
+        if not all(isinstance(name, str) for name in inputs):
+            raise TypeError(f"a dict of inputs holds the model's arguments by name, got keys {list(inputs)!r:.60}")
         return (), dict(inputs)
     several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
     return (tuple(inputs), {}) if several else ((inputs,), {})

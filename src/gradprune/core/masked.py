@@ -44,7 +44,7 @@ def count_alive(tensors: Iterable[tuple[Tensor, Tensor]]) -> int:
     """
     alive, waiting = 0, dict[torch.device, Tensor]()
     for tensor, mask in tensors:
-        for values, kept in _pieces(tensor.detach(), mask.detach()):
+        for values, kept in pieces(tensor.detach(), mask.detach()):
             if _on_cpu(values):
                 alive += int(np.count_nonzero(_nonzero(values) > kept.numpy()))
             else:
@@ -88,8 +88,8 @@ def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             bits.mul_(kept)
 
 
-def _pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of both that a cache holds, whatever their strides."""
+def pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield views of both that a cache holds, whatever their strides."""
     most = 2**17 if _on_cpu(values) else 2**24
     if values.numel() <= most:
         yield values, kept
@@ -99,4 +99,4 @@ def _pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     longest = max(range(values.dim()), key=values.shape.__getitem__)
     count = -(-values.numel() // most)
     for piece, of_mask in zip(values.chunk(count, longest), kept.chunk(count, longest), strict=True):
-        yield from _pieces(piece, of_mask)
+        yield from pieces(piece, of_mask)

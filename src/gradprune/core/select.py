@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradprune.core import select_cpu, select_device
 from gradprune.core.checks import whole
-from gradprune.core.collect import Kept, Tensors, check_by, check_readable, collect, raise_nan
+from gradprune.core.collect import Kept, Tensors, collect, raise_nan
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By
 from gradprune.core.uncompiled import uncompiled
@@ -42,9 +43,7 @@ def kth_smallest(tensors: Tensors, k: int, *, by: By = "value") -> Tensor:
     Floyd and Rivest (1975), algorithm SELECT, for the bracket from a sample; chapter 4.
     """
     values = collect(tensors, by)
-    k = whole("k", k)
-    if not 1 <= k <= values.total:
-        raise ValueError(f"k must be between 1 and the number of values, which is {values.total}; got {k}")
+    k = _rank(k, 1, values.total)
     if values.on_cpu:
         key = select_cpu.locate(values, k).key
         found = values.order.values(torch.tensor(key, dtype=torch.int64, device="cpu"))
@@ -86,12 +85,10 @@ def keep_largest(tensors: Tensors, k: int, *, by: By = "value", among: Sequence[
 def keep_and_count(tensors: Tensors, k: int, *, by: By = "value", among: Sequence[Tensor] | None = None) -> Kept:
     """Return the masks of ``keep_largest``, and for each how many entries stay at least, without a wait to count."""
     values = collect(tensors, by, among)
-    k = whole("k", k)
     limit = values.total
     if values.among is not None and values.on_cpu:  # else the device is waited for only once, with all it counts
         limit = sum(count_kept(allowed) for allowed in values.among)
-    if not 0 <= k <= limit:
-        raise ValueError(f"k must be between 0 and the number of values, which is {limit}; got {k}")
+    k = _rank(k, 0, limit)
     if values.total == 0:
         return Kept([torch.ones_like(t, dtype=torch.bool) for t in values.tensors], [0] * len(values.tensors))
     return select_cpu.keep(values, k) if values.on_cpu else select_device.keep(values, k)
@@ -125,9 +122,8 @@ def keep_n_of_m(tensor: Tensor, n: int, m: int, *, dim: int = 1, by: By = "value
     n, m, dim = whole("n", n), whole("m", m), whole("dim", dim)
     if not 0 <= n <= m or m < 1:
         raise ValueError(f"n of m needs 0 <= n <= m and m >= 1, got {n}:{m}")
-    check_by(by)
-    check_readable(name, tensor)
-    values = tensor.detach()
+    collected = collect([tensor], by, names=[name])
+    (values,), order = collected.tensors, collected.order
     if not -values.dim() <= dim < values.dim():
         raise ValueError(f"{name} has {values.dim()} dimensions, none of them is dim = {dim}")
     if values.shape[dim] % m:
@@ -138,6 +134,7 @@ def keep_n_of_m(tensor: Tensor, n: int, m: int, *, dim: int = 1, by: By = "value
     later = torch.ones(m, m, dtype=torch.bool, device=values.device).triu(1)
     rows = max(1, 2**21 // (m * m))
     for some, out in zip(torch.split(flat_groups, rows), torch.split(flat_mask, rows), strict=True):
+        some = order.compared(some)
         if bool(some.isnan().any()):
             raise_nan(name)
         some = some.abs() if by == "magnitude" else some
@@ -145,3 +142,11 @@ def keep_n_of_m(tensor: Tensor, n: int, m: int, *, dim: int = 1, by: By = "value
         outranked_by = ((other > own) | ((other == own) & later)).sum(dim=2)
         torch.lt(outranked_by, n, out=out)
     return mask.movedim(-1, dim)
+
+
+def _rank(k: Any, least: int, most: int) -> int:
+    rank = whole("k", k)
+    if not least <= rank <= most:
+        given = str(rank) if abs(rank) < 10**20 else "one of more than 20 digits"
+        raise ValueError(f"k must be between {least} and the number of values, which is {most}; got {given}")
+    return rank

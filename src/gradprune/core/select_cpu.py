@@ -28,11 +28,6 @@ GATHER_ALL = 2**18  # this few candidates are gathered without a bracket
 PARALLEL = 2**19  # values: below this a second thread costs more than it brings
 MAX_THREADS = 8  # more only wait for the interpreter's lock
 
-_TAKEN = {  # torch.take knows no others
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-}
-
 
 class Located(NamedTuple):
     """The k-th smallest key, how many keys lie strictly below it, and how many are equal to it."""
@@ -130,9 +125,7 @@ class _Chunks:
             for i, t in enumerate(values.tensors)
             for start in range(0, t.numel(), CHUNK)
         ]
-        # What cannot be taken from where it lies is copied whole: it is narrow.
-        self.tensors = [t if t.dtype in _TAKEN else t.contiguous() for t in values.tensors]
-        self.bits = [self._flat_bits(t) for t in self.tensors]
+        self.bits = [self._flat_bits(t) for t in values.tensors]
         self.among = None if values.among is None else [a.contiguous().view(-1).numpy() for a in values.among]
 
     def _flat_bits(self, tensor: Tensor) -> Array | None:
@@ -145,7 +138,7 @@ class _Chunks:
         flat = self.bits[tensor]
         if flat is not None:
             return flat[positions]
-        whole = self.tensors[tensor]
+        whole = self.values.tensors[tensor]
         if whole.is_contiguous():
             index = positions if isinstance(positions, slice) else torch.from_numpy(positions)
             taken = whole.view(-1)[index]
@@ -189,7 +182,7 @@ class _Chunks:
         threads = min(torch.get_num_threads(), MAX_THREADS) if self.values.total >= PARALLEL else 1
         share = max(1, -(-len(self.pieces) // threads))
         shares = [self.pieces[i : i + share] for i in range(0, len(self.pieces), share)]
-        longest = max((t.numel() for t in self.tensors), default=0)
+        longest = max((t.numel() for t in self.values.tensors), default=0)
         buffers = [_Buffers(self.order.integer, min(CHUNK, longest)) for _ in shares]
         if len(shares) == 1:
             return [work(shares[0], buffers[0])]
@@ -233,7 +226,9 @@ def _bracket(sample: Array, below: int, above: int, rank: float) -> tuple[int, i
     first, last = math.floor(centre - slack), math.ceil(centre + slack)
     low = int(inside[first]) if first >= 0 else below
     high = int(inside[last]) if last < inside.size else above
-    return (low - 1, high + 1) if low == high else (low, high)
+    if high - low < 2:  # ties, or an end of all keys: there is nothing strictly between
+        low, high = max(below, low - 1), min(above, high + 1)
+    return low, high
 
 
 def _count(chunks: _Chunks, low: int, high: int, few: int, *, check: bool) -> _Count:

@@ -186,6 +186,8 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
     Chapter 4.
     """
     module(model)
+    if not isinstance(latency, bool):
+        raise TypeError(f"latency must be True or False, got {type(latency).__name__}")
     if latency and example is None:
         raise ValueError("latency needs an example: the model's input, or a tuple or dict of its arguments")
     _require_values(model)

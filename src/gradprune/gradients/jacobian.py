@@ -52,8 +52,7 @@ def jacobian_singular_values(
 
     Halko et al. (2011); Pennington et al. (2017); chapter 1.
     """
-    if isinstance(checks.function("f", f), type):
-        raise TypeError(f"f must be a function, got the class {f.__name__}: make one, {f.__name__}(...)")
+    checks.function("f", f)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():

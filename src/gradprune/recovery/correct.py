@@ -18,8 +18,8 @@ from gradprune.recovery.history import Entry, History, Round
 from gradprune.recovery.rounds import Plan, Rewind, planned
 from gradprune.recovery.run import Run, Teacher
 from gradprune.weights.mask import Masks
-from gradprune.weights.plan import prepare
-from gradprune.weights.prune import AsPrune, Score, prune
+from gradprune.weights.prune import AsPrune, prune
+from gradprune.weights.request import Request, Score, checked_score
 from gradprune.weights.score import magnitude
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -138,14 +138,15 @@ def _check_pruning(model: nn.Module, score: Score, plan: Plan, as_prune: AsPrune
         raise TypeError(f"iterate has no argument {unknown[0]!r}{hint}")
     by_name = isinstance(as_prune.get("scope"), Mapping)
     require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
-    function("score", score, hint="a score is a function such as gp.magnitude")
+    checked_score(score)
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             if tensor.layout == torch.strided:
                 require_readable(name, tensor, kind)
+    request = Request.of(model, **as_prune)
     for sparsity in dict.fromkeys(plan.sparsities):
-        layers, _ = prepare(model, sparsity=sparsity, **as_prune)
-    for name, parameter in layers.items():
+        request.plan(sparsity=sparsity)
+    for name, parameter in request.parameters.items():
         require_writable(name, parameter)
 
 

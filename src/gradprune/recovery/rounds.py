@@ -12,6 +12,9 @@ from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
 Rewind = Literal["weights", "learning rate"] | None
 
 
+MOST_ROUNDS = 1_000_000
+
+
 @dataclass(frozen=True)
 class Plan:
     """The rounds of one ``iterate``: all that a checkpoint must agree with."""
@@ -54,7 +57,7 @@ def planned(schedule: Any, steps: Any, retrain: Any, rewind: Any, rewind_to: Any
     if rewind == "learning rate":
         require(retrain <= steps, f"retrain={retrain} rewinds beyond the start: training has {steps} steps")
     rounds = _rounds_of(schedule) if rounds is None else whole("rounds", rounds)
-    require(rounds >= 1, f"rounds must be at least 1, got {rounds}")
+    require(1 <= rounds <= MOST_ROUNDS, f"rounds must be at least 1 and at most {MOST_ROUNDS:,}")
     sparsities = [number(f"schedule({at})", schedule(at), finite=False) for at in range(1, rounds + 1)]
     require(all(0 <= s <= 1 for s in sparsities), f"the schedule must give sparsities in [0, 1], got {sparsities}")
     require(sparsities == sorted(sparsities), f"the schedule falls: {sparsities}; pruned weights stay pruned")

@@ -99,8 +99,6 @@ def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
 def loss_of(run: Callable[..., Any], batch: tuple[Any, Any], loss: Loss) -> Tensor:
     """The loss of a batch, a real finite scalar that depends on what is trained."""
     function("loss", loss, hint="it is called as loss(outputs, targets)")
-    if isinstance(loss, type):
-        raise TypeError(f"loss must be a function, got the class {loss.__name__}: make one, {loss.__name__}()")
     if any(t.is_inference() for t in tensors_in(batch)):  # what no graph may hold
         batch = map_tensors(lambda t: t.clone() if t.is_inference() else t, batch)
     inputs, targets = batch

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradprune.core import checks
 from gradprune.core.checks import require
@@ -281,13 +281,3 @@ def _rows(units: Units, name: str, tensor: Tensor) -> Tensor:
 
 def _least(numbers: Tensor) -> int:
     return int(numbers.min()) if numbers.numel() else 0
-
-
-def prepare(model: nn.Module, sparsity: float | None = None, threshold: float | None = None, **how: Any) -> Any:
-    """The eligible parameters and the way from their scores to masks; ``Request`` is what to use."""
-    from gradprune.weights.request import Request
-
-    within = how.pop("within", None)
-    request = Request.of(model, **how)
-    choose = request.plan(sparsity=sparsity, threshold=threshold, within=within)
-    return request.parameters, choose

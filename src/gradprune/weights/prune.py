@@ -12,9 +12,7 @@ from gradprune.weights.granularity import Granularity
 from gradprune.weights.hold import warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
-from gradprune.weights.request import Request
-from gradprune.weights.request import Score as Score
-from gradprune.weights.request import ranked_by as ranked_by
+from gradprune.weights.request import Request, Score
 from gradprune.weights.score import magnitude
 
 

@@ -8,65 +8,25 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, NoReturn, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import choice, fraction, function, module, number, require, state, whole
 from gradprune.core.masked import count_kept, zero_pruned_
 from gradprune.core.select import keep_largest
 from gradprune.core.steps import Optimizers, Steps, as_list, not_owned
-from gradprune.weights.hold import Hold, held_mask, warn_of_revived
+from gradprune.weights.hold import Hold, warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import AsPrune
+from gradprune.weights.regrow import Regrow, checked_regrow
 from gradprune.weights.request import Request, Score, checked_score, ranked_by
 from gradprune.weights.schedule import values_of
 from gradprune.weights.score import magnitude
+from gradprune.weights.start import masks_before
 
 Schedule = Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class Regrow:
-    """Let pruned weights come back: every `every` steps each layer swaps a fraction of its weights.
-
-    Of the k weights that a layer keeps, the ``int(fraction * k)`` with the lowest score go, and as many come back, at
-    zero, from among those pruned before: the ones that score highest by `by`.
-
-    Args:
-        by: the score of what may come back. ``gp.gradient`` grows where the gradient is large, which is RigL;
-            ``gp.random`` grows anywhere, which is SET.
-        fraction: the share to swap, in [0, 1], or a function of the step, such as a decay to 0.
-        every: optimizer steps between two swaps, at least 1.
-
-    Raises:
-        TypeError, ValueError: an argument is no function, no number, or out of range.
-
-    Example:
-        >>> regrow = gp.Regrow(gp.gradient, fraction=0.2, every=50)
-
-    Evci et al. (2020), section 3; Mocanu et al. (2018), algorithm 1; chapter 5.
-    """
-
-    by: Score
-    fraction: float | Callable[[int], float] = 0.3
-    every: int = 100
-
-    def __post_init__(self) -> None:
-        function("by", self.by, hint="a score such as gp.gradient or gp.random")
-        object.__setattr__(self, "every", whole("every", self.every, least=1))
-        if not callable(self.fraction):
-            object.__setattr__(self, "fraction", fraction("fraction", self.fraction))
-
-    def share(self, step: int) -> float:
-        """Return the fraction to swap after `step` steps; 0 between the events."""
-        if step % self.every:
-            return 0.0
-        if callable(self.fraction):
-            return fraction(f"the fraction of regrow at step {step}", self.fraction(step))
-        return self.fraction
 
 
 class Event(NamedTuple):
@@ -132,9 +92,9 @@ class Pruner:
         **as_prune: Unpack[AsPrune],
     ) -> None:
         self.model, self._optimizers = module(model), as_list(optimizer)
-        self.schedule = function("schedule", schedule, hint=_instead_of(schedule))
+        self.schedule = _checked_schedule(schedule)
         self.score = checked_score(score)
-        self.regrow = _checked_regrow(regrow, as_prune.get("granularity", "weight"))
+        self.regrow = checked_regrow(regrow, as_prune.get("granularity", "weight"))
         choice("amount", amount, ("sparsity", "threshold"))
         self._kind = amount
         self._request = Request.of(self.model, **_checked_keywords(as_prune))
@@ -146,7 +106,7 @@ class Pruner:
         self.step, self.amount = 0, 0.0
         self.events: list[Event] = []
         self._growth: Mapping[str, Tensor] | None = None
-        self._masks = _masks_before(self._layers, within)
+        self._masks = masks_before(self._layers, within)
         masks = self._chosen(first) if first else self._masks
         self._log(masks, first)
         self._ride(masks)
@@ -334,19 +294,13 @@ def _amounts_of(schedule: Schedule, first: float) -> list[float]:
     return [first] if values is None else [*itertools.islice(values, 3), schedule(sys.maxsize)]
 
 
-def _instead_of(schedule: Any) -> str:
+def _checked_schedule(schedule: Any) -> Schedule:
+    if isinstance(schedule, nn.Module):
+        raise TypeError(f"schedule must be a function of the step, got a model, {type(schedule).__name__}")
+    hint = "a schedule such as gp.Cubic(...), or any function of the step"
     if isinstance(schedule, int | float):
-        return f"for a sparsity of {schedule} at once give gp.OneShot({schedule})"
-    return "a schedule such as gp.Cubic(...), or any function of the step"
-
-
-def _checked_regrow(regrow: Regrow | None, granularity: Any) -> Regrow | None:
-    if regrow is None:
-        return None
-    if not isinstance(regrow, Regrow):
-        raise TypeError(f"regrow must be a gp.Regrow, got {type(regrow).__name__}")
-    require(granularity == "weight", f"regrow needs granularity 'weight', got {granularity!r}")
-    return regrow
+        hint = f"for a sparsity of {schedule} at once give gp.OneShot({schedule})"
+    return function("schedule", schedule, hint=hint)
 
 
 def _checked_keywords(as_prune: AsPrune) -> AsPrune:
@@ -376,32 +330,6 @@ def _require_no_other_pruner(layers: Mapping[str, nn.Parameter]) -> None:
     taken = {id(p) for pruner in _PRUNERS for p in pruner._layers.values()}
     both = [name for name, p in layers.items() if id(p) in taken]
     require(not both, f"{both} have a pruner already: call its remove() before you make another")
-
-
-def _masks_before(layers: Mapping[str, nn.Parameter], within: Mapping[str, Tensor] | None) -> Masks:
-    """What may stay: by `within`, or all but what is held at zero or, in a layer that is not all zero, zero now."""
-    if within is not None:
-        whole_layers = {name: torch.ones(p.shape, dtype=torch.bool, device=p.device) for name, p in layers.items()}
-        for name, mask in within.items():
-            require(name in layers, f"`within` names {name!r}, which is not among {list(layers)}")
-            shapes = tuple(mask.shape), tuple(layers[name].shape)
-            require(shapes[0] == shapes[1], f"`within` has shape {shapes[0]} for {name!r}, the parameter {shapes[1]}")
-            whole_layers[name] = mask.to(layers[name].device)
-        return Masks(whole_layers)
-    masks, zeros = {}, 0
-    for name, p in layers.items():
-        held = held_mask(p)
-        nonzero = p.detach() != 0 if held is None else held.clone()
-        kept = count_kept(nonzero)
-        masks[name] = nonzero if kept else torch.ones_like(nonzero)
-        zeros += p.numel() - kept if held is None and kept else 0
-    if zeros:
-        warnings.warn(
-            f"{zeros} weights of the model are zero already and are taken as pruned: they stay zero. "
-            "within={} lets them move",
-            stacklevel=4,
-        )
-    return Masks(masks)
 
 
 def _event(entry: Any) -> Event:

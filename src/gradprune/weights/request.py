@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Weight, last_of
-from gradprune.core.masked import count_kept
+from gradprune.core.masked import count_kept, pieces
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
 from gradprune.weights.granularity import (
     Granularity,
@@ -33,7 +33,7 @@ Score = Callable[[nn.Module], Mapping[str, Tensor]]
 _SCOPES = ("global", "layer", "erk", "lamp")
 _SCORES = "magnitude, random, gradient, taylor, snip, grasp, synflow, fisher, activation, movement, rotation"
 ZEROS_NOTICED = 1e-3  # the share of the weights that may be zero and stay without a word
-ZEROS_SAMPLED = 2**16  # entries of a tensor on an accelerator that are looked at for it
+ZEROS_SAMPLED = 2**16  # entries of a tensor that are looked at first
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Request:
         """Check the arguments, which are those of ``prune``, against the model; errors as there."""
         include = None if include is None else as_patterns("include", include)
         exclude = None if exclude is None else as_patterns("exclude", exclude)
+        if not isinstance(scope, str | Mapping):
+            raise TypeError(_wanted_scope(scope))
         n_of_m, block = parse_granularity(granularity)
         layers = eligible(model, include, exclude, axes)
         if n_of_m is not None or block is not None or scope == "row":
@@ -187,6 +189,10 @@ def checked_score(score: Any) -> Score:
         hint = f"give the function, not the scores it returned: gp.magnitude, or another of {_SCORES}"
     elif isinstance(score, int | float):
         hint = f"the number was taken as the score: sparsity={score!r} or threshold={score!r} is given by name"
+    elif isinstance(score, nn.Module):
+        raise TypeError(
+            f"score must be a function of the model, got a model, {type(score).__name__}; there are {_SCORES}"
+        )
     elif isinstance(score, torch.optim.Optimizer):
         hint = "prune takes no optimizer: hold the masks with masks.hold(optimizer)"
     return checks.function("score", score, hint=hint)
@@ -224,13 +230,14 @@ def ranked_by(score: Score, model: nn.Module, parameters: Mapping[str, nn.Parame
     return Ranked(found)
 
 
+def _wanted_scope(scope: Any) -> str:
+    return f"scope must be one of {_SCOPES}, 'row', or a dict of sparsities by name, got {scope!r}"
+
+
 def _checked_scope(scope: Any, layers: Mapping[str, Weight]) -> Scope:
     if not isinstance(scope, Mapping):
-        wanted = f"scope must be one of {_SCOPES}, 'row', or a dict of sparsities by name, got {scope!r}"
-        if not isinstance(scope, str):
-            raise TypeError(wanted)
-        require(scope in (*_SCOPES, "row"), wanted)
-        return scope  # type: ignore[return-value]
+        require(scope in (*_SCOPES, "row"), _wanted_scope(scope))
+        return scope  # type: ignore[no-any-return]
     found: dict[str, float] = {}
     for pattern in sorted(scope, key=lambda key: any(key in weight.names for weight in layers.values())):
         matched = [n for n, w in layers.items() if isinstance(pattern, str) and matches(pattern, w)]
@@ -268,8 +275,7 @@ def _checked_within(
 def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:
     """Warn where weights that are to stay are zero already, as an earlier pruning leaves them."""
     weights = sum(p.numel() for p in parameters.values())
-    counts = [_zeros(p.detach()) for p in parameters.values()]
-    if _total(counts) <= ZEROS_NOTICED * weights:
+    if _total([_zeros_by_a_sample(p.detach()) for p in parameters.values()]) <= ZEROS_NOTICED / 2 * weights:
         return
     zeros = _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
     if zeros > ZEROS_NOTICED * weights:
@@ -279,14 +285,17 @@ def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, T
         )
 
 
-def _zeros(tensor: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many entries are zero, of those where a mask is True; on an accelerator by a sample."""
-    step = 1 if tensor.device.type == "cpu" else max(1, tensor.numel() // ZEROS_SAMPLED)
-    if step > 1 and tensor.is_contiguous():
-        tensor, mask = tensor.view(-1)[::step], None if mask is None else mask.view(-1)[::step]
-    if mask is None:
-        return (tensor.numel() - torch.count_nonzero(tensor)) * step
-    return torch.count_nonzero((tensor == 0).logical_and_(mask)) * step
+def _zeros_by_a_sample(tensor: Tensor) -> Tensor:
+    """About how many entries are zero; how many, where there are few."""
+    step = max(1, tensor.numel() // ZEROS_SAMPLED)
+    some = tensor.view(-1)[::step] if step > 1 and tensor.is_contiguous() else tensor
+    return (some.numel() - torch.count_nonzero(some)) * (tensor.numel() // max(1, some.numel()))
+
+
+def _zeros(tensor: Tensor, mask: Tensor) -> Tensor:
+    """How many entries are zero where a mask is True, without a temporary of the tensor's size."""
+    counts = [torch.count_nonzero((some == 0).logical_and_(kept)) for some, kept in pieces(tensor, mask)]
+    return torch.stack(counts).sum()
 
 
 def _total(counts: list[Tensor]) -> int:

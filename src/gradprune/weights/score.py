@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.checks import number, require
+from gradprune.core.checks import number
 from gradprune.weights.differentiate import entries, floating
 
 
@@ -65,9 +65,7 @@ def rotation(model: nn.Module, period: float = 2 * math.pi) -> dict[str, Tensor]
 
     Wang et al. (2022) for dropping gates of small angles, Hu et al. (2022) for other angles that save one; chapter 7.
     """
-    if period == period:  # NaN is refused below, in the same words
-        period = number("period", period, finite=False)
-    require(0 < period < math.inf, f"period must be positive and finite, got {period}")
+    period = number("period", period, above=0.0)
     angles = {name: entries(p) for name, p in floating(model).items() if not p.is_complex()}
     return {name: (w - period * (w / period).round()).abs() for name, w in angles.items()}
 

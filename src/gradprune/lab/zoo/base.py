@@ -31,7 +31,7 @@ import gradprune as gp
 from gradprune.lab.train import interval
 from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
-from gradprune.weights.prune import Score
+from gradprune.weights.request import Score
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 SCORES, SCOPES = ("magnitude", "random"), ("global", "layer")

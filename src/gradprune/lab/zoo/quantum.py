@@ -14,7 +14,7 @@ import gradprune as gp
 from gradprune.lab import data
 from gradprune.lab.zoo.base import Architecture, Part
 from gradprune.lab.zoo.tasks import Classify, Split
-from gradprune.weights.prune import Score
+from gradprune.weights.request import Score
 
 QUBITS, LAYERS = 4, 4
 CLASSES = 4
