@@ -8,12 +8,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from record import parser, ratios, settle, summary, write
+from record import CLOCKS, parser, ratios, settle, summary, write
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -62,15 +61,15 @@ def floor(model):
 SIDES = {OURS: ours, THEIRS: theirs, FLOOR: floor}
 
 
-def one_call(side, weights, dtype, masks_to):
+def one_call(side, weights, dtype, masks_to, clock):
     """What one call takes, in this process; the masks' bits go to a file."""
     model = model_of(weights, getattr(torch, dtype))
     size = sum(p.nbytes for p in model.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # the high water mark is now what is resident
     before = memory("VmRSS")
-    start = time.perf_counter()
+    start = clock()
     masks = SIDES[side](model)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     extra = memory("VmHWM") - before
     if masks_to:
         np.save(masks_to, np.concatenate([np.packbits(m.bool().numpy().reshape(-1)) for m in masks]))
@@ -83,13 +82,13 @@ def memory(field):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def in_fresh_processes(sides, weights, rounds, threads, dtype="float32", folder=None):
+def in_fresh_processes(sides, weights, rounds, options, dtype="float32", folder=None):
     """Seconds and extra memory of each side, `rounds` times in turn, each time in a process of its own."""
     taken = {side: {"seconds": [], "extra": []} for side in sides}
     for _ in range(rounds):
         for side in sides:
             command = [sys.executable, __file__, "--side", side, "--weights", str(weights), "--dtype", dtype]
-            command += ["--threads", str(threads)]
+            command += ["--threads", str(options.threads), "--clock", options.clock]
             command += ["--masks-to", f"{folder}/{sides.index(side)}.npy"] if folder else []
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             for name, values in taken[side].items():
@@ -113,10 +112,10 @@ def same_masks(folder, weights):
     return torch.cat(magnitudes).unique().numel() <= 1
 
 
-def compare(weights, rounds, threads):
+def compare(weights, rounds, options):
     with tempfile.TemporaryDirectory() as folder:
         sides = [OURS, THEIRS, FLOOR]
-        taken = in_fresh_processes(sides, weights, rounds, threads, folder=folder)
+        taken = in_fresh_processes(sides, weights, rounds, options, folder=folder)
         same = same_masks(folder, weights)
     seconds = {side: taken[side]["seconds"] for side in sides}
     rows = {side: {"weights": weights, "side": side, **summary(seconds[side]), **extra(taken[side])} for side in sides}
@@ -132,22 +131,23 @@ def extra(taken):
     return {"extra memory / model": float(np.median(taken["extra"])), "most extra memory / model": max(taken["extra"])}
 
 
-def half_precision(weights, rounds, threads):
+def half_precision(weights, rounds, options):
     rows = []
     for dtype in ("bfloat16", "float16"):
-        taken = in_fresh_processes([OURS], weights, rounds, threads, dtype)[OURS]
+        taken = in_fresh_processes([OURS], weights, rounds, options, dtype)[OURS]
         rows.append({"weights": weights, "side": f"{OURS}, {dtype}", **summary(taken["seconds"]), **extra(taken)})
     return rows
 
 
-def growth(sizes, rounds, threads):
+def growth(sizes, rounds, options):
     rows = []
     for weights in sizes:
-        taken = in_fresh_processes([OURS, FLOOR], weights, rounds, threads)
+        taken = in_fresh_processes([OURS, FLOOR], weights, rounds, options)
         mine = summary(taken[OURS]["seconds"])
         rows.append(
             {"weights": weights, "side": OURS, **mine, "ns a weight": 1e9 * mine["median_s"] / weights,
-             **extra(taken[OURS]), "ours / floor": ratios(taken[OURS]["seconds"], taken[FLOOR]["seconds"])}
+             "extra memory / model": float(np.median(taken[OURS]["extra"])),
+             "ours / floor": ratios(taken[OURS]["seconds"], taken[FLOOR]["seconds"])}
         )  # fmt: skip
     return rows
 
@@ -166,10 +166,10 @@ if __name__ == "__main__":
     arguments = options.parse_args()
     settle(arguments)
     if arguments.side:
-        one_call(arguments.side, arguments.weights, arguments.dtype, arguments.masks_to)
+        one_call(arguments.side, arguments.weights, arguments.dtype, arguments.masks_to, CLOCKS[arguments.clock])
         sys.exit()
-    weights, threads = arguments.millions * 10**6, arguments.threads
-    rows = compare(weights, arguments.rounds, threads)
-    rows += half_precision(weights, 5, threads)
-    rows += growth([n * 10**6 for n in arguments.sizes], 5, threads)
+    weights = arguments.millions * 10**6
+    rows = compare(weights, arguments.rounds, arguments)
+    rows += half_precision(weights, 5, arguments)
+    rows += growth([n * 10**6 for n in arguments.sizes], 5, arguments)
     write("bench_prune", rows, seeds=[0], sparsity=0.9, dtype="float32", calls="the first of a fresh process each")

@@ -15,10 +15,17 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(params=[True, False], ids=["the CPU's way", "the way for accelerators"], autouse=True)
+WAYS = {"the CPU's": (True, 2**22), "on several threads": (True, 2), "for accelerators": (False, 2)}
+
+
+@pytest.fixture(params=WAYS, autouse=True)
 def way(request):
-    with mock.patch.object(masked, "_on_cpu", return_value=request.param):
+    on_cpu, parallel = WAYS[request.param]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with mock.patch.object(masked, "_on_cpu", return_value=on_cpu), mock.patch.object(masked, "PARALLEL", parallel):
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

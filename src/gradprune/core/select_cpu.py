@@ -29,16 +29,33 @@ PARALLEL = 2**19  # values: below this a second thread costs more than it brings
 MAX_THREADS = 8  # more only wait for the interpreter's lock
 
 
+class _Piece(NamedTuple):
+    tensor: int  # position in the list of tensors
+    where: slice
+
+
+class _Inside(NamedTuple):
+    """What of a piece lies inside the bracket."""
+
+    piece: _Piece
+    keys: Array
+    positions: Array  # within the piece, ascending; empty where no masks are wanted
+
+
 class Located(NamedTuple):
     """The k-th smallest key, how many keys lie strictly below it, and how many are equal to it."""
 
     key: int
     below: int
     equal: int
+    inside: list[_Inside] | None = None  # where the masks mark all above a bracket: what lies in it, ties and all
 
 
-def locate(values: Values, k: int) -> Located:
-    """Narrow (below, above), whose counts are known, until it holds one key, or few enough to gather."""
+def locate(values: Values, k: int, masks: list[Array] | None = None) -> Located:
+    """Narrow (below, above), whose counts are known, until it holds one key, or few enough to gather.
+
+    What lies above the last bracket is True in `masks`, and the rest False.
+    """
     chunks, order = _Chunks(values), values.order
     floor = order.lowest if values.among is None else order.barred
     below, up_to_below = floor - 1, 0
@@ -55,14 +72,15 @@ def locate(values: Values, k: int) -> Located:
             if (low, high) == (below, above):  # no help from the sample: halve, which ends in at most 64 passes
                 low = (below + above) // 2
                 high = low + 1
-        seen = _count(chunks, low, high, few if high - low > 2 else 0, check=attempt == 0)
+        seen = _count(chunks, low, high, few if high - low > 2 else 0, masks, check=attempt == 0)
         attempt += 1
         if k <= seen.up_to_low:
             above, under_above = low + 1, seen.up_to_low
         elif k > seen.below_high:
             below, up_to_below = high - 1, seen.below_high
         elif seen.inside is not None:
-            return _kth_inside(seen.inside, k - seen.up_to_low, seen.up_to_low)
+            located = _kth_inside([part.keys for part in seen.inside], k - seen.up_to_low, seen.up_to_low)
+            return located if masks is None else located._replace(inside=seen.inside)
         else:
             below, up_to_below, above, under_above = low, seen.up_to_low, high, seen.below_high
         if above - below == 2:
@@ -71,39 +89,48 @@ def locate(values: Values, k: int) -> Located:
 
 def keep(values: Values, k: int) -> Kept:
     """Keys above the k-th largest stay, and of those equal to it the last."""
-    found = locate(values, max(values.total - k + 1, 1) if k else values.total)
-    stay = k - (values.total - found.below - found.equal)  # of the ties
     if k == 0:
-        return Kept(
-            [torch.zeros(t.shape, dtype=torch.bool, device="cpu") for t in values.tensors], [0] * len(values.tensors)
-        )
-    chunks = _Chunks(values)
+        locate(values, values.total)  # NaN is an error, all the same
+        none = [torch.zeros(t.shape, dtype=torch.bool, device="cpu") for t in values.tensors]
+        return Kept(none, [0] * len(none))
     masks = [np.empty(t.numel(), np.bool_) for t in values.tensors]  # NumPy asks for huge pages: half the time
+    found = locate(values, values.total - k + 1, masks)
+    stay = k - (values.total - found.below - found.equal)  # of the ties
+    if found.inside is None:
+        _mark(values, masks, found, stay)
+    else:
+        _mark_inside(masks, found.inside, found.key, found.equal - stay)
+    shaped = [torch.from_numpy(m).view(t.shape) for m, t in zip(masks, values.tensors, strict=True)]
+    return Kept(shaped, [int(np.count_nonzero(m)) for m in masks])
+
+
+def _mark_inside(masks: list[Array], inside: list[_Inside], key: int, surplus: int) -> None:
+    """Let those inside the bracket stay that lie above the key, and its ties but for the first `surplus`."""
+    for part in inside:
+        ties = np.flatnonzero(part.keys == key)
+        stays = part.keys >= key
+        stays[ties[:surplus]] = False
+        surplus -= min(surplus, ties.size)
+        masks[part.piece.tensor][part.piece.where][part.positions[stays]] = True
+
+
+def _mark(values: Values, masks: list[Array], found: Located, stay: int) -> None:
+    """Let all keys above the one found stay, and the last of its ties, in a pass over all values."""
+    chunks = _Chunks(values)
     # Whatever the ties are at first, the fewer of them are then set right one by one.
     surplus = found.equal - stay
     mark = np.greater if stay < surplus else np.greater_equal
 
-    def work(pieces: Iterable[_Piece], buffers: _Buffers) -> Array:
-        counts = np.zeros(len(masks), np.int64)
+    def work(pieces: Iterable[_Piece], buffers: _Buffers) -> None:
         for piece in pieces:
-            kept = masks[piece.tensor][piece.where]
             keys = chunks.barred_keys(piece, buffers)
-            mark(keys, keys.dtype.type(found.key), out=kept)
-            counts[piece.tensor] += np.count_nonzero(kept)
-        return counts
+            mark(keys, keys.dtype.type(found.key), out=masks[piece.tensor][piece.where])
 
-    counts = sum(chunks.each(work), np.zeros(len(masks), np.int64))
+    chunks.each(work)
     if stay < surplus:
-        counts += _set_ties(chunks, masks, found.key, stay, reversed(chunks.pieces), kept=True)
+        _set_ties(chunks, masks, found.key, stay, reversed(chunks.pieces), kept=True)
     else:
-        counts -= _set_ties(chunks, masks, found.key, surplus, chunks.pieces, kept=False)
-    shaped = [torch.from_numpy(m).view(t.shape) for m, t in zip(masks, values.tensors, strict=True)]
-    return Kept(shaped, counts.tolist())
-
-
-class _Piece(NamedTuple):
-    tensor: int  # position in the list of tensors
-    where: slice
+        _set_ties(chunks, masks, found.key, surplus, chunks.pieces, kept=False)
 
 
 class _Buffers:
@@ -197,7 +224,7 @@ class _Count:
     up_to_low: int = 0
     below_high: int = 0
     first_nan: int | None = None
-    inside: list[Array] | None = None
+    inside: list[_Inside] | None = None
 
 
 def _sample(chunks: _Chunks, rng: np.random.Generator) -> Array:
@@ -231,9 +258,11 @@ def _bracket(sample: Array, below: int, above: int, rank: float) -> tuple[int, i
     return low, high
 
 
-def _count(chunks: _Chunks, low: int, high: int, few: int, *, check: bool) -> _Count:
-    """One pass: how many keys are <= low and < high, and those strictly between while they are at most `few`."""
-    gathered: list[list[Array]] = []
+def _count(chunks: _Chunks, low: int, high: int, few: int, masks: list[Array] | None = None, *, check: bool) -> _Count:
+    """One pass: how many keys are <= low and < high, and those strictly between while they are at most `few`.
+
+    The masks become True for keys >= high, and False for others.
+    """
     found, lock = [0], Lock()  # keys inside the bracket so far, over all threads
 
     def work(pieces: Iterable[_Piece], buffers: _Buffers) -> _Count:
@@ -244,17 +273,21 @@ def _count(chunks: _Chunks, low: int, high: int, few: int, *, check: bool) -> _C
                 seen.first_nan = piece.tensor
                 break
             keys = chunks.bar(keys, piece.tensor, piece.where)
-            up_to_low = _compare(np.less_equal, keys, low, buffers.low)
-            below_high = _compare(np.less, keys, high, buffers.high)
-            n_low, n_high = np.count_nonzero(up_to_low), np.count_nonzero(below_high)
-            seen.up_to_low += int(n_low)
-            seen.below_high += int(n_high)
+            kept = buffers.high[: keys.size] if masks is None else masks[piece.tensor][piece.where]
+            above = _compare(np.greater_equal, keys, high, kept)
+            up_to_low = _compare(np.less_equal, keys, low, buffers.low[: keys.size])
+            n_low, n_high = int(np.count_nonzero(up_to_low)), keys.size - int(np.count_nonzero(above))
+            seen.up_to_low += n_low
+            seen.below_high += n_high
             if few and n_high > n_low:
                 with lock:
-                    found[0] += int(n_high - n_low)
+                    found[0] += n_high - n_low
                 if found[0] <= few:
-                    inside.append(keys[np.not_equal(up_to_low, below_high, out=up_to_low)])
-        gathered.append(inside)
+                    between = np.equal(up_to_low, above, out=up_to_low)  # neither
+                    where = np.flatnonzero(between)
+                    wanted = where.astype(np.int32) if masks is not None else where[:0]
+                    inside.append(_Inside(piece, keys[where], wanted))
+        seen.inside = inside
         return seen
 
     counts = chunks.each(work)
@@ -265,24 +298,22 @@ def _count(chunks: _Chunks, low: int, high: int, few: int, *, check: bool) -> _C
     return _Count(
         sum(c.up_to_low for c in counts),
         sum(c.below_high for c in counts),
-        inside=[keys for part in gathered for keys in part] if complete else None,
+        inside=[part for c in counts for part in c.inside or []] if complete else None,
     )
 
 
 def _compare(ufunc: np.ufunc, keys: Array, bound: int, out: Array) -> Array:
     """`ufunc(keys, bound)`, where the bound may lie one beyond what the keys' dtype can hold."""
     limits = np.iinfo(keys.dtype)
-    out = out[: keys.size]
     if limits.min <= bound <= limits.max:
         ufunc(keys, keys.dtype.type(bound), out=out)
     else:
-        out.fill(bound > limits.max)
+        out.fill(ufunc(0, bound))
     return out
 
 
 def _kth_inside(inside: list[Array], k: int, below: int) -> Located:
     candidates = np.concatenate(inside)
-    inside.clear()
     candidates.partition(k - 1)
     key = candidates[k - 1]
     return Located(int(key), below + int(np.count_nonzero(candidates < key)), int(np.count_nonzero(candidates == key)))
@@ -290,12 +321,12 @@ def _kth_inside(inside: list[Array], k: int, below: int) -> Located:
 
 def _set_ties(
     chunks: _Chunks, masks: list[Array], key: int, left: int, pieces: Iterable[_Piece], *, kept: bool
-) -> Array:
-    """Let the first `left` ties of these pieces go, or, from their end, the last stay; how many of each tensor."""
-    buffers, counts = _Buffers(chunks.order.integer, CHUNK), np.zeros(len(masks), np.int64)
+) -> None:
+    """Let the first `left` ties of these pieces go, or, from their end, the last stay."""
+    buffers = _Buffers(chunks.order.integer, CHUNK)
     for piece in pieces:
         if left == 0:
-            break
+            return
         keys, mask = chunks.barred_keys(piece, buffers), masks[piece.tensor][piece.where]
         ties = np.equal(keys, keys.dtype.type(key), out=buffers.low[: keys.size])
         number = int(np.count_nonzero(ties))
@@ -304,6 +335,4 @@ def _set_ties(
             mask[where[-left:] if kept else where[:left]] = kept
         elif number:
             (np.logical_or if kept else np.greater)(mask, ties, out=mask)  # greater: and not
-        counts[piece.tensor] += number
         left -= number
-    return counts
