@@ -746,3 +746,31 @@ def test_rounds_entries_and_histories_are_compared_and_hashed_by_what_they_say()
     assert History(entries[:1], masks) == History(entries[1:], copy.deepcopy(masks))
     assert History(entries[:1], masks) != History(entries, masks)
     assert History(entries[:1], masks) != History(entries[:1], gp.Masks({}))
+
+
+def test_a_checkpoint_holds_complex_weights_bit_for_bit(tmp_path: Path) -> None:
+    def run_complex(path: Path | None, die_in: int | None = None) -> tuple[History, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3, bias=False, dtype=torch.complex64)
+        x = torch.randn(8, 4, dtype=torch.complex64)
+
+        def step(model: nn.Module, work: Round) -> None:
+            if work.number == die_in:
+                raise KilledError
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            work.hold(optimizer)
+            for _ in work.steps:
+                optimizer.zero_grad()
+                model(x).abs().square().mean().backward()
+                optimizer.step()
+
+        history = gp.iterate(model, step, gp.Geometric(0.5, 1, 3), steps=3, rewind="weights", checkpoint=path)
+        return history, model.weight.detach().clone()
+
+    whole, weights = run_complex(None)
+    with pytest.raises(KilledError):
+        run_complex(tmp_path / "c", die_in=2)
+    again, after = run_complex(tmp_path / "c")
+    assert again == whole
+    assert weights.is_complex()
+    assert torch.equal(after, weights)
