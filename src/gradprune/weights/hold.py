@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradprune.core.checks import warn
 from gradprune.core.masked import count_alive, count_kept, zero_pruned_
 from gradprune.core.steps import Hooks, Optimizers, as_list, hook, not_owned, parameters_of, ridden
 
@@ -177,7 +177,7 @@ def held_mask(parameter: nn.Parameter) -> Tensor | None:
     return None
 
 
-def warn_of_revived(parameters: Mapping[str, nn.Parameter], stacklevel: int) -> None:
+def warn_of_revived(parameters: Mapping[str, nn.Parameter]) -> None:
     """Warn where held weights are other than zero: something else than the optimizers that hold them has written them.
 
     Called where the package looks at a model again, since only then it costs nothing beside what is done anyway.
@@ -185,24 +185,22 @@ def warn_of_revived(parameters: Mapping[str, nn.Parameter], stacklevel: int) -> 
     for name, parameter in parameters.items():
         mask = held_mask(parameter)
         if mask is not None and count_alive([(parameter, mask)]):
-            warnings.warn(
+            warn(
                 f"weights of {name!r} that are held at zero are other than zero: something has written them outside a "
                 "step of the optimizer that holds them (another optimizer, an average, a loaded checkpoint). "
-                "masks.apply_(model) sets them to zero, masks.hold(optimizer) holds them in another optimizer",
-                stacklevel=stacklevel + 1,
+                "masks.apply_(model) sets them to zero, masks.hold(optimizer) holds them in another optimizer"
             )
             return
 
 
-def warn_of_unowned(parameters: Mapping[str, nn.Parameter], optimizers: list[Any], stacklevel: int) -> None:
+def warn_of_unowned(parameters: Mapping[str, nn.Parameter], optimizers: list[Any]) -> None:
     """Warn of masked parameters that no optimizer given has, that are trained, and that nothing else holds."""
     unowned = not_owned(parameters, optimizers)
     loose = [name for name in unowned if parameters[name].requires_grad and held_mask(parameters[name]) is None]
     if loose:
-        warnings.warn(
+        warn(
             f"the optimizer does not have {', '.join(map(repr, loose[:5]))}{' and others' if len(loose) > 5 else ''}: "
-            "what is pruned there is not held. Give all optimizers of the model at once: masks.hold([first, second])",
-            stacklevel=stacklevel + 1,
+            "what is pruned there is not held. Give all optimizers of the model at once: masks.hold([first, second])"
         )
 
 

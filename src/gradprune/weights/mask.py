@@ -207,7 +207,7 @@ class Masks(Mapping[str, Tensor]):
                 f"the optimizer owns none of the {len(parameters)} masked parameters ({some(parameters)}); "
                 "was it made from another model, or from a copy?"
             )
-        warn_of_unowned(parameters, optimizers, stacklevel=2)
+        warn_of_unowned(parameters, optimizers)
         zero_pruned_(held.items())
         return Hold(optimizers, held)
 

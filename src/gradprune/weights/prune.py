@@ -101,5 +101,5 @@ def prune(
         min_keep=min_keep,
         axes=axes,
     )
-    warn_of_revived(request.parameters, stacklevel=2)
+    warn_of_revived(request.parameters)
     return request.masks(model, score, sparsity=sparsity, threshold=threshold, within=within).apply_(model)

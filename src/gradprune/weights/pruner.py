@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, Unpack
 
 from torch import Tensor, nn
 
-from gradprune.core.checks import choice, fraction, function, module, number, require, state, whole
+from gradprune.core.checks import choice, fraction, function, module, number, require, state, warn, whole
 from gradprune.core.masked import count_kept, zero_pruned_
 from gradprune.core.select import keep_largest
 from gradprune.core.steps import Optimizers, Steps, as_list, not_owned
@@ -114,7 +113,7 @@ class Pruner:
     @property
     def masks(self) -> Masks:
         """The masks now; warns where a parameter is no longer the model's."""
-        self._warn_of_replaced(stacklevel=3)
+        self._warn_of_replaced()
         return self._masks
 
     def remove(self) -> None:
@@ -125,9 +124,9 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Step, amount, events and bit-packed masks: what ``load_state_dict`` needs to go on from here."""
-        self._warn_of_replaced(stacklevel=3)
-        warn_of_revived(self._layers, stacklevel=2)
-        self._warn_of_unseen_steps(stacklevel=3)
+        self._warn_of_replaced()
+        warn_of_revived(self._layers)
+        self._warn_of_unseen_steps()
         return {
             "step": self.step,
             "amount": self.amount,
@@ -262,26 +261,24 @@ class Pruner:
 
     # ---------------------------------------------------------------------------------------------------- warnings
 
-    def _warn_of_replaced(self, stacklevel: int) -> None:
+    def _warn_of_replaced(self) -> None:
         for name, parameter in self._layers.items():
             try:
                 same = self.model.get_parameter(name) is parameter
             except AttributeError:
                 same = False
             if not same:
-                warnings.warn(
+                warn(
                     f"the model's {name!r} is another parameter than the one that is pruned: the masks do not speak of "
-                    "it. Make a new Pruner after replacing a layer (remove() this one first)",
-                    stacklevel=stacklevel,
+                    "it. Make a new Pruner after replacing a layer (remove() this one first)"
                 )
                 return
 
-    def _warn_of_unseen_steps(self, stacklevel: int) -> None:
+    def _warn_of_unseen_steps(self) -> None:
         if not self._seen_step and any(p._version > self._written[name] + 2 for name, p in self._layers.items()):
-            warnings.warn(
+            warn(
                 "weights were written several times, but no step of the optimizer was seen: give the Pruner the "
-                "optimizer whose step() is called",
-                stacklevel=stacklevel,
+                "optimizer whose step() is called"
             )
 
 

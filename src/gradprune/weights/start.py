@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.checks import require
+from gradprune.core.checks import require, warn
 from gradprune.core.masked import count_kept
 from gradprune.weights.hold import held_mask
 from gradprune.weights.mask import Masks
@@ -36,9 +35,8 @@ def masks_before(layers: Mapping[str, nn.Parameter], within: Mapping[str, Tensor
         masks[name] = nonzero if kept else torch.ones_like(nonzero)
         zeros += p.numel() - kept if held is None and kept else 0
     if zeros:
-        warnings.warn(
+        warn(
             f"{zeros} weights of the model are zero already and are taken as pruned: they stay zero. "
-            "within={} lets them move",
-            stacklevel=4,
+            "within={} lets them move"
         )
     return Masks(masks)
