@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradprune.core.uncompiled import uncompiled
+
 Optimizers = Optimizer | Iterable[Optimizer]
 
 _HOOKS = (
@@ -169,10 +171,10 @@ def hook(
 
     hooks = Hooks()
     try:
-        handle = hooks.add(optimizer.register_step_pre_hook(_uncompiled(before)))
+        handle = hooks.add(optimizer.register_step_pre_hook(uncompiled(before)))
         if first:
             optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
-        hooks.add(optimizer.register_step_post_hook(_uncompiled(after)))
+        hooks.add(optimizer.register_step_post_hook(uncompiled(after)))
     except BaseException:
         hooks.remove()
         raise
@@ -188,12 +190,6 @@ def _followed(
         return value
 
     return closure_and_then
-
-
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Here and not at import: it imports the compiler, which whoever has made an optimizer has imported already.
-    disabled: Callable[..., Any] = torch.compiler.disable(function)
-    return disabled
 
 
 def _is_pretence(optimizer: Optimizer) -> bool:
