@@ -557,6 +557,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_correct as t
 from pathlib import Path
+torch.set_num_threads(int(sys.argv[3]))  # sums differ with their number in the last digits
 _, weights = t.run(Path(sys.argv[2]), retrain=25)
 print("done", float(sum(v.double().sum() for v in weights.values())))
 """
@@ -565,7 +566,7 @@ print("done", float(sum(v.double().sum() for v in weights.values())))
 def test_a_process_killed_by_the_system_goes_on_from_its_file(tmp_path: Path) -> None:
     path, here = tmp_path / "c", str(Path(__file__).parent)
     whole, weights = run(None, retrain=25)
-    command = [sys.executable, "-c", SCRIPT, here, str(path)]
+    command = [sys.executable, "-c", SCRIPT, here, str(path), str(torch.get_num_threads())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not path.exists() and process.poll() is None:
         pass
