@@ -178,7 +178,7 @@ def test_a_pruner_of_a_pruned_model_starts_from_what_is_held():
 def test_a_pruner_of_a_model_with_zeros_keeps_them_and_says_so():
     model = two_layers()
     gp.prune(model, sparsity=0.8)
-    with pytest.warns(UserWarning, match="102 weights of the model are zero already"):
+    with pytest.warns(UserWarning, match="^102 weights of the model are zero already"):
         pruner = gp.Pruner(model, optimizer := sgd(model), gp.Cubic(0.9, 0, 5))
     train(model, optimizer, 2)
     assert pruner.masks.sparsity == 102 / 128
@@ -509,3 +509,21 @@ def test_a_pruner_notices_at_saving_that_weights_were_written_outside_its_steps(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruner.state_dict()
+
+
+def test_a_fraction_of_regrowth_that_is_out_of_range_is_named_with_its_step():
+    regrow = gp.Regrow(gp.random, fraction=lambda step: 2.0, every=10.0)
+    assert type(regrow.every) is int
+    assert regrow.share(5) == 0.0
+    with pytest.raises(ValueError, match=r"fraction of regrow at step 10 must be in \[0, 1\], got 2.0"):
+        regrow.share(10)
+
+
+@pytest.mark.parametrize("others", [5, 6])
+def test_the_warning_of_what_is_not_held_names_at_most_five(others):
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(others + 1)])
+    masks = gp.prune(model, sparsity=0.5)
+    with pytest.warns(UserWarning, match="what is pruned there is not held") as caught:
+        masks.hold(torch.optim.SGD(model[0].parameters(), lr=0.1))
+    assert ("and others" in str(caught[0].message)) == (others == 6)
+    assert "'5.weight'" in str(caught[0].message)
