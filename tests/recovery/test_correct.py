@@ -173,7 +173,7 @@ def test_training_that_does_not_hold_the_masks_is_an_error_that_says_how() -> No
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0}, "steps must be at least 1, got 0"),
-    ({"rewind": "both"}, "rewind: .*'both'"),
+    ({"rewind": "both"}, "rewind must be .*'both'"),
     ({"retrain": 0}, "retrain must be at least 1"),
     ({"retrain": 11, "rewind": "learning rate"}, "retrain=11 rewinds beyond the start: training has 10 steps"),
     ({"retrain": 5, "rewind": "weights"}, "retrain has no meaning"),
@@ -210,8 +210,8 @@ WRONG_KINDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rounds": 1.5}, ValueError, "rounds must be a whole number"),
     ({"rounds": "2"}, TypeError, "rounds must be a whole number"),
     ({"rewind_to": 1.5, "rewind": "weights"}, ValueError, "rewind_to must be a whole number"),
-    ({"rewind": torch.ones(2)}, ValueError, "rewind: "),
-    ({"rewind": 3}, ValueError, "rewind: .*3"),
+    ({"rewind": torch.ones(2)}, ValueError, "rewind must be "),
+    ({"rewind": 3}, ValueError, "rewind must be .*3"),
     ({"evaluate": "acc"}, TypeError, "evaluate must be a function, got 'acc'"),
     ({"evaluate": 0.5}, TypeError, "evaluate must be a function"),
     ({"stop": 3}, TypeError, "stop must be a function, got 3"),

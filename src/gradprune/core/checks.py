@@ -31,7 +31,8 @@ def require(holds: bool, message: str) -> None:
 def warn(message: str) -> None:
     """Warn, at the line outside this package that called into it."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}."):
+    inside = (f"{_PACKAGE}.", "torch.")  # a hook of an optimizer is called by torch
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 

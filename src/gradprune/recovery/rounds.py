@@ -46,7 +46,7 @@ def planned(schedule: Any, steps: Any, retrain: Any, rewind: Any, rewind_to: Any
     retrain = None if retrain is None else whole("retrain", retrain)
     require(steps >= 1, f"steps must be at least 1, got {steps}")
     known = rewind is None or (isinstance(rewind, str) and rewind in ("weights", "learning rate"))
-    require(known, f'rewind: "weights", "learning rate" or None; {rewind!r}')
+    require(known, f'rewind must be "weights", "learning rate" or None, got {rewind!r}')
     require(retrain is None or retrain >= 1, f"retrain must be at least 1, got {retrain}")
     if rewind == "weights":
         require(retrain is None, "rewinding weights takes all steps from `rewind_to` on; retrain has no meaning")

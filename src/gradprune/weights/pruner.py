@@ -92,6 +92,8 @@ class Pruner:
     ) -> None:
         self.model, self._optimizers = module(model), as_list(optimizer)
         self.schedule = _checked_schedule(schedule)
+        if values_of(score) is not None:  # type: ignore[arg-type]
+            raise TypeError("score is a schedule: the order is Pruner(model, optimizer, schedule, score)")
         self.score = checked_score(score)
         self.regrow = checked_regrow(regrow, as_prune.get("granularity", "weight"))
         choice("amount", amount, ("sparsity", "threshold"))
