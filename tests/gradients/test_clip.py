@@ -957,3 +957,26 @@ def test_an_interrupt_while_autoclip_learns_leaves_its_history_whole(monkeypatch
     clip_(held(torch.tensor([3.0])))
     assert clip_.norms == [2.0, 3.0]
     assert clip_.threshold == 2.5
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "many"])
+def test_a_state_of_a_log_with_impossible_counts_is_refused(count):
+    log = gp.ClipLog()
+    with pytest.raises((TypeError, ValueError), match="nonfinite must be"):
+        log.load_state_dict(log.state_dict() | {"nonfinite": {"weight": count}})
+    assert log.nonfinite == {}
+
+
+@pytest.mark.parametrize("weights", [1.0, 100.0])
+def test_adaptive_clipping_of_many_small_layers_is_that_of_each_by_itself(weights):
+    torch.manual_seed(0)
+    together = [nn.Parameter(weights * torch.randn(shape)) for shape in ((4, 3), (4, 3), (3,), (5,), (4, 3, 2), (1, 3))]
+    for p in together:
+        p.grad = torch.randn_like(p)
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    for one, p in zip(alone, together, strict=True):
+        one.grad = p.grad.clone()
+        gp.clip_adaptive_(one, 0.1)
+    gp.clip_adaptive_(together, 0.1)
+    for one, p in zip(alone, together, strict=True):
+        torch.testing.assert_close(p.grad, one.grad, rtol=1e-6, atol=0)

@@ -528,3 +528,29 @@ def test_the_warning_of_what_is_not_held_names_at_most_five(others):
         masks.hold(torch.optim.SGD(model[0].parameters(), lr=0.1))
     assert ("and others" in str(caught[0].message)) == (others == 6)
     assert "'5.weight'" in str(caught[0].message)
+
+
+def test_weights_that_stay_in_a_swap_were_there_before_whatever_their_score():
+    model = two_layers()
+    optimizer = sgd(model)
+    regrow = gp.Regrow(gp.gradient, fraction=0.5, every=1)
+    pruner = gp.Pruner(model, optimizer, gp.OneShot(0.75), gp.random, regrow=regrow)
+    before = {name: mask.clone() for name, mask in pruner.masks.items()}
+    train(model, optimizer, 1)
+    for name, mask in pruner.masks.items():
+        kept = int(before[name].sum())
+        assert int((mask & before[name]).sum()) == kept - int(0.5 * kept)
+        assert int((mask & ~before[name]).sum()) == int(0.5 * kept)
+
+
+def test_torchs_own_optimizers_forget_all_that_they_know_of_pruned_entries_of_square_layers_too():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, amsgrad=True)
+    train(model, optimizer, 2)
+    masks = gp.prune(model, sparsity=0.5)
+    masks.hold(optimizer)
+    state = optimizer.state[model.weight]
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        assert not state[key][~masks["weight"]].any(), key
+        assert state[key][masks["weight"]].all(), key
