@@ -15,17 +15,14 @@ DTYPES = [
 ]
 
 
-WAYS = {"the CPU's": (True, 2**22), "on several threads": (True, 2), "for accelerators": (False, 2)}
+WAYS = {"whole": (True, 2**18), "in pieces": (True, 2), "for accelerators": (False, 2**18)}
 
 
 @pytest.fixture(params=WAYS, autouse=True)
 def way(request):
-    on_cpu, parallel = WAYS[request.param]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    with mock.patch.object(masked, "_on_cpu", return_value=on_cpu), mock.patch.object(masked, "PARALLEL", parallel):
+    on_cpu, piece = WAYS[request.param]
+    with mock.patch.object(masked, "_on_cpu", return_value=on_cpu), mock.patch.object(masked, "PIECE", piece):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from gradprune.core.order import INTEGER_OF_SIZE
 from gradprune.core.uncompiled import uncompiled
 
-PARALLEL = 2**22  # entries: below this a second thread costs more than it brings
+PIECE = 2**18  # entries that a cache holds
 
 
 @uncompiled
@@ -82,27 +80,13 @@ def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     for bits, kept in pairs:
-        if not _on_cpu(bits):
-            bits.mul_(kept)
-            continue
-        threads = torch.get_num_threads() if bits.numel() >= PARALLEL else 1
-        if threads > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(_multiply_array_, bits.chunk(threads), kept.chunk(threads)))
-        else:
-            _multiply_array_(bits, kept)
-        if not bits.is_inference():
-            increment_version(bits)  # so that autograd notices, as it does where torch writes
-
-
-def _multiply_array_(bits: Tensor, kept: Tensor) -> None:
-    array = bits.numpy()
-    np.multiply(array, kept.numpy(), out=array)  # NumPy widens the mask a few thousand entries at a time, torch whole
+        for part, stays in pieces(bits, kept):  # torch widens the mask to the integers' size: a piece at a time
+            part.mul_(stays)
 
 
 def pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield views of both that a cache holds, whatever their strides."""
-    most = 2**17 if _on_cpu(values) else 2**24
+    most = PIECE if _on_cpu(values) else 64 * PIECE
     if values.numel() <= most:
         yield values, kept
         return
