@@ -1,18 +1,25 @@
-"""What the tests of the book share: where its pages and notebooks are."""
+"""What the tests of the book share: where its pages and notebooks are, and a browser."""
 
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
 from hypothesis import settings
+from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "book" / "_build" / "html"
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9]*.ipynb"))
 NOT_BUILT = "no built page in book/_build/html: run `make book` first (`make test` does)"
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 settings.register_profile("any machine", deadline=None)  # no test asserts a time
 settings.register_profile("quick", deadline=None, max_examples=10)  # `make quick`
@@ -44,3 +51,13 @@ def soup(path: Path) -> BeautifulSoup:
     if not path.exists():
         pytest.fail(NOT_BUILT)
     return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium of the machine. It ends with the file: while it runs, no other event loop can, as notebooks need."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        pytest.fail(f"no browser found ({', '.join(BROWSERS)}): on Debian and Ubuntu, `apt-get install chromium`")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=found, args=ARGUMENTS)

@@ -159,15 +159,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, digits: int =
     """
     if not header:
         raise ValueError("a table needs a header: the name of each column")
-    lines = [[_cell(value, digits) for value in row] for row in rows]
+    lines = [[cell(value, digits) for value in row] for row in rows]
     for line in lines:
         if len(line) != len(header):
             raise ValueError(f"a row of {len(line)} cells under a header of {len(header)}: {line}")
-    widths = [max(len(cell) for cell in column) for column in zip(header, *lines, strict=True)]
-    for line in [list(header), *lines]:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())
+    print("\n".join(aligned([list(header), *lines])))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of texts as lines of columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def cell(value: Any, digits: int = 2) -> str:
+    """Return a value as a table shows it: a float with `digits` significant digits."""
+    if isinstance(value, Real) and not isinstance(value, Integral | Fraction):  # NumPy's floats too
+        return f"{float(value) + 0.0:.{digits}g}"  # adding 0 takes the sign off a zero
+    return str(value)
 
 
 def power_of_ten(value: float) -> str:
@@ -179,12 +192,6 @@ def power_of_ten(value: float) -> str:
 
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def _cell(value: Any, digits: int) -> str:
-    if isinstance(value, Real) and not isinstance(value, Integral | Fraction):  # NumPy's floats too
-        return f"{float(value) + 0.0:.{digits}g}"  # adding 0 takes the sign off a zero
-    return str(value)
 
 
 def _require_alt(alt: str) -> None:

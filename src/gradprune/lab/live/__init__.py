@@ -1,0 +1,18 @@
+"""Networks that live in the page: the reader prunes and trains them in the browser, with no kernel and no network."""
+
+from gradprune.lab.live.figure import Live, Still
+from gradprune.lab.live.prune import Prune
+
+__all__ = ["Live", "Prune", "Still", "figure"]
+
+_FIGURES: dict[str, type[Live]] = {"prune": Prune}
+
+
+def figure(name: str) -> Live:
+    """Return the live figure `name`, as a page of text asks for it.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in _FIGURES:
+        raise ValueError(f"unknown live figure {name!r}; known are {', '.join(map(repr, _FIGURES))}")
+    return _FIGURES[name]()
