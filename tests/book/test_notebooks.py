@@ -88,7 +88,7 @@ def pictures_without_words_or_numbers(notebook: NotebookNode) -> list[str]:
             if words.startswith("<") or alt not in words:
                 faults.append(f"{where} has no words of its own")
             slider = re.findall(r"^[^=\n]+ = .+: .*\d.*$", words, re.MULTILINE)
-            if len(slider) < 2 and len(TABLE_ROW.findall(printed)) < 2:
+            if len(slider) < 2 and len(TABLE_ROW.findall(printed + words)) < 2:
                 faults.append(f"{where} has no table of its numbers beside it: print one with lab.figures.table")
     return faults
 
@@ -105,7 +105,7 @@ def repeated_imports(notebook: NotebookNode) -> list[str]:
 
 
 def figures_of_other_kinds(notebook: NotebookNode) -> list[str]:
-    """Every picture comes from lab.figures or lab.sliders, which give it the book's look and ask for its words."""
+    """Every picture comes from lab.figures, lab.sliders or lab.live, which ask for its words."""
     faults = []
     for cell in code(notebook):
         for node in ast.walk(tree(cell)):
@@ -113,10 +113,8 @@ def figures_of_other_kinds(notebook: NotebookNode) -> list[str]:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             faults += [f"imports {name}: draw with lab.figures" for name in names if name.split(".")[0] in DRAWERS]
         pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
-        if pictures and not calls(cell, "show") + calls(cell, "explore"):
-            faults.append(
-                f"a picture that neither lab.figures.show nor lab.sliders.explore made: {cell.source[-60:]!r}"
-            )
+        if pictures and not calls(cell, "show") + calls(cell, "explore") + live_figures(cell):
+            faults.append(f"a picture made by neither lab.figures, lab.sliders nor lab.live: {cell.source[-60:]!r}")
     return faults
 
 
@@ -137,8 +135,8 @@ def anatomy(notebook: NotebookNode) -> list[str]:
     predict = [cell for cell in prose(notebook) if cell.source.startswith("## Predict first")]
     if not all(folded(cell.source) for cell in predict):
         faults.append("the answer under 'Predict first' is not folded away in <details>")
-    if not any(calls(cell, "explore") for cell in code(notebook)):
-        faults.append("no slider: lab.sliders.explore is not called")
+    if not any(calls(cell, "explore") + live_figures(cell) for cell in code(notebook)):
+        faults.append("no slider: neither lab.sliders.explore nor a figure of lab.live is called")
     if not any("$$" in cell.source for cell in prose(notebook)):
         faults.append("no derivation: no displayed formula")
     if not any("interval" in cell.source for cell in notebook.cells):
@@ -221,6 +219,12 @@ def calls(cell: NotebookNode, name: str) -> list[ast.Call]:
     """Return the calls of a function or method of this name in a cell."""
     nodes = [node for node in ast.walk(tree(cell)) if isinstance(node, ast.Call)]
     return [node for node in nodes if name in (getattr(node.func, "attr", None), getattr(node.func, "id", None))]
+
+
+def live_figures(cell: NotebookNode) -> list[ast.Call]:
+    """Return the live figures that a cell makes: ``lab.live.Prune()``."""
+    nodes = [node for node in ast.walk(tree(cell)) if isinstance(node, ast.Call)]
+    return [node for node in nodes if ast.unparse(node.func).startswith("lab.live.")]
 
 
 def computed(expression: ast.expr) -> bool:

@@ -1,9 +1,9 @@
-"""What only the chapters use: data, models, training, figures, sliders, claims, what the documents print.
+"""What only the chapters use: data, models, training, figures and networks in the page, claims, documents.
 
 Nothing in gradprune imports it.
 """
 
-from gradprune.lab import claims, data, documents, experiment, figures, models, sliders, train, zoo
+from gradprune.lab import claims, data, documents, experiment, figures, live, models, sliders, train, zoo
 from gradprune.lab.setup import device, start
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "documents",
     "experiment",
     "figures",
+    "live",
     "models",
     "sliders",
     "start",

@@ -37,9 +37,10 @@ def test_page_and_gradprune_keep_the_same_weights_and_read_as_many_digits(root: 
         if float(seen["sparsity"]) != sparsity:
             seen = set_slider(root, "weights removed", 100 * sparsity)
         figure = Prune(ranking=ranking, scope=scope, sparsity=sparsity)
-        masks = figure.masks
+        masks, network = figure.masks, figure.network
+        masks.apply_(network)
         assert int(seen["kept"]) == sum(int(mask.sum()) for mask in masks.values()), (ranking, scope, sparsity)
-        expected = lab.train.accuracy(masks.apply_(figure.network), perceptron.digits().test)
+        expected = lab.train.accuracy(network, perceptron.digits().test)
         assert float(seen["accuracy"]) == pytest.approx(expected, abs=1e-6), (ranking, scope, sparsity)
 
 

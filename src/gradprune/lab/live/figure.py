@@ -32,7 +32,7 @@ class Still:
     rows: Sequence[Sequence[Any]]
 
 
-class Live(anywidget.AnyWidget):  # type: ignore[misc]  # ipywidgets is untyped
+class Live(anywidget.AnyWidget):
     """A figure that computes in the reader's browser: in the built page from disk, in a notebook beside its kernel.
 
     A subclass sets `_esm` to its joined modules, has a trait for each thing that the reader sets or reads, and says in
@@ -49,7 +49,7 @@ class Live(anywidget.AnyWidget):  # type: ignore[misc]  # ipywidgets is untyped
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        bundle, _ = super()._repr_mimebundle_(**kwargs)
+        bundle, _ = super()._repr_mimebundle_(**kwargs) or ({}, {})
         still = self.still()
         rows = [list(still.header), *([figures.cell(value) for value in row] for row in still.rows)]
         bundle["text/plain"] = "\n".join([still.words, *figures.aligned(rows)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from typing import cast
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ WIDTHS = (64, 48, 10)
 def _trained() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = cast("nn.Sequential", models.mlp(WIDTHS, activation="relu"))
+        model = models.mlp(WIDTHS, activation="relu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     train.fit(model, digits(), steps=300, optimizer=optimizer, batch_size=64, watch=False)
     return model

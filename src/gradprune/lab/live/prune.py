@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import traitlets
@@ -61,7 +61,8 @@ class Prune(Live):
 
     def _pruned(self, sparsity: float, ranking: str) -> tuple[nn.Module, gp.Masks]:
         network = self.network
-        return network, gp.prune(network, self._score(ranking), sparsity=sparsity, scope=self.scope)
+        scope = cast('Literal["global", "layer"]', self.scope)
+        return network, gp.prune(network, self._score(ranking), sparsity=sparsity, scope=scope)
 
     def _score(self, ranking: str) -> Scores:
         def largest_first(model: nn.Module) -> dict[str, Tensor]:
