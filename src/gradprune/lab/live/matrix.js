@@ -1,0 +1,53 @@
+// How are two matrices multiplied fast enough for an animation?
+
+/**
+ * Writes a b^T + bias into out: out[i][j] = bias[j] + sum over k of a[i][k] b[j][k], all row-major.
+ * Two rows meet two columns at a time, so that each number read takes part in two products; an odd
+ * last row or column is computed twice over. The sums are of double precision.
+ */
+export function multiplyTransposed(a, b, bias, rows, columns, inner, out) {
+  for (let i = 0; i < rows; i += 2) {
+    const next = Math.min(i + 1, rows - 1);
+    const a0 = i * inner;
+    const a1 = next * inner;
+    for (let j = 0; j < columns; j += 2) {
+      const beside = Math.min(j + 1, columns - 1);
+      const b0 = j * inner;
+      const b1 = beside * inner;
+      let s00 = bias === null ? 0 : bias[j];
+      let s01 = bias === null ? 0 : bias[beside];
+      let s10 = s00;
+      let s11 = s01;
+      for (let k = 0; k < inner; k++) {
+        const x0 = a[a0 + k];
+        const x1 = a[a1 + k];
+        const y0 = b[b0 + k];
+        const y1 = b[b1 + k];
+        s00 += x0 * y0;
+        s01 += x0 * y1;
+        s10 += x1 * y0;
+        s11 += x1 * y1;
+      }
+      out[i * columns + j] = s00;
+      out[i * columns + beside] = s01;
+      out[next * columns + j] = s10;
+      out[next * columns + beside] = s11;
+    }
+  }
+}
+
+/** Writes the transpose of a rows x columns matrix into out. */
+export function transpose(matrix, rows, columns, out) {
+  for (let i = 0; i < rows; i++) {
+    for (let j = 0; j < columns; j++) out[j * rows + i] = matrix[i * columns + j];
+  }
+}
+
+/** Writes the sum of each column into out. */
+export function columnSums(matrix, rows, columns, out) {
+  for (let j = 0; j < columns; j++) {
+    let sum = 0;
+    for (let i = 0; i < rows; i++) sum += matrix[i * columns + j];
+    out[j] = sum;
+  }
+}

