@@ -45,7 +45,7 @@ class Prune(Live):
         super().__init__(
             _network=pack_network(self._model, "relu"),
             _test=pack_split(perceptron.digits().test),
-            _random=floats(*self._drawn.values()),
+            _random=floats(*(score for score in self._drawn.values() if score.dim() > 1)),  # biases stay
             **settings,
         )
 
