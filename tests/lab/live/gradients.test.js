@@ -75,8 +75,19 @@ test("ten steps of feedback send and keep what ErrorFeedback does, bit for bit",
   });
 });
 
+test("of no entries all are kept", () => {
+  for (const none of [[], [floats([])]]) {
+    assert.equal(norm(none), 0);
+    assert.equal(clipByNorm(none, 1), 0);
+    assert.equal(hardThreshold(none, 1), 1);
+    assert.equal(ratioThreshold(none, 1), 1);
+    assert.equal(topFraction(none, 0.5), 1);
+  }
+});
+
 test("bad amounts and entries that are not finite are refused before anything changes", () => {
   const arrays = [floats([1, 2]), floats([3])];
+  assert.throws(() => clipByValue(arrays, 0), /limit must be positive, got 0/);
   assert.throws(() => clipByNorm(arrays, 0), /maxNorm must be positive, got 0/);
   assert.throws(() => clipByValue(arrays, -1), /limit must be positive, got -1/);
   assert.throws(() => hardThreshold(arrays, -1), /threshold must be at least 0, got -1/);

@@ -311,14 +311,18 @@ def _minus_magnitude(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _share_out() -> list[Case]:
+    settings = [
+        (sizes, round(share * sum(sizes)))
+        for sizes in ([3072, 480], [5, 5, 5], [1, 1000, 10, 300], [7] * 13, [100], [12, 30, 2])
+        for share in (0.0, 0.01, 0.1, 1 / 3, 0.5, 0.77, 1.0)
+    ]
+    settings += [([10, 1, 2], 10), ([1024, 7, 10, 480], 402)]  # a plain sum rounds so that another layer gets one more
     cases = []
-    for sizes in ([3072, 480], [5, 5, 5], [1, 1000, 10, 300], [7] * 13, [100], [12, 30, 2]):
-        for share in (0.0, 0.01, 0.1, 1 / 3, 0.5, 0.77, 1.0):
-            low = [1] * len(sizes) if share * sum(sizes) >= len(sizes) else [0] * len(sizes)
-            total = round(share * sum(sizes))
-            counts = share_out([float(n) for n in sizes], total, low=low, high=sizes)
-            given = {"shares": sizes, "total": total, "low": low, "high": sizes}
-            cases.append({"name": f"{total} over {sizes}", **given, "counts": counts})
+    for sizes, total in settings:
+        low = [int(total >= len(sizes))] * len(sizes)
+        counts = share_out([float(n) for n in sizes], total, low=low, high=sizes)
+        given = {"shares": sizes, "total": total, "low": low, "high": sizes}
+        cases.append({"name": f"{total} over {sizes}", **given, "counts": counts})
     return cases
 
 
@@ -342,13 +346,17 @@ def _grads(parameters: list[nn.Parameter]) -> list[list[float]]:
 
 def _clip_by_norm() -> list[Case]:
     cases = []
-    for scale, max_norm in itertools.product((1e-4, 1.0, 1e3, 1e15), (1e-3, 1.0, 100.0)):
-        gradients = [scale * gradient for gradient in _gradients()]
+    settings = [
+        ([scale * gradient for gradient in _gradients()], max_norm)
+        for scale, max_norm in itertools.product((1e-4, 1e-3, 1.0, 1e3, 1e15), (1e-3, 1.0, 100.0))
+    ]
+    settings += [([torch.tensor([3.0]), torch.tensor([-4.0])], 5.0)]  # just as much as is allowed
+    for gradients, max_norm in settings:
         parameters = _parameters(gradients)
         before = gp.clip_by_norm_(parameters, max_norm)
         given, after = [_list(g) for g in gradients], _grads(parameters)
         case = {"given": given, "maxNorm": max_norm, "before": before.item(), "after": after}
-        cases.append({"name": f"scale {scale:g} to {max_norm}", **case, "unchanged": given == after})
+        cases.append({"name": f"{before.item():g} to {max_norm}", **case, "unchanged": given == after})
     assert {case["unchanged"] for case in cases} == {True, False}
     return cases
 

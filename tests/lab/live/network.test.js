@@ -80,6 +80,10 @@ test("predictions and accuracy are those of torch", () => {
   });
 });
 
+test("of equal logits the first class is predicted", () => {
+  assert.deepEqual([...predictions(floats([0, 2, 2, -1, -1, -1]), 3)], [1, 0]);
+});
+
 test("parameters go in and out in torch's order", () => {
   forEachCase(reference.networks, 10, ({ sizes, activation, parameters }) => {
     const net = createNetwork(sizes, activation, floats(parameters));

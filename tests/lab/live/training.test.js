@@ -68,6 +68,7 @@ test("each epoch shows every row once, with its own label, in another order", ()
   const training = createTraining({ ...options, seed: 5, change });
   assert.equal(epochSteps(training), 3);
   trainSteps(training, 6);
+  assert.equal(training.steps, 6);
   const epochs = [seen.slice(0, rows), seen.slice(rows)];
   for (const epoch of epochs) {
     assert.deepEqual(
@@ -76,6 +77,17 @@ test("each epoch shows every row once, with its own label, in another order", ()
     );
   }
   assert.notDeepEqual(epochs[0], epochs[1]);
+});
+
+test("batches of one row and of more than there are work", () => {
+  const [given] = reference.training;
+  const rows = given.labels.length;
+  const one = trainingOf(given, { batch: 1 });
+  assert.equal(epochSteps(one), rows);
+  assert.ok(trainSteps(one, rows) > 0);
+  const all = trainingOf(given, { batch: rows + 5 });
+  assert.equal(epochSteps(all), 1);
+  assertClose([trainSteps(all, 1)], [given.losses[0]], "loss");
 });
 
 test("a seed repeats a training, another seed does not", () => {

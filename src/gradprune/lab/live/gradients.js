@@ -102,13 +102,9 @@ function zeroBelow(array, threshold) {
 }
 
 function meanMagnitude(array) {
-  let [sum, most] = [0, 0];
-  for (let i = 0; i < array.length; i++) {
-    const size = Math.abs(array[i]);
-    sum += size;
-    most = Math.max(most, size);
-  }
-  return array.length === 0 ? 0 : Math.min(sum / array.length, most); // no mean is above all
+  let sum = 0;
+  for (let i = 0; i < array.length; i++) sum += Math.abs(array[i]);
+  return sum / array.length;
 }
 
 function shareOf(arrays, kept) {

@@ -65,11 +65,8 @@ export function createWorkspace(net, rows) {
   const layers = layersOf(net.sizes);
   const widest = Math.max(...net.sizes);
   const perRow = () => layers.map(({ to }) => new Float32Array(rows * to));
-  const before = perRow();
-  const linear = net.activation === "linear";
-  const activated = layers.map(({ to }, layer) =>
-    linear || layer === layers.length - 1 ? before[layer] : new Float32Array(rows * to),
-  );
+  const [before, after] = [perRow(), perRow()];
+  after[layers.length - 1] = before[layers.length - 1];
   const gradients = {
     weights: net.weights.map((w) => new Float32Array(w.length)),
     biases: net.biases.map((b) => new Float32Array(b.length)),
@@ -78,7 +75,7 @@ export function createWorkspace(net, rows) {
   return {
     rows,
     before,
-    after: activated,
+    after,
     deltas: perRow(),
     gradients,
     turned: [0, 1].map(() => new Float32Array(widest * Math.max(rows, widest))),
@@ -123,7 +120,6 @@ export function backward(net, inputs, rows, work, gradient) {
     const [below, before] = [work.deltas[layer - 1], work.before[layer - 1]];
     transpose(net.weights[layer], to, from, turned);
     multiplyTransposed(delta, turned, null, rows, from, to, below);
-    if (given === before) continue; // linear
     for (let i = 0; i < rows * from; i++) below[i] *= slope(before[i], given[i]);
   }
   return work.gradients;

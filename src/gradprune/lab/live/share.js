@@ -14,8 +14,14 @@ export function shareOut(shares, total, low, high) {
   const counts = ideal.map((x, i) => Math.max(Math.floor(x), low[i]));
   const remainder = (i) => ideal[i] - counts[i];
   const byRemainder = counts.map((_, i) => i).sort((i, j) => remainder(j) - remainder(i));
-  giveOut(counts, byRemainder, 1, total, (i) => counts[i] < high[i]);
-  giveOut(counts, byRemainder.slice().reverse(), -1, total, (i) => counts[i] > low[i]);
+  let missing = total - exactSum(counts);
+  while (missing > 0) {
+    for (const i of byRemainder) {
+      if (missing === 0 || counts[i] === high[i]) continue;
+      counts[i]++;
+      missing--;
+    }
+  }
   return counts;
 }
 
@@ -30,18 +36,6 @@ function idealShares(shares, total, low, high) {
     else larger = factor;
   }
   return bounded(larger);
-}
-
-/** Adds `step` to the counts in order, round by round, until they add up to the total. */
-function giveOut(counts, order, step, total, fits) {
-  let missing = (total - exactSum(counts)) * step;
-  while (missing > 0) {
-    for (const i of order) {
-      if (missing === 0 || !fits(i)) continue;
-      counts[i] += step;
-      missing--;
-    }
-  }
 }
 
 /** The sum, and beside it what each addition's rounding lost: Neumaier (1974). */
