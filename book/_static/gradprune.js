@@ -1,12 +1,15 @@
 // What the vendored scripts leave undone for the book's sliders: names and values for assistive technology, and formulas
 // inside widgets. The widget manager calls MathJax 2's queue; this passes the call on to MathJax 3.
-"use strict";
 
 window.MathJax = window.MathJax || {};
 window.MathJax.Hub = {
   Queue: (...calls) => {
     for (const [what, , element] of calls) {
-      if (what === "Typeset" && window.MathJax.typesetPromise && element?.textContent.match(/\$|\\\(/)) {
+      if (
+        what === "Typeset" &&
+        window.MathJax.typesetPromise &&
+        element?.textContent.match(/\$|\\\(/)
+      ) {
         window.MathJax.startup.promise.then(() => window.MathJax.typesetPromise([element]));
       }
     }
@@ -26,7 +29,8 @@ function describe(explorer) {
       if (setting) handle.setAttribute("aria-valuetext", setting);
     }
   }
-  for (const words of explorer.querySelectorAll(".gp-words")) words.setAttribute("aria-live", "polite");
+  for (const words of explorer.querySelectorAll(".gp-words"))
+    words.setAttribute("aria-live", "polite");
 }
 
 // Explorers appear when the widget manager has drawn them, and frames when they are first shown. Only what has changed is
@@ -36,7 +40,9 @@ new MutationObserver((changes) => {
   for (const { target, addedNodes } of changes) {
     const around = target.closest(".gp-explore");
     if (around) changed.add(around);
-    else for (const node of addedNodes) node.querySelectorAll?.(".gp-explore").forEach((inside) => changed.add(inside));
+    else
+      for (const node of addedNodes)
+        for (const inside of node.querySelectorAll?.(".gp-explore") ?? []) changed.add(inside);
   }
   changed.forEach(describe);
 }).observe(document.documentElement, {
@@ -54,7 +60,8 @@ document.addEventListener("DOMContentLoaded", () => {
     arrow.setAttribute("aria-label", `Pages under ${entry}`);
   }
   // The role of an entry in a bibliography is no longer part of ARIA, and hides that it stands in a list.
-  for (const entry of document.querySelectorAll(".citation-list > .citation")) entry.setAttribute("role", "listitem");
+  for (const entry of document.querySelectorAll(".citation-list > .citation"))
+    entry.setAttribute("role", "listitem");
 });
 
 // The claims page: three choices that narrow its tables down. Without scripts the form stays hidden and all is shown.
@@ -63,7 +70,9 @@ document.addEventListener("DOMContentLoaded", () => {
   if (!form) return;
   const tables = [...document.querySelectorAll("table.gp-claims")];
   const narrow = () => {
-    const wanted = [...new FormData(form)].filter(([, value]) => value).map(([name, value]) => `gp-${name}-${value}`);
+    const wanted = [...new FormData(form)]
+      .filter(([, value]) => value)
+      .map(([name, value]) => `gp-${name}-${value}`);
     let shown = 0;
     for (const table of tables) {
       const rows = [...table.tBodies[0].rows];

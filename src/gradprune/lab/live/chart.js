@@ -29,7 +29,19 @@ export function powers(from, to, count = 5) {
   return exponents.filter((e) => (e - first) % stride === 0).map((e) => 10 ** e);
 }
 
-const SUPERSCRIPTS = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
+const SUPERSCRIPTS = {
+  "-": "⁻",
+  0: "⁰",
+  1: "¹",
+  2: "²",
+  3: "³",
+  4: "⁴",
+  5: "⁵",
+  6: "⁶",
+  7: "⁷",
+  8: "⁸",
+  9: "⁹",
+};
 export const powerOfTen = (value) =>
   `10${[...String(Math.round(Math.log10(value)))].map((digit) => SUPERSCRIPTS[digit]).join("")}`;
 export const plain = (value) => String(Number(value.toPrecision(6)));
@@ -38,7 +50,9 @@ export const plain = (value) => String(Number(value.toPrecision(6)));
 const scale = ({ from, to, log }, start, end) => {
   const [a, b] = log ? [Math.log10(from), Math.log10(to)] : [from, to];
   const clamp = (value) => Math.min(Math.max(value, -1e4), 1e4);
-  return (value) => start + clamp(((log ? Math.log10(Math.max(value, 1e-300)) : value) - a) / (b - a)) * (end - start);
+  return (value) =>
+    start +
+    clamp(((log ? Math.log10(Math.max(value, 1e-300)) : value) - a) / (b - a)) * (end - start);
 };
 
 // `draw(marks, axes)` takes marks in the order they lie on each other:
@@ -52,12 +66,21 @@ export function createChart({ title, x, y, width = 340, height = 230 }) {
   figure.className = "gp-live-chart";
   const caption = document.createElement("figcaption");
   caption.textContent = title;
-  const svg = svgElement("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
+  const svg = svgElement("svg", {
+    viewBox: `0 0 ${width} ${height}`,
+    role: "img",
+    "aria-label": title,
+  });
   const frame = svgElement("g", {});
   const marks = svgElement("g", {});
   svg.append(frame, marks);
   figure.append(caption, svg);
-  const box = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
+  const box = {
+    left: MARGIN.left,
+    right: width - MARGIN.right,
+    top: MARGIN.top,
+    bottom: height - MARGIN.bottom,
+  };
   let drawnAxes = "";
   const draw = (list, axes = {}) => {
     const across = { ...x, ...axes.x };
@@ -76,20 +99,39 @@ export function createChart({ title, x, y, width = 340, height = 230 }) {
 
 function axisElements(across, up, toX, toY, box) {
   const made = [];
-  const labels = (axis) => axis.ticks ?? (axis.log ? powers(axis.from, axis.to) : ticks(axis.from, axis.to));
+  const labels = (axis) =>
+    axis.ticks ?? (axis.log ? powers(axis.from, axis.to) : ticks(axis.from, axis.to));
   const write = (axis) => axis.format ?? (axis.log ? powerOfTen : plain);
   for (const value of labels(across)) {
     const at = toX(value);
-    made.push(svgElement("line", { x1: at, x2: at, y1: box.top, y2: box.bottom, class: "gp-live-grid" }));
-    made.push(svgElement("text", { x: at, y: box.bottom + 15, "text-anchor": "middle" }, write(across)(value)));
+    made.push(
+      svgElement("line", { x1: at, x2: at, y1: box.top, y2: box.bottom, class: "gp-live-grid" }),
+    );
+    made.push(
+      svgElement(
+        "text",
+        { x: at, y: box.bottom + 15, "text-anchor": "middle" },
+        write(across)(value),
+      ),
+    );
   }
   for (const value of labels(up)) {
     const at = toY(value);
-    made.push(svgElement("line", { x1: box.left, x2: box.right, y1: at, y2: at, class: "gp-live-grid" }));
-    made.push(svgElement("text", { x: box.left - 5, y: at + 4, "text-anchor": "end" }, write(up)(value)));
+    made.push(
+      svgElement("line", { x1: box.left, x2: box.right, y1: at, y2: at, class: "gp-live-grid" }),
+    );
+    made.push(
+      svgElement("text", { x: box.left - 5, y: at + 4, "text-anchor": "end" }, write(up)(value)),
+    );
   }
   const middle = (box.left + box.right) / 2;
-  made.push(svgElement("text", { x: middle, y: box.bottom + 33, "text-anchor": "middle" }, across.label ?? ""));
+  made.push(
+    svgElement(
+      "text",
+      { x: middle, y: box.bottom + 33, "text-anchor": "middle" },
+      across.label ?? "",
+    ),
+  );
   const turned = `rotate(-90) translate(${-(box.top + box.bottom) / 2} 12)`;
   made.push(svgElement("text", { transform: turned, "text-anchor": "middle" }, up.label ?? ""));
   return made;
@@ -100,17 +142,30 @@ function markElements(mark, toX, toY, box) {
   if (mark.kind === "line") return [svgElement("path", { ...common, d: linePath(mark, toX, toY) })];
   if (mark.kind === "points") {
     const r = mark.radius ?? 4;
-    return Array.from(mark.x, (value, i) => svgElement("circle", { ...common, cx: toX(value), cy: toY(mark.y[i]), r }));
+    return Array.from(mark.x, (value, i) =>
+      svgElement("circle", { ...common, cx: toX(value), cy: toY(mark.y[i]), r }),
+    );
   }
-  if (mark.kind === "bars") return [svgElement("path", { ...common, d: barsPath(mark, toX, toY, box) })];
+  if (mark.kind === "bars")
+    return [svgElement("path", { ...common, d: barsPath(mark, toX, toY, box) })];
   const upright = mark.x !== undefined;
   const at = upright ? toX(mark.x) : toY(mark.y);
-  const ends = upright ? { x1: at, x2: at, y1: box.top, y2: box.bottom } : { x1: box.left, x2: box.right, y1: at, y2: at };
+  const ends = upright
+    ? { x1: at, x2: at, y1: box.top, y2: box.bottom }
+    : { x1: box.left, x2: box.right, y1: at, y2: at };
   const made = [svgElement("line", { ...common, ...ends })];
   if (mark.text) {
     const right = upright ? at > (box.left + box.right) / 2 : true;
-    const place = upright ? { x: at + (right ? -4 : 4), y: box.top + 10 } : { x: box.right, y: at - 4 };
-    made.push(svgElement("text", { ...place, "text-anchor": right ? "end" : "start", class: mark.class ?? "" }, mark.text));
+    const place = upright
+      ? { x: at + (right ? -4 : 4), y: box.top + 10 }
+      : { x: box.right, y: at - 4 };
+    made.push(
+      svgElement(
+        "text",
+        { ...place, "text-anchor": right ? "end" : "start", class: mark.class ?? "" },
+        mark.text,
+      ),
+    );
   }
   return made;
 }

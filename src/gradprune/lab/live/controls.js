@@ -9,7 +9,13 @@ export function slider({ label, min, max, step, value, format = String, change }
   const id = nextId();
   const input = element("input", { type: "range", id, min, max, step, value });
   const output = element("output", { for: id });
-  const root = element("div", { class: "gp-live-slider" }, element("label", { for: id }, label), input, output);
+  const root = element(
+    "div",
+    { class: "gp-live-slider" },
+    element("label", { for: id }, label),
+    input,
+    output,
+  );
   const write = () => {
     const words = format(Number(input.value));
     output.textContent = words;
@@ -37,7 +43,12 @@ export function choice({ label, options, value, change }) {
     return [input, element("label", {}, input, ` ${text}`)];
   });
   const labels = buttons.map(([, root]) => root);
-  const root = element("fieldset", { class: "gp-live-choice" }, element("legend", {}, label), ...labels);
+  const root = element(
+    "fieldset",
+    { class: "gp-live-choice" },
+    element("legend", {}, label),
+    ...labels,
+  );
   const set = (wanted) => {
     for (const [input] of buttons) input.checked = input.value === wanted;
   };

@@ -14,6 +14,12 @@ export const readNetwork = ({ sizes, activation, numbers }) =>
 export function readSplit({ rows, labels, levels, codes, values }) {
   const inputs = values
     ? readFloats(values)
-    : Float32Array.from(bytes(codes), ((table) => (code) => table[code])(readFloats(levels)));
+    : Float32Array.from(
+        bytes(codes),
+        (
+          (table) => (code) =>
+            table[code]
+        )(readFloats(levels)),
+      );
   return { inputs, labels: bytes(labels), rows };
 }

@@ -39,7 +39,9 @@ export function render({ model, el }) {
   const net = copyNetwork(dense);
   const work = createWorkspace(net, test.rows);
   const total = dense.weights.reduce((sum, weights) => sum + weights.length, 0);
-  const strongest = Math.max(...dense.weights.map((weights) => weights.reduce((a, w) => Math.max(a, Math.abs(w)), 0)));
+  const strongest = Math.max(
+    ...dense.weights.map((weights) => weights.reduce((a, w) => Math.max(a, Math.abs(w)), 0)),
+  );
   const digitTotals = countLabels(test.labels, classes);
 
   // What the network is at a setting: its masks, and how it reads each digit.
@@ -56,7 +58,12 @@ export function render({ model, el }) {
     });
     const accuracy = right.reduce((a, b) => a + b) / test.rows;
     const kept = masks.reduce((sum, mask) => sum + mask.reduce((a, b) => a + b, 0), 0);
-    return { masks, accuracy, kept, byDigit: right.map((count, digit) => count / digitTotals[digit]) };
+    return {
+      masks,
+      accuracy,
+      kept,
+      byDigit: right.map((count, digit) => count / digitTotals[digit]),
+    };
   }
 
   const stage = createStage(el, "prune", "Prune a network that reads digits");
@@ -69,8 +76,18 @@ export function render({ model, el }) {
     format: (value) => `${value.toFixed(1)} %`,
     change: (value) => choose({ sparsity: Number((value / 100).toFixed(4)) }),
   });
-  const ranking = choice({ label: "Which go?", options: RANKINGS, value: "smallest", change: (is) => choose({ ranking: is }) });
-  const scope = choice({ label: "Ranked over", options: SCOPES, value: "global", change: (is) => choose({ scope: is }) });
+  const ranking = choice({
+    label: "Which go?",
+    options: RANKINGS,
+    value: "smallest",
+    change: (is) => choose({ ranking: is }),
+  });
+  const scope = choice({
+    label: "Ranked over",
+    options: SCOPES,
+    value: "global",
+    change: (is) => choose({ scope: is }),
+  });
   const reset = button("Reset", () => {
     traces.clear();
     choose(first);
@@ -89,7 +106,12 @@ export function render({ model, el }) {
   });
   const digits = createChart({
     title: "Digit by digit: which is lost first?",
-    x: { label: "digit", from: -0.6, to: classes - 0.4, ticks: Array.from({ length: classes }, (_, i) => i) },
+    x: {
+      label: "digit",
+      from: -0.6,
+      to: classes - 0.4,
+      ticks: Array.from({ length: classes }, (_, i) => i),
+    },
     y: { label: "share read correctly", from: 0, to: 1 },
   });
   const pixels = createPixels({
@@ -98,7 +120,11 @@ export function render({ model, el }) {
     columns: 8,
     tile: [8, 8],
   });
-  const caption = element("figcaption", {}, "The first layer: what each of 48 hidden units looks for");
+  const caption = element(
+    "figcaption",
+    {},
+    "The first layer: what each of 48 hidden units looks for",
+  );
   const picture = element("figure", { class: "gp-live-chart" }, caption, pixels.root);
   stage.panels.append(curve.root, histogram.root, picture, digits.root);
 
@@ -111,7 +137,12 @@ export function render({ model, el }) {
     remember(traces, setting, seen.accuracy);
     curve.draw([
       ...[...traces].flatMap(([key, points]) => trace(key, points)),
-      { kind: "points", x: [100 * setting.sparsity], y: [seen.accuracy], class: COLOUR[setting.ranking] },
+      {
+        kind: "points",
+        x: [100 * setting.sparsity],
+        y: [seen.accuracy],
+        class: COLOUR[setting.ranking],
+      },
     ]);
     const { before, after, highest } = bins.count(seen.masks);
     const bars = { kind: "bars", x: bins.centres, width: bins.width };
@@ -121,10 +152,21 @@ export function render({ model, el }) {
     ];
     histogram.draw(marks, { y: { to: highest } });
     digits.draw([
-      { kind: "bars", x: seen.byDigit.map((_, i) => i), y: seen.byDigit, width: 0.7, class: COLOUR[setting.ranking] },
+      {
+        kind: "bars",
+        x: seen.byDigit.map((_, i) => i),
+        y: seen.byDigit,
+        width: 0.7,
+        class: COLOUR[setting.ranking],
+      },
     ]);
     pixels.draw(dense.weights[0], seen.masks[0], 0.6 * strongest);
-    const facts = { ...setting, accuracy: seen.accuracy, kept: seen.kept, removed: total - seen.kept };
+    const facts = {
+      ...setting,
+      accuracy: seen.accuracy,
+      kept: seen.kept,
+      removed: total - seen.kept,
+    };
     say(stage, facts, sentence(setting, seen, total));
     publish(model, { accuracy: seen.accuracy });
   });
@@ -151,13 +193,16 @@ function sentence({ sparsity }, { kept, accuracy, byDigit }, total) {
   const worst = byDigit.indexOf(Math.min(...byDigit));
   const best = byDigit.indexOf(Math.max(...byDigit));
   const least = `It reads digit ${worst} worst (${percent(byDigit[worst])}) and digit ${best} best (${percent(byDigit[best])}).`;
-  const gone = sparsity === 0 ? `All ${total} weights are there` : `${kept} of ${total} weights are left`;
+  const gone =
+    sparsity === 0 ? `All ${total} weights are there` : `${kept} of ${total} weights are left`;
   return `${gone}: ${percent(accuracy)} of the test digits are read correctly. ${least}`;
 }
 
 const splitLike = (numbers, arrays) => {
-  let at = 0;
-  return arrays.map(({ length }) => numbers.subarray(at, (at += length)));
+  const starts = arrays.map((_, i) =>
+    arrays.slice(0, i).reduce((sum, { length }) => sum + length, 0),
+  );
+  return arrays.map(({ length }, i) => numbers.subarray(starts[i], starts[i] + length));
 };
 
 function countLabels(labels, classes) {
@@ -178,10 +223,18 @@ function trace(key, points) {
   const [ranking, scope] = key.split(" ");
   const seen = [...points].sort(([a], [b]) => a - b).map(([at, accuracy]) => [100 * at, accuracy]);
   const broken = seen.flatMap(([at, accuracy], i) =>
-    i > 0 && at - seen[i - 1][0] > 4 ? [[at, Number.NaN], [at, accuracy]] : [[at, accuracy]],
+    i > 0 && at - seen[i - 1][0] > 4
+      ? [
+          [at, Number.NaN],
+          [at, accuracy],
+        ]
+      : [[at, accuracy]],
   );
   const colour = COLOUR[ranking];
-  const columns = (pairs) => ({ x: pairs.map(([at]) => at), y: pairs.map(([, accuracy]) => accuracy) });
+  const columns = (pairs) => ({
+    x: pairs.map(([at]) => at),
+    y: pairs.map(([, accuracy]) => accuracy),
+  });
   const dashed = scope === "layer" ? "gp-live-dashed" : "";
   return [
     { kind: "line", ...columns(broken), class: `${colour} ${dashed}` },
