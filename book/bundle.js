@@ -1,5 +1,6 @@
 // The widget manager of the built pages: what the book's widgets are made of, and nothing else of Jupyter's.
 
+import "@lumino/widgets/style/index.css";
 import * as base from "@jupyter-widgets/base";
 import { HTMLManager } from "@jupyter-widgets/html-manager/lib/htmlmanager.js";
 

