@@ -1,10 +1,12 @@
 """What this book adds to Sphinx.
 
-Tables of claims and of results, what the names of types stand for, a still picture where no scripts run, paper that is
-always light, and the repository's address on the pages.
+Tables of claims and of results, what the names of types stand for, live figures on pages that are no notebooks, a still
+picture where no scripts run, paper that is always light, and the repository's address on the pages.
 """
 
 import ast
+import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +15,15 @@ from typing import Any, ClassVar
 import nbformat
 from docutils import nodes
 from docutils.parsers.rst import directives
+from ipywidgets.embed import embed_data
+from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
-from gradprune.lab import claims, experiment
+from gradprune.lab import claims, experiment, live
 
 DOCUMENTS = (
     "pruning by “gradient clipping”",
@@ -37,7 +41,8 @@ OUTCOMES = {
     "none": "no meaning",
     "open": "open",
 }
-WIDGET = "application/vnd.jupyter.widget-view+json"
+WIDGETS = "application/vnd.jupyter.widget-"
+WIDGET = f"{WIDGETS}view+json"
 KINDS = ("formula", "procedure", "snippet", "effect", "scope", "next")
 
 
@@ -106,6 +111,36 @@ class ClaimsTable(SphinxDirective):
         target = self.env.app.builder.get_relative_uri(self.env.docname, chapter) + anchor
         link = nodes.reference("", verdict.outcome, refuri=target)
         return nodes.paragraph("", "", nodes.strong("", "", link), nodes.Text(f". {verdict.because}"))
+
+
+class LiveFigure(SphinxDirective):
+    """A live figure on a page that is no notebook: the widget's state and view, and its still where no script runs."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the figure."""
+        os.environ["GRADPRUNE_FIGURES"] = "svg"
+        try:
+            figure = live.figure(self.arguments[0])
+        except ValueError as error:
+            raise self.error(str(error)) from error
+        data = embed_data(views=[figure], drop_defaults=False)
+        for path, attributes in self.config.nb_ipywidgets_js.items():
+            NbMetadataCollector.new_js_file(self.env, self.env.docname, path, path, attributes)
+        still = figure._repr_mimebundle_()[0]["text/html"]
+        scripts = {f"{WIDGETS}state+json": data["manager_state"], WIDGET: data["view_specs"][0]}
+        written = (
+            f'<script type="{kind}">{json.dumps(content).replace("</", "<" + chr(92) + "/")}</script>'
+            for kind, content in scripts.items()
+        )
+        return [nodes.raw("", "".join(written), format="html"), no_script(still)]
+
+
+def no_script(still: str) -> nodes.raw:
+    """Return what stands where no script runs: of an explorer its frame, which wants the box around it."""
+    boxed = still if 'class="gp-live' in still else f'<div class="gp-explore">{still}</div>'
+    return nodes.raw("", f"<noscript>{boxed}</noscript>", format="html")
 
 
 def outcome(claim: claims.Claim, found: dict[str, tuple[str, str, claims.Verdict]]) -> str:
@@ -239,11 +274,9 @@ def keep_still_pictures(app: Sphinx, doctree: nodes.document) -> None:
         shown = {
             child["mime_type"]: child for child in bundle.children if "mime_type" in getattr(child, "attributes", ())
         }
-        if {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(shown):
+        if {WIDGET, "text/html"} <= set(shown):
             still = "".join(part.astext() for part in shown["text/html"].children)
-            shown["application/vnd.jupyter.widget-view+json"] += nodes.raw(
-                "", f'<noscript><div class="gp-explore">{still}</div></noscript>', format="html"
-            )
+            shown[WIDGET] += no_script(still)
 
 
 def keep_dark_to_screens(app: Sphinx, failure: Exception | None) -> None:
@@ -366,6 +399,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("results-table", ResultsTable)
     app.add_directive("type-names", TypeNames)
+    app.add_directive("live", LiveFigure)
     app.connect("source-read", fill_in)
     app.connect("doctree-read", mark_verdicts)
     app.connect("doctree-read", keep_still_pictures)
