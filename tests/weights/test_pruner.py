@@ -321,6 +321,86 @@ def test_a_state_saved_after_writes_without_a_step_warns():
         pruner.state_dict()
 
 
+@pytest.mark.parametrize("look", [repr, lambda p: p.step, lambda p: p.masks.sparsity, lambda p: p.state_dict()])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_an_optimizer_made_after_the_pruner_is_noticed_where_the_pruner_is_looked_at(look, steps_before):
+    model = two_layers()
+    first = sgd(model)
+    pruner = gp.Pruner(model, first, gp.Linear(0.8, 0, 100))
+    train(model, first, steps_before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look(pruner)
+    train(model, second := sgd(model), 12)
+    with pytest.warns(UserWarning, match=rf"written 12 times, but no step .* was seen, {steps_before} in all"):
+        look(pruner)
+    state = pruner._step, pruner._masks
+    pruner.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (pruner.step, pruner.masks) == state  # and is at rest
+    again = gp.Pruner(model, second, gp.Linear(0.8, 0, 100), within=state[1])
+    train(model, second, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look(again)
+
+
+def test_the_way_to_a_new_optimizer_that_the_warning_names_works():
+    model = two_layers()
+    first = sgd(model)
+    pruner = gp.Pruner(model, first, gp.Linear(0.8, 0, 10))
+    train(model, first, 5)
+    pruner.remove()
+    again = gp.Pruner(model, second := sgd(model), gp.Linear(0.8, 0, 10), within=pruner.masks)
+    again.load_state_dict(pruner.state_dict())
+    train(model, second, 5)
+    assert (again.step, sum(zeros(model).values())) == (10, round(0.8 * 128))
+
+
+def test_an_average_put_in_and_out_between_steps_is_no_other_optimizer():
+    model = two_layers()
+    optimizer = sgd(model)
+    pruner = gp.Pruner(model, optimizer, gp.Linear(0.8, 0, 100))
+    train(model, optimizer, 3)
+    average, own = copy.deepcopy(model.state_dict()), copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model.load_state_dict(average)
+            model.load_state_dict(own)
+        assert pruner.step == 3
+
+
+def test_an_optimizer_that_lost_the_weights_is_named_with_them():
+    model = two_layers()
+    optimizer = sgd(model)
+    pruner = gp.Pruner(model, optimizer, gp.OneShot(0.5))
+    optimizer.param_groups[0]["params"] = list(model[0].parameters())
+    with pytest.warns(UserWarning, match=r"optimizer no longer has '1\.weight'"):
+        assert pruner.step == 0
+
+
+def test_a_state_beyond_the_schedule_is_refused_at_loading_and_changes_nothing():
+    model = two_layers()
+    optimizer = sgd(model)
+    far = gp.Pruner(model, optimizer, gp.Linear(0.9, 0, 4))
+    train(model, optimizer, 3)
+    state, other = far.state_dict(), two_layers()
+    pruner = gp.Pruner(other, sgd(other), gp.Linear(0.5, 0, 4))
+    with pytest.raises(ValueError, match=r"at a sparsity of 0\.675 after 3 steps; .* goes back to 0\.5 at the next"):
+        pruner.load_state_dict(state)
+    assert (pruner.step, pruner.events, zeros(other)) == (0, [], {"0.weight": 0, "1.weight": 0})
+    pruner = gp.Pruner(third := two_layers(), sgd(third), gp.Linear(0.675, 0, 4))
+    pruner.load_state_dict(state)
+    assert zeros(third) == zeros(model)
+    falling = {"amount": "threshold", "include": "0.*"}  # a threshold may fall: what is gone stays
+    low, fourth = gp.Pruner(model := two_layers(), sgd(model), lambda step: 0.1, **falling), two_layers()
+    high = gp.Pruner(fourth, sgd(fourth), lambda step: 0.05, **falling)
+    high.load_state_dict(low.state_dict())
+    assert high.masks == low.masks
+
+
 # ----------------------------------------------------------------------------------------- closures, compiling, n:m
 
 
