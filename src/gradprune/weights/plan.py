@@ -172,7 +172,7 @@ def _keep_over_all(
 ) -> dict[str, Tensor]:
     """All layers ranked together; one that would fall below its floor gets it, and the others share what is left.
 
-    Warns of layers that come down to their floors and keep less than the share `noticed` there.
+    Warns of layers that come down to their floors and keep less than half of the share `noticed` there.
     """
     if warning:
         checks.warn(warning)
@@ -199,10 +199,10 @@ def _keep_over_all(
 
 
 def _warn_of_floors(units: Units, at_floor: Mapping[str, int], noticed: float) -> None:
-    """Warn of layers that came down to so many units now, where that is less than the share `noticed`."""
+    """Warn of layers that came down to so many units now, where that is less than half of the share `noticed`."""
     sizes = {name: weight.parameter.numel() for name, weight in units.layers.items()}
     kept = {n: count * units.cost(n) for n, count in at_floor.items() if count < units.available(n)}
-    few = {name: count for name, count in kept.items() if count < noticed * sizes[name]}
+    few = {name: count for name, count in kept.items() if count < noticed * sizes[name] / 2}
     fallen = [f"{name!r} keeps {count:,} of {sizes[name]:,} weights" for name, count in few.items()]
     if fallen:
         more = f" and {len(fallen) - 5} more layers" if len(fallen) > 5 else ""

@@ -51,9 +51,9 @@ class Pruner:
     goes on bit for bit. The masks are those of the parameters that were eligible when it was made, also where a layer
     is frozen later. ``copy.deepcopy`` of model, optimizer and pruner together gives a pruner of the copies.
 
-    It sees the steps of the optimizer it was given, not of one made later: ``remove()`` it then, and load its state into
-    a new one. That weights are written and no step is seen is warned of where `step`, `masks`, ``repr`` or the state is
-    asked for, and only there.
+    It sees the steps of the optimizer it was given, not of one made later: then ``remove()`` it, and load its state
+    into a new one. Weights that are written while no step is seen are warned of where `step`, `masks`, ``repr`` or the
+    state is asked for, and only there.
 
     Args:
         model: what is pruned.
@@ -178,7 +178,7 @@ class Pruner:
         """Raise ValueError where the step after a loaded state would fall, as after another schedule."""
         if self._kind == "sparsity" and self._wanted(step + 1) < amount:
             raise ValueError(
-                f"the state is that of a schedule which is at a sparsity of {amount:g} after {step} steps; this pruner's "
+                f"the state is that of a schedule at a sparsity of {amount:g} after {step} steps; this pruner's "
                 f"schedule goes back to {self._wanted(step + 1):g} at the next: pruned weights come back only by regrow"
             )
 
@@ -322,8 +322,8 @@ class Pruner:
         writes = max(p._version - self._written[name] for name, p in self._layers.items())
         if writes > (WRITES_BETWEEN_STEPS if self._seen_step else WRITES_BEFORE_STEPS):
             warn(
-                f"weights were written {writes} times, but no step of the optimizer was seen, {self._step} in all: give "
-                "the Pruner the optimizer whose step() is called. For a new optimizer, remove() this Pruner, make "
+                f"weights were written {writes} times, but no step of the optimizer was seen, {self._step} in all: "
+                "give the Pruner the optimizer whose step() is called. For a new optimizer, remove() this Pruner, make "
                 "another and load the state of this one into it"
             )
 
