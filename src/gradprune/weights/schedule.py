@@ -1,6 +1,7 @@
 """How sparsity grows: each schedule is a function of the number of optimizer steps taken (chapters 4 and 5).
 
-Any callable from a step to a sparsity will do in their place; a pruner prunes where its value changes.
+Any callable from a step to a sparsity will do in their place; a pruner prunes where its value changes. ``iterate``
+counts rounds of training instead, and asks its schedule for each of them.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Geometric:
 
     Args:
         rate: the fraction of what is left that a round removes, in [0, 1].
-        every: the steps of a round, a whole number from 1.
+        every: the steps of a round for a ``Pruner``, a whole number from 1; 1 for ``iterate``, which counts rounds.
         rounds: how many rounds there are, a whole number from 1.
 
     Raises:
