@@ -454,7 +454,7 @@ def test_a_schedule_gives_the_rounds_and_their_sparsities(
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (gp.Geometric(0.5, every=100, rounds=2), r"every=100, rounds=2\) has 200 rounds, of which 198 prune nothing more"),
+        (gp.Geometric(0.5, every=100, rounds=2), r"every=100, rounds=2\) has 200 rounds, of which 198 prune"),
         (gp.Geometric(0.5, every=2, rounds=1), "has 2 rounds, of which 1 prune nothing more"),
         (gp.OneShot(0.5, at=2), "once a round, not once a step: .* has 2 rounds, of which 1 prune"),
         (gp.Cubic(0.8, begin=2, end=4), "4 rounds, of which 2 prune"),

@@ -234,6 +234,8 @@ def test_a_budget_below_one_weight_a_layer_warns_and_min_keep_refuses():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # 100 % is asking
         assert gp.prune(small_model(), sparsity=1.0).sparsity == 1.0
+    with pytest.warns(UserWarning, match=r"sparsity=1 prunes every weight: it is a fraction"):
+        gp.prune(small_model(), sparsity=1)
 
 
 # ------------------------------------------------------------------------------------------------------ granularity

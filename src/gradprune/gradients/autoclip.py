@@ -25,7 +25,8 @@ class AutoClip:
 
     A call takes the norm of the gradients into its history, finds the percentile of it by linear interpolation, and,
     where the norm is above that, scales the gradients to it. Norms that are not finite or zero do not enter the
-    history, since they say nothing about what is usual.
+    history, since they say nothing about what is usual. Beside a ``Pruner`` the norm counts the gradients of pruned
+    weights too, unless ``pruner.masks.mask_gradients_(model)`` comes first.
 
     Args:
         percentile: between 0, the smallest norm so far, and 100, the largest, which never scales.

@@ -97,7 +97,8 @@ def clip_by_norm_(
     to 1e-6, in half precision to the rounding of the entries.
 
     Args:
-        params: as for :func:`clip_by_value_`.
+        params: as for :func:`clip_by_value_`. Beside a ``Pruner`` the norm counts the gradients of pruned weights too,
+            unless ``pruner.masks.mask_gradients_(model)`` comes first.
         max_norm: the bound, positive; infinity only measures.
         norm_type: the order p of the norm, any p > 0, or infinity.
         nonfinite: as for :func:`clip_by_value_`.

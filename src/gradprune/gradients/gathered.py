@@ -74,8 +74,7 @@ class Gathered:
             for at in bad:
                 self.log.nonfinite[self.names[at]] = self.log.nonfinite.get(self.names[at], 0) + 1
         elif self.nonfinite != "leave":
-            remedy = "Pass log=gp.ClipLog() to count such cases instead"
-            warn_of_zeroed(self.names[bad[0]], self.nonfinite, remedy, 5 if self.kind == "norm" else 4)
+            warn_of_zeroed(self.names[bad[0]], self.nonfinite, "Pass log=gp.ClipLog() to count such cases instead")
         zeroed = {"zero": bad, "skip": range(len(self.grads)), "leave": []}[self.nonfinite]
         for at in zeroed:
             self.grads[at].zero_()

@@ -124,7 +124,7 @@ class Request:
     ) -> Choose:
         """Return the way from scores to masks for an amount; whatever needs no score to be refused is refused here."""
         if sparsity is not None:
-            sparsity = checks.fraction("sparsity", sparsity)
+            sparsity = checks.fraction("sparsity", sparsity, one="prunes every weight")
         if threshold is not None:
             threshold = checks.number("threshold", threshold, finite=False)
         if self.n_of_m is not None:
