@@ -179,7 +179,7 @@ def _weight(name: str, parameter: nn.Parameter, module: nn.Module, attribute: st
     if not lazy and not (parameter.is_floating_point() or parameter.is_complex()):
         return use._replace(reason=f"is {parameter.dtype}")
     if not lazy and parameter.dim() < 2:
-        return use._replace(reason=f"has {parameter.dim()} dimension{'' if parameter.dim() else 's'}")
+        return use._replace(reason=f"has {parameter.dim()} dimension{'' if parameter.dim() else 's'}, fewer than two")
     if isinstance(module, _EMBEDDINGS):
         return use._replace(reason="is an embedding's")
     if isinstance(module, _NORMS):

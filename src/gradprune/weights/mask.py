@@ -276,6 +276,9 @@ class Masks(Mapping[str, Tensor]):
     def load(cls, path: str | os.PathLike[str]) -> Masks:
         """Return the masks that ``save`` wrote, on the CPU.
 
+        What ``torch.save(masks.state_dict(), path)`` wrote is read by
+        ``Masks.from_state_dict(torch.load(path, weights_only=True))``.
+
         Raises:
             ImportError: where safetensors is not installed.
             FileNotFoundError: where there is no such file.

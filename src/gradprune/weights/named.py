@@ -57,6 +57,10 @@ def _own_name(name: str, every: Mapping[str, nn.Parameter], bare: Mapping[str, l
     hint = ""
     if f"{name}_orig" in every:
         hint = ", and this one is pruned by torch.nn.utils.prune: take its masks over by Masks.from_torch_(model)"
+    elif name.removesuffix("_orig") in every:
+        hint = (
+            f"; {name.removesuffix('_orig')!r} is what torch.nn.utils.prune calls so while it prunes: rename the mask"
+        )
     raise ValueError(f"the model has no parameter {name!r}; it has {some(every)}{hint}")
 
 

@@ -16,6 +16,7 @@ from gradprune.core.masked import count_kept
 from gradprune.core.order import By
 from gradprune.core.select import keep_and_count, keep_largest, keep_n_of_m
 from gradprune.weights import allocate
+from gradprune.weights.directions import rows_of
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
 
 Scope = Literal["global", "layer", "row", "erk", "lamp"] | Mapping[str, float]
@@ -68,6 +69,9 @@ def _floors(units: Units, min_keep: int) -> dict[str, int]:
 def _affordable_floors(units: Units, budget: int, min_keep: int | None) -> tuple[dict[str, int], str]:
     """The least number of units of each layer, and a warning where the budget does not allow for it."""
     floors = _floors(units, 1 if min_keep is None else min_keep)
+    if units.block is None:
+        higher = {name: max(floor, rows_of(units.layers[name])) for name, floor in floors.items()}
+        floors = higher if sum(higher.values()) <= budget else floors
     needed = sum(floor * units.cost(name) for name, floor in floors.items())
     if needed <= budget:
         return floors, ""

@@ -268,7 +268,7 @@ class Pruner:
             (stay,) = keep_largest(own, kept - count, by=ranked.by, among=[active])
             (come,) = keep_largest({name: growth[name].detach()}, count, among=[~active])
             masks[name] = stay | come
-        return Masks(masks)
+        return Masks(self._request.with_directions(masks, ranked, None, in_place_of_others=True))
 
     def _log(self, masks: Masks, amount: float) -> None:
         changed = masks is not self._masks
