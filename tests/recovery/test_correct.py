@@ -229,7 +229,7 @@ WRONG_KINDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"schedule": lambda r: None, "rounds": 1}, TypeError, r"schedule\(1\) must be a number, got None"),
     ({"score": "magnitude"}, TypeError, "score must be a function, got 'magnitude'"),
     ({"score": 0.9}, TypeError, "score must be a function"),
-    ({"sparsity": 0.9}, TypeError, "no argument 'sparsity'; how much is pruned is what the schedule says"),
+    ({"sparsity": 0.9}, TypeError, "no argument 'sparsity': the schedule says how much is pruned"),
     ({"epochs": 3}, TypeError, "no argument 'epochs'"),
     ({"scope": "all"}, ValueError, "scope must be"),
     ({"granularity": "1:2"}, ValueError, "1:2 is itself a sparsity"),

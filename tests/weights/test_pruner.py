@@ -474,7 +474,7 @@ def test_n_of_m_with_a_schedule_that_cannot_fit_is_refused_at_construction(sched
         ((gp.OneShot(0.5), "magnitude"), {}, "give the function itself, gp.magnitude"),
         ((gp.magnitude, gp.OneShot(0.5)), {}, "score is a schedule: the order is"),
         ((gp.OneShot(0.5),), {"regrow": 3}, "regrow must be a gp.Regrow, got int"),
-        ((gp.OneShot(0.5),), {"granular": "channel"}, "Pruner has no argument 'granular'; beside its own it takes"),
+        ((gp.OneShot(0.5),), {"granular": "channel"}, "Pruner has no argument 'granular': did you mean granularity="),
         ((None,), {}, "schedule must be a function, got None"),
         ((lambda t: "half",), {}, "at step 0 the schedule's sparsity must be a number, got 'half'"),
         ((lambda t: True,), {}, "must be a number, got True"),

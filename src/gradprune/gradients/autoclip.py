@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradprune.core import checks
+from gradprune.core.words import in_our_words
 from gradprune.gradients.clip import scale_to_norm_
 from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.gathered import Gathered, require_log
@@ -53,6 +54,7 @@ class AutoClip:
     Seetharaman et al. (2020), who keep all norms; chapter 2.
     """
 
+    @in_our_words
     def __init__(
         self,
         percentile: float = 10.0,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.masked import count_kept, zero_pruned_
+from gradprune.core.words import in_our_words
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
 from gradprune.gradients.params import Params, by_name, with_gradient
 from gradprune.gradients.representable import at_least
@@ -85,6 +86,7 @@ class ErrorFeedback:
     (2018), section 3, for momentum, clipping and warm-up; chapter 3, equations 3.5 and 3.6.
     """
 
+    @in_our_words
     def __init__(
         self,
         params: Params,

@@ -17,6 +17,7 @@ from torch import Tensor
 from gradprune.core import checks
 from gradprune.core.masked import count_kept, zero_pruned_
 from gradprune.core.select import keep_largest
+from gradprune.core.words import in_our_words
 from gradprune.gradients.gathered import require_own_memory
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
 from gradprune.gradients.params import Params, with_gradient
@@ -30,6 +31,7 @@ KEEPS = "keeps everything"  # what a density of 1 does
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@in_our_words
 @torch.no_grad()
 def threshold_gradients_(
     params: Params, threshold: float | None = None, *, ratio: float | None = None, nonfinite: NonFinite = "raise"
@@ -75,6 +77,7 @@ def threshold_gradients_(
     return share_of(kept, gradients)
 
 
+@in_our_words
 @torch.no_grad()
 def keep_top_gradients_(
     params: Params, density: float, *, scope: Scope = "global", nonfinite: NonFinite = "raise"

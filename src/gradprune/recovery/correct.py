@@ -18,7 +18,7 @@ from gradprune.recovery.history import Entry, History, Round
 from gradprune.recovery.rounds import Plan, Rewind, planned
 from gradprune.recovery.run import Run, Teacher
 from gradprune.weights.mask import Masks
-from gradprune.weights.prune import AsPrune, prune
+from gradprune.weights.prune import AsPrune, check_for_schedule, prune
 from gradprune.weights.request import Request, Score, checked_score
 from gradprune.weights.score import magnitude
 
@@ -134,12 +134,7 @@ def iterate(
 
 def _check_pruning(model: nn.Module, score: Score, plan: Plan, as_prune: AsPrune) -> None:
     """Refuse now what pruning would refuse after the first training."""
-    unknown = [name for name in as_prune if name not in AsPrune.__annotations__]
-    if unknown:
-        hint = "; how much is pruned is what the schedule says" if {"sparsity", "threshold"} & set(unknown) else ""
-        raise TypeError(f"iterate has no argument {unknown[0]!r}{hint}")
-    by_name = isinstance(as_prune.get("scope"), Mapping)
-    require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
+    check_for_schedule("iterate", as_prune, own=("score", "steps", "rounds"))
     checked_score(score)
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:

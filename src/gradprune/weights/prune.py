@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypedDict
 
 from torch import Tensor, nn
 
+from gradprune.core.checks import require
+from gradprune.core.words import in_our_words, instead
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity
 from gradprune.weights.hold import warn_of_revived
@@ -27,6 +29,23 @@ class AsPrune(TypedDict, total=False):
     axes: StatedAxes
 
 
+def check_for_schedule(caller: str, as_prune: AsPrune, *, own: Collection[str]) -> None:
+    """Raise where arguments of ``prune`` do not go with a schedule: TypeError for what is none, ValueError for others.
+
+    `own` are further arguments of the caller, which may be meant.
+    """
+    for name in as_prune:
+        if name not in AsPrune.__annotations__:
+            how_much = name in ("sparsity", "threshold") or instead(name, ["sparsity"]).startswith("sparsity=")
+            meant = instead(name, [*AsPrune.__annotations__, *own])
+            raise TypeError(
+                f"{caller} has no argument {name!r}: {'the schedule says how much is pruned' if how_much else meant}"
+            )
+    by_name = isinstance(as_prune.get("scope"), Mapping)
+    require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
+
+
+@in_our_words
 def prune(
     model: nn.Module,
     score: Score = magnitude,

@@ -19,7 +19,7 @@ from gradprune.core.steps import Optimizers, Steps, as_list, not_owned
 from gradprune.weights.hold import Hold, warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.named import some
-from gradprune.weights.prune import AsPrune
+from gradprune.weights.prune import AsPrune, check_for_schedule
 from gradprune.weights.regrow import Regrow, checked_regrow
 from gradprune.weights.request import Request, Score, checked_score, ranked_by
 from gradprune.weights.schedule import values_of
@@ -104,7 +104,8 @@ class Pruner:
         self.regrow = checked_regrow(regrow, as_prune.get("granularity", "weight"))
         choice("amount", amount, ("sparsity", "threshold"))
         self._kind = amount
-        self._request = Request.of(self.model, **_checked_keywords(as_prune))
+        check_for_schedule("Pruner", as_prune, own=("score", "regrow", "within"))
+        self._request = Request.of(self.model, **as_prune)
         self._layers = self._request.parameters
         first = self._wanted(0)
         self._request.check_amounts(_amounts_of(schedule, first), self._kind)
@@ -344,16 +345,6 @@ def _checked_schedule(schedule: Any) -> Schedule:
     if isinstance(schedule, int | float):
         hint = f"for a sparsity of {schedule} at once give gp.OneShot({schedule})"
     return function("schedule", schedule, hint=hint)
-
-
-def _checked_keywords(as_prune: AsPrune) -> AsPrune:
-    known = AsPrune.__annotations__
-    for name in as_prune:
-        if name not in known:
-            raise TypeError(f"Pruner has no argument {name!r}; beside its own it takes {', '.join(known)}")
-    by_name = isinstance(as_prune.get("scope"), Mapping)
-    require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
-    return as_prune
 
 
 def _require_owned(layers: Mapping[str, nn.Parameter], optimizers: list[Any]) -> None:

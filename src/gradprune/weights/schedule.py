@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradprune.core.checks import fraction, whole
+from gradprune.core.words import in_our_words
 
 
+@in_our_words
 @dataclass(frozen=True)
 class OneShot:
     """All at once: 0 before step `at`, `sparsity` from then on.
@@ -43,6 +45,7 @@ class OneShot:
         return self.sparsity if _taken(step) >= self.at else 0.0
 
 
+@in_our_words
 @dataclass(frozen=True)
 class Linear:
     """From `initial` at step `begin` to `final` at step `end` on a straight line; 0 before `begin`.
@@ -80,6 +83,7 @@ class Linear:
         return 0.0 if left is None else self.final + (self.initial - self.final) * left
 
 
+@in_our_words
 @dataclass(frozen=True)
 class Cubic:
     """Fast at first, when there is most to spare: s(t) = final + (initial - final) (1 - (t - begin)/(end - begin))³.
@@ -117,6 +121,7 @@ class Cubic:
         return 0.0 if left is None else self.final + (self.initial - self.final) * left**3
 
 
+@in_our_words
 @dataclass(frozen=True)
 class Geometric:
     """Each round removes the fraction `rate` of what is left: after r rounds the sparsity is 1 - (1 - rate)^r.
