@@ -69,7 +69,8 @@ def prune(
     product: no embedding's, no normalisation's, no biases, tokens or positions. A tied tensor counts once, under its
     first name; patterns and names may be any that the state dict has. A complex number is one weight. Where
     ``torch.nn.utils.prune`` prunes a model already, take its masks over first, by ``Masks.from_torch_(model)``: until
-    then its parameters are called ``..._orig``, and masks made here are of those names.
+    then its parameters are called ``..._orig``, and masks made here are of those names. Where weight_norm divides by
+    the norm of a row, single weights are pruned so that each row keeps one, or the network would be NaN.
 
     Args:
         model: the network; its weights are changed in place.
@@ -77,7 +78,7 @@ def prune(
             later position stays.
         sparsity: the fraction of the N eligible weights that goes, in [0, 1]: exactly ``round(sparsity * N)`` weights.
             Give either this or `threshold`.
-        threshold: what scores less than this goes; of a row that weight_norm divides by the norm of, all but one.
+        threshold: what scores less than this goes.
         scope: how the layers share. ``"global"`` ranks all weights together; ``"layer"`` takes the same fraction of
             each layer, ``"row"`` the same number of each output unit's weights; ``"erk"`` and ``"lamp"`` are those of
             ``gradprune.weights.allocate``; a dict gives sparsities by name or glob pattern, and `sparsity` is then for
