@@ -11,12 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import gradprune as gp
+from examples import two_layers
 from gradprune.weights.eligible import eligible
-
-
-def two_layers():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 
 
 def tied():

@@ -12,11 +12,7 @@ import torch
 from torch import nn
 
 import gradprune as gp
-
-
-def two_layers():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+from examples import two_layers
 
 
 def sgd(model, lr=0.01, **kw):

@@ -69,8 +69,8 @@ def machine() -> str:
 def save(path: Path, result: dict[str, Any]) -> None:
     """Write `result` as JSON beside `path`, then rename it, so that a kill never leaves half a file.
 
-    Each entry has a line, and of `rows` each row, since the files are read as diffs. JSON has no number for what is not finite: such a float is written as "inf", "-inf" or "nan", and :func:`load` reads
-    these as floats again.
+    Each entry has a line, and of `rows` each row, since the files are read as diffs. JSON has no number for what is not
+    finite: such a float is written as "inf", "-inf" or "nan", and :func:`load` reads these as floats again.
     """
     entries = [f" {json.dumps(name)}: {_lines(name, value)}" for name, value in _spelled(result).items()]
     text = "{\n" + ",\n".join(entries) + "\n}\n"
