@@ -368,6 +368,19 @@ def test_an_average_put_in_and_out_between_steps_is_no_other_optimizer():
         assert pruner.step == 3
 
 
+def test_steps_of_another_optimizer_that_was_given_are_no_sign_of_one_that_was_not():
+    model = two_layers()
+    critic, other = (torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner = gp.Pruner(model, [critic, other], gp.Linear(0.8, 0, 100))
+        for taken in range(3):
+            train(model, critic, 9)
+            assert pruner.step == taken
+            train(model, other, 1)
+        assert pruner.step == 3
+
+
 def test_an_optimizer_that_lost_the_weights_is_named_with_them():
     model = two_layers()
     optimizer = sgd(model)

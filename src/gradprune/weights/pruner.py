@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradprune.core.checks import choice, fraction, function, module, number, require, state, warn, whole
 from gradprune.core.masked import count_kept, zero_pruned_
 from gradprune.core.select import keep_largest
-from gradprune.core.steps import Optimizers, Steps, as_list, not_owned
+from gradprune.core.steps import Optimizers, Steps, as_list, not_owned, parameters_of
 from gradprune.weights.hold import Hold, warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.named import some
@@ -127,8 +127,8 @@ class Pruner:
 
     @property
     def step(self) -> int:
-        """How many steps were taken; warns as `masks` does."""
-        self._look_around()
+        """How many steps were taken; warns where the optimizer has lost a parameter, or no step is seen."""
+        self._warn_of_another_optimizer()
         return self._step
 
     def __repr__(self) -> str:
@@ -298,9 +298,7 @@ class Pruner:
     def _look_around(self) -> None:
         """Warn of what can be noticed of a model or an optimizer that was exchanged, without a look at the weights."""
         self._warn_of_replaced()
-        if self in _PRUNERS:  # not removed
-            self._warn_of_disowned()
-            self._warn_of_unseen_steps()
+        self._warn_of_another_optimizer()
 
     def _warn_of_replaced(self) -> None:
         for name, parameter in self._layers.items():
@@ -315,12 +313,13 @@ class Pruner:
                 )
                 return
 
-    def _warn_of_disowned(self) -> None:
+    def _warn_of_another_optimizer(self) -> None:
+        if self not in _PRUNERS:  # removed
+            return
         if unowned := not_owned(self._layers, self._optimizers):
             warn(f"the Pruner's optimizer no longer has {some(unowned)}: the steps of another are not seen")
-
-    def _warn_of_unseen_steps(self) -> None:
-        writes = max(p._version - self._written[name] for name, p in self._layers.items())
+        counted = set(map(id, parameters_of(self._optimizers[-1])))  # another's steps between are none of its own
+        writes = max((p._version - self._written[n] for n, p in self._layers.items() if id(p) in counted), default=0)
         if writes > (WRITES_BETWEEN_STEPS if self._seen_step else WRITES_BEFORE_STEPS):
             warn(
                 f"weights were written {writes} times, but no step of the optimizer was seen, {self._step} in all: "
