@@ -313,7 +313,7 @@ def test_a_state_saved_after_writes_without_a_step_warns():
         model(torch.randn(4, 8)).square().sum().backward()
         optimizer.second_step()
         assert pruner.step == 0, step
-    with pytest.warns(UserWarning, match="no step of the optimizer was seen"):
+    with pytest.warns(UserWarning, match="written 5 times without a step of the optimizer that the Pruner was given"):
         pruner.state_dict()
 
 
@@ -328,7 +328,7 @@ def test_an_optimizer_made_after_the_pruner_is_noticed_where_the_pruner_is_looke
         warnings.simplefilter("error")
         look(pruner)
     train(model, second := sgd(model), 12)
-    with pytest.warns(UserWarning, match=rf"written 12 times, but no step .* was seen, {steps_before} in all"):
+    with pytest.warns(UserWarning, match=rf"written 12 times without a step .*it has seen {steps_before}:"):
         look(pruner)
     state = pruner._step, pruner._masks
     pruner.remove()
@@ -352,6 +352,20 @@ def test_the_way_to_a_new_optimizer_that_the_warning_names_works():
     again.load_state_dict(pruner.state_dict())
     train(model, second, 5)
     assert (again.step, sum(zeros(model).values())) == (10, round(0.8 * 128))
+
+
+def test_a_layer_that_comes_down_to_its_floor_is_warned_of_at_that_event_alone():
+    model = two_layers()
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruner = gp.Pruner(model, optimizer, gp.Linear(0.9, 0, 18))
+        train(model, optimizer, 18)
+    assert [str(w.message).partition(",")[2].partition(",")[0] for w in caught] == [" '1.weight' keeps 1 of 64 weights"]
+    assert caught[0].filename == __file__
+    assert len(pruner.events) == 18
 
 
 def test_an_average_put_in_and_out_between_steps_is_no_other_optimizer():

@@ -322,9 +322,9 @@ class Pruner:
         writes = max((p._version - self._written[n] for n, p in self._layers.items() if id(p) in counted), default=0)
         if writes > (WRITES_BETWEEN_STEPS if self._seen_step else WRITES_BEFORE_STEPS):
             warn(
-                f"weights were written {writes} times, but no step of the optimizer was seen, {self._step} in all: "
-                "give the Pruner the optimizer whose step() is called. For a new optimizer, remove() this Pruner, make "
-                "another and load the state of this one into it"
+                f"weights were written {writes} times without a step of the optimizer that the Pruner was given, of "
+                f"which it has seen {self._step}: give it the one whose step() is called. For a new optimizer, remove() "
+                "this Pruner, make another and load the state of this one into it"
             )
 
 
