@@ -323,8 +323,8 @@ class Pruner:
         if writes > (WRITES_BETWEEN_STEPS if self._seen_step else WRITES_BEFORE_STEPS):
             warn(
                 f"weights were written {writes} times without a step of the optimizer that the Pruner was given, of "
-                f"which it has seen {self._step}: give it the one whose step() is called. For a new optimizer, remove() "
-                "this Pruner, make another and load the state of this one into it"
+                f"which it has seen {self._step}: give it the one whose step() is called. For a new optimizer, remove "
+                "this Pruner, by remove(), make another and load the state of this one into it"
             )
 
 
