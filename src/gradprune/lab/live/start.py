@@ -50,7 +50,7 @@ class Start(Live):
     @property
     def masks(self) -> gp.Masks:
         """The masks of the slider's setting."""
-        return gp.prune(self.network, sparsity=self.sparsity)
+        return gp.prune(self.network, sparsity=self.sparsity, min_keep=1)
 
     def still(self) -> Still:
         """Return the accuracy before and after training again."""
@@ -75,7 +75,7 @@ class Start(Live):
 def _pruned_and_trained(sparsity: float) -> tuple[float, float]:
     """Return the test accuracy of the network pruned, and pruned and trained again with its masks held."""
     model, data = perceptron.trained(), perceptron.digits()
-    masks = gp.prune(model, sparsity=sparsity)
+    masks = gp.prune(model, sparsity=sparsity, min_keep=1)
     before = train.accuracy(model, data.test)
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     masks.hold(optimizer)
