@@ -15,7 +15,7 @@ from gradprune.lab.live.esm import joined
 from gradprune.lab.live.figure import Live, Still, pack_network, pack_split
 
 EPOCHS, BATCH = 5, 64  # of training again, and its optimizer: as start.js has them
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 class Start(Live):
