@@ -233,6 +233,12 @@ def unchanged(before, after):
     return tensors and before[1:4] == after[1:4] and torch.equal(before[4], after[4])
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Text is a path to `checkpoint`, which then writes a file."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_wrong_argument_is_refused_in_words_and_changes_nothing(name):
     function, arguments = CALLS[name]

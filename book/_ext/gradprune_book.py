@@ -138,7 +138,7 @@ class LiveFigure(SphinxDirective):
 
 def where_no_script_runs(still: str) -> nodes.raw:
     """Return what stands there: a live figure's still, which is a box of its own, or an explorer's frame in its box."""
-    boxed = still if still.startswith('<div class="gp-live') else f'<div class="gp-explore">{still}</div>'
+    boxed = still if still.lstrip().startswith('<div class="gp-live') else f'<div class="gp-explore">{still}</div>'
     return nodes.raw("", f"<noscript>{boxed}</noscript>", format="html")
 
 

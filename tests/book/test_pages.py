@@ -22,10 +22,10 @@ WIDE, NARROW = {"width": 1300, "height": 900}, {"width": 400, "height": 800}
 SLOW = 20_000  # milliseconds
 TYPED_FORMULA = r"\\[(\[].{0,40}|\$\$.{0,40}|\$[^$\s\d][^$\n]{0,60}\$|\$\d[^$\n]{0,60}[\\^_{][^$\n]{0,60}\$"
 
-# Formulas typeset, every slider drawn and named.
+# Formulas typeset, every live figure drawn, every slider drawn and named.
 READY = """async (sliders) => {
   if (document.querySelector('.math')) await window.MathJax.startup.promise;
-  return document.querySelectorAll('.gp-explore').length >= sliders
+  return document.querySelectorAll('.gp-explore, .gp-live[data-drawn]').length >= sliders
     && [...document.querySelectorAll('.gp-explore')].every((box) =>
       box.querySelector('.gp-frame') && box.querySelector('[role=slider][aria-valuetext]'));
 }"""
@@ -95,7 +95,7 @@ COLOURS = """() => {
 }"""
 
 # Of each picture that is to be seen: the words beside it, what is drawn, and its smaller side.
-VISIBLE_FRAMES = """(explorer) => [...explorer.querySelectorAll('.gp-frame')]
+VISIBLE_FRAMES = """(box) => (box.matches('.gp-still') ? [box] : [...box.querySelectorAll('.gp-frame')])
   .filter((frame) => frame.checkVisibility({ visibilityProperty: true }))
   .map((frame) => {
     const picture = frame.querySelector('figure[role=img] svg');
@@ -229,7 +229,8 @@ def with_sliders() -> list[Path]:
 def test_every_slider_changes_picture_and_words_by_keyboard(context: BrowserContext, path: Path) -> None:
     seen = visit(context, path)
     explorers = seen.page.locator(".gp-explore").all()
-    assert len(explorers) == len(widgets_in(path)) > 0, "not every slider of the source is on the page"
+    live = seen.page.locator(".gp-live").count()
+    assert len(explorers) + live == len(widgets_in(path)) > 0, "not every slider of the source is on the page"
     for explorer in explorers:
         for handle in explorer.locator("[role=slider]").all():
             walk(explorer, handle)
@@ -243,7 +244,7 @@ def test_where_no_script_runs_a_picture_and_its_words_stand_for_each_slider(brow
         page = context.new_page()
         page.goto(path.as_uri())
         page.evaluate("document.querySelectorAll('main details').forEach((fold) => { fold.open = true; })")
-        explorers = page.locator("noscript .gp-explore").all()
+        explorers = page.locator("noscript :is(.gp-explore, .gp-still)").all()
         assert len(explorers) == len(widgets_in(path)) > 0
         for explorer in explorers:
             ((words, picture, smaller_side),) = explorer.evaluate(VISIBLE_FRAMES)
@@ -300,7 +301,7 @@ def test_a_verdict_links_to_the_cell_that_computed_it(context: BrowserContext) -
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_slider_is_seen_without_and_with_focus(context: BrowserContext, theme: str) -> None:
-    seen = visit(context, with_sliders()[0])
+    seen = visit(context, HTML / "chapters" / "01_vanishing_gradients.html")
     seen.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
     seen.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
     explorer = seen.page.locator(".gp-explore").first

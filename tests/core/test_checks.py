@@ -1,6 +1,7 @@
 """An argument is converted, or refused by one clear error: for every kind of number that users hand over."""
 
 import math
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 
@@ -245,3 +246,20 @@ def test_what_cannot_be_written_may_be_readable(kind):
 )
 def test_what_can_be_written_passes(tensor):
     checks.require_writable("w", tensor)
+
+
+def test_the_int_1_is_warned_of_where_it_may_be_a_percentage():
+    with pytest.warns(UserWarning, match="x=1 is all: it is a fraction, and 0.01 is one per cent"):
+        assert checks.fraction("x", 1, one="is all") == 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in (1.0, np.int64(1), 0, 0.5):
+            checks.fraction("x", value, one="is all")
+        checks.fraction("x", 1)
+
+
+@pytest.mark.parametrize("category", [UserWarning, RuntimeWarning])
+def test_a_warning_is_of_its_kind_and_at_the_callers_line(category):
+    with pytest.warns(category, match="^m$") as caught:
+        checks.warn("m", category)
+    assert caught[0].filename == __file__

@@ -163,7 +163,7 @@ def test_what_is_called_or_shaped_otherwise_is_taken_for_no_weight(model, words)
         (nn.Embedding(5, 8), "an embedding's"),
         (nn.EmbeddingBag(5, 8), "an embedding's"),
         (nn.LayerNorm((4, 8), bias=False), "a normalisation's"),
-        (Raw(w=(8,)), "has 1 dimension$"),
+        (Raw(w=(8,)), "has 1 dimension, fewer than two$"),
         (nn.ParameterList([nn.Parameter(torch.ones(3, 3, dtype=torch.int32), requires_grad=False)]), "int32"),
     ],
 )

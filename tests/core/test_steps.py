@@ -7,20 +7,8 @@ import torch
 from torch import nn
 
 import gradprune as gp
+from examples import Delegating
 from gradprune.core import steps
-
-
-class Delegating(torch.optim.Optimizer):
-    """As accelerate's prepared optimizer: an Optimizer by class, without hooks of its own."""
-
-    def __init__(self, inner):
-        self.optimizer = inner
-
-    param_groups = property(lambda self: self.optimizer.param_groups)
-    state = property(lambda self: self.optimizer.state)
-
-    def step(self, closure=None):
-        return self.optimizer.step(closure)
 
 
 class Halves(torch.optim.Optimizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -215,3 +216,46 @@ def test_the_share_is_over_all_entries_and_nothing_is_not_a_number():
     parameter = nn.Parameter(torch.zeros(4))
     parameter.grad = torch.tensor([math.pi, 0.0, 0.0, 0.0])
     assert gp.ErrorFeedback(parameter, threshold=1.0).step() == 0.25
+
+
+# ------------------------------------------------------------------------------------------ beside what prunes weights
+
+
+def test_with_masked_gradients_neither_the_norm_nor_what_is_sent_counts_pruned_weights():
+    def shares(masked):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+        masks = gp.prune(model, sparsity=0.75, scope="layer")
+        feedback = gp.ErrorFeedback(model, density=0.25)
+        backward(model, 1)
+        if masked:
+            masks.mask_gradients_(model)
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        alive = {name: grad[masks[name]] if name in masks else grad for name, grad in grads.items()}
+        wanted = torch.cat([grad.flatten() for grad in alive.values()]).norm()
+        norm = gp.clip_by_norm_(model, 0.1)
+        feedback.step()
+        lost = sum(int((model.get_parameter(name).grad[~mask] != 0).sum()) for name, mask in masks.items())
+        return float(norm / wanted), lost
+
+    assert shares(masked=True) == (pytest.approx(1.0), 0)
+    more, lost = shares(masked=False)
+    assert more > 1.01
+    assert lost > 0
+
+
+@pytest.mark.parametrize(
+    "call", [lambda p, d: gp.ErrorFeedback(p, d), lambda p, d: gp.keep_top_gradients_(p, d)], ids=["feedback", "top"]
+)
+def test_a_density_of_the_int_1_is_taken_for_a_percentage_and_warned_of(call):
+    model = nn.Linear(3, 2)
+    backward(nn.Sequential(nn.Linear(4, 3), model), 1)
+    with pytest.warns(
+        UserWarning, match=r"density=1 keeps everything: it is a fraction, and 0\.01 is one per cent"
+    ) as w:
+        call(model, 1)
+    assert w[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model, 1.0)
+        gp.ErrorFeedback(model, threshold=1)

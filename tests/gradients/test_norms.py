@@ -2,19 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gradprune as gp
-
-
-def oracle_norm(tensor):
-    """In NumPy, in double, scaled so that no square can leave the range."""
-    flat = np.abs(np.asarray(tensor.detach().to_dense().to(torch.complex128).numpy()).ravel())
-    largest = flat.max(initial=0.0)
-    return float(largest * math.sqrt(((flat / largest) ** 2).sum())) if 0 < largest < math.inf else float(largest)
+from examples import oracle_norm
 
 
 def with_grad(gradient):

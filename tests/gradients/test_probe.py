@@ -3,7 +3,6 @@
 import math
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -11,20 +10,9 @@ from hypothesis import given, settings
 from torch import nn
 
 import gradprune as gp
+from examples import oracle_norm, small_net
 
 QUICK = settings(deadline=None, max_examples=40, derandomize=True)
-
-
-def small_net(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-
-
-def oracle_norm(tensor):
-    """In NumPy, in double, scaled so that no square can leave the range."""
-    flat = np.abs(np.asarray(tensor.detach().to_dense().to(torch.complex128).numpy()).ravel())
-    largest = flat.max(initial=0.0)
-    return float(largest * math.sqrt(((flat / largest) ** 2).sum())) if 0 < largest < math.inf else float(largest)
 
 
 def test_gradient_norms_after_backward_are_the_norms_of_grad_in_the_order_of_the_parameters():

@@ -4,25 +4,13 @@ import copy
 import io
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import gradprune as gp
-
-
-def small_net(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-
-
-def oracle_norm(tensor):
-    """In NumPy, in double, scaled so that no square can leave the range."""
-    flat = np.abs(np.asarray(tensor.detach().to_dense().to(torch.complex128).numpy()).ravel())
-    largest = flat.max(initial=0.0)
-    return float(largest * math.sqrt(((flat / largest) ** 2).sum())) if 0 < largest < math.inf else float(largest)
+from examples import Delegating, oracle_norm, small_net
 
 
 def train(model, optimizer, steps=6, recorded=None, seed=1):
@@ -594,25 +582,9 @@ def test_a_compiled_step_is_recorded_without_activations():
 # ------------------------------------------------------------------------------------------------ who steps, and when
 
 
-class Wrapped(torch.optim.Optimizer):
-    """As accelerate's: without the constructor of an optimizer."""
-
-    def __init__(self, inner):
-        self.optimizer = inner
-
-    param_groups = property(lambda self: self.optimizer.param_groups)
-    state = property(lambda self: self.optimizer.state)
-
-    def step(self, closure=None):
-        return self.optimizer.step(closure)
-
-    def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none)
-
-
 def test_a_wrapped_optimizer_is_recorded_as_the_one_inside():
     traces = []
-    for wrap in (lambda o: o, Wrapped):
+    for wrap in (lambda o: o, Delegating):
         model = small_net()
         optimizer = wrap(sgd(model))
         recorder = gp.Recorder(model, optimizer)

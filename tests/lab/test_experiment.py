@@ -60,6 +60,18 @@ def test_a_run_killed_at_any_cell_goes_on_where_it_stopped(tmp_path, turns):
     assert os.listdir(path.parent) == ["e.json"]
 
 
+@pytest.mark.parametrize("rows", [[], [1], [{"a": [1, 2.5], "b": math.inf}, {"a": [], "b": {"c": "x\ny"}}]])
+def test_a_row_has_a_line_of_the_file_and_so_has_each_other_entry(tmp_path, rows):
+    result = {"about": "lines", "versions": {"torch": "2"}, "rows": rows, "seeds": [0, 1]}
+    experiment.save(tmp_path / "e.json", result)
+    lines = (tmp_path / "e.json").read_text().splitlines()
+    assert len(lines) == 6 + (len(rows) + 1 if rows else 0)
+    at = next(number for number, line in enumerate(lines) if line.startswith(' "rows"'))
+    for row, line in zip(rows, lines[at + 1 :], strict=False):
+        assert experiment._unspelled(json.loads(line.rstrip(","))) == row
+    assert experiment._unspelled(strict(tmp_path / "e.json")) == result
+
+
 def test_the_file_is_whole_at_any_time_also_where_writing_is_cut_off(tmp_path, monkeypatch):
     path = tmp_path / "e.json"
     experiment.save(path, {"rows": [1]})
@@ -185,11 +197,13 @@ def test_no_progress_bar_is_drawn_under_a_test(tmp_path, capsys, monkeypatch):
     assert "6/6" in capsys.readouterr().err
 
 
-def test_every_result_of_the_book_is_json_and_names_no_path_of_a_machine():
+def test_every_result_of_the_book_is_json_a_row_a_line_and_names_no_path_of_a_machine(tmp_path):
     results = sorted((setup.repository() / "chapters" / "results").glob("*.json"))
     assert results
     for path in results:
         found = strict(path)
         assert {"command", "seeds", "versions", "machine", "date", "rows"} <= set(found)
         assert found["rows"]
+        experiment.save(tmp_path / path.name, found)
+        assert path.read_text() == (tmp_path / path.name).read_text()
         assert not any(word.startswith("/") for word in found["command"].split())

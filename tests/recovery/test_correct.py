@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ WRONG_KINDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"schedule": lambda r: None, "rounds": 1}, TypeError, r"schedule\(1\) must be a number, got None"),
     ({"score": "magnitude"}, TypeError, "score must be a function, got 'magnitude'"),
     ({"score": 0.9}, TypeError, "score must be a function"),
-    ({"sparsity": 0.9}, TypeError, "no argument 'sparsity'; how much is pruned is what the schedule says"),
+    ({"sparsity": 0.9}, TypeError, "no argument 'sparsity': the schedule says how much is pruned"),
     ({"epochs": 3}, TypeError, "no argument 'epochs'"),
     ({"scope": "all"}, ValueError, "scope must be"),
     ({"granularity": "1:2"}, ValueError, "1:2 is itself a sparsity"),
@@ -448,6 +449,41 @@ def test_a_schedule_gives_the_rounds_and_their_sparsities(
 ) -> None:
     history = gp.iterate(network(), train, schedule, steps=1)
     assert [e.sparsity for e in history.entries[1:]] == pytest.approx(sparsities, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (gp.Geometric(0.5, every=100, rounds=2), r"every=100, rounds=2\) has 200 rounds, of which 198 prune"),
+        (gp.Geometric(0.5, every=2, rounds=1), "has 2 rounds, of which 1 prune nothing more"),
+        (gp.OneShot(0.5, at=2), "once a round, not once a step: .* has 2 rounds, of which 1 prune"),
+        (gp.Cubic(0.8, begin=2, end=4), "4 rounds, of which 2 prune"),
+        (gp.Linear(0.8, begin=0, end=4, every=2), "4 rounds, of which 2 prune"),
+        (gp.OneShot(0.0), "1 rounds, of which 1 prune"),
+    ],
+)
+def test_a_schedule_that_counts_steps_is_refused_unless_its_rounds_are_said_to_be_meant(
+    schedule: Callable[[int], float], message: str
+) -> None:
+    watch = Watch()
+    with pytest.raises(ValueError, match=f"{message}.*say that they are meant, rounds=") as refused:
+        gp.iterate(network(), watch, schedule, steps=1)
+    assert not watch.rounds
+    rounds = int(str(refused.value).rpartition("rounds=")[2])
+    if rounds < 10:
+        assert len(gp.iterate(network(), train, schedule, steps=1, rounds=rounds)) == rounds + 1
+
+
+@pytest.mark.parametrize("end", [100, 101])
+def test_more_than_a_hundred_rounds_warn_unless_they_are_said_to_be_meant(end: int) -> None:
+    schedule, stop = gp.Linear(0.5, begin=0, end=end), {"stop": lambda history: True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gp.iterate(network(), train, schedule, steps=1, **stop)
+    assert [f"has {end} rounds, each a whole training" in str(w.message) for w in caught] == [True] * (end > 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.iterate(network(), train, schedule, steps=1, rounds=end, **stop)
 
 
 # ------------------------------------------------------------------------------------------------- kill and go on

@@ -1,6 +1,7 @@
 """Masks come back from a state and a file as they were; what holds none is refused by what it is not."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -102,3 +103,13 @@ def test_where_no_file_can_be_is_said_before_anything_is_written(tmp_path):
         gp.Masks.load(tmp_path / "m")
     with pytest.raises(ValueError, match="it is a folder"):
         gp.Masks.load(tmp_path)
+
+
+def test_a_pickle_of_masks_is_refused_with_the_way_that_reads_it(tmp_path):
+    path, masks = tmp_path / "masks.pt", gp.Masks({"a": torch.tensor([True, False])})
+    torch.save(masks.state_dict(), path)
+    way = "Masks.from_state_dict(torch.load(path, weights_only=True))"
+    with pytest.raises(ValueError, match=r"'masks\.pt' is no file of masks: it is a pickle.*" + re.escape(way)):
+        gp.Masks.load(path)
+    assert eval(way, {"Masks": gp.Masks, "torch": torch, "path": path}) == masks
+    assert way in gp.Masks.load.__doc__

@@ -5,16 +5,14 @@ import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import gradprune as gp
+from examples import two_layers
 from gradprune.weights.eligible import eligible
-
-
-def two_layers():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 
 
 def tied():
@@ -211,7 +209,7 @@ def test_a_distributed_tensor_is_refused_by_name(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("normed", [parametrizations.weight_norm, nn.utils.weight_norm])
-@pytest.mark.parametrize("how", [{"granularity": "channel"}, {"sparsity": 0.98}, {"threshold": 9.0, "sparsity": None}])
+@pytest.mark.parametrize("how", [{"granularity": "channel"}, {"sparsity": 0.98}, {"scope": "row", "sparsity": 0.95}])
 def test_a_row_of_a_weight_norm_s_direction_is_never_emptied(normed, how):
     model = nn.Sequential(normed(nn.Linear(8, 8)))
     refused(model, ValueError, "weight_norm.* rows would be empty.*NaN: remove the parametrization first", **how)
@@ -227,11 +225,74 @@ def test_what_does_not_empty_a_row_of_a_weight_norm_is_pruned(dim):
     assert bool(model(torch.randn(2, 8)).isfinite().all())
 
 
-def test_a_row_whose_last_nonzero_weight_would_go_is_refused_too():
+def smallest(model):
+    return {name: -p.detach().abs() for name, p in model.named_parameters()}
+
+
+def test_a_row_whose_last_nonzero_weight_would_go_keeps_it_in_place_of_another():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 2)))
     model[0].parametrizations.weight.original1.data = torch.tensor([[0.0, 0, 0, 1], [1, 2, 3, 4]])
+    (mask,) = gp.prune(model, smallest, sparsity=0.5).values()
+    assert mask.sum() == 4
+    assert mask[0, 3]  # else it keeps three zeros
+    assert mask[1].tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("row", [[0.0] * 4, [1.0] * 4], ids=["zero as a whole", "kept by no mask"])
+def test_a_row_that_nothing_can_fill_is_refused(row):
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 2)))
+    model[0].parametrizations.weight.original1.data = torch.tensor([row, [1.0, 2, 3, 4]])
+    within = {"0.parametrizations.weight.original1": torch.tensor([[not any(row)] * 4, [True] * 4])}
     with pytest.raises(ValueError, match="1 of its 2 rows would be empty"):
-        gp.prune(model, lambda m: {n: -p.abs() for n, p in m.named_parameters()}, sparsity=0.5)
+        gp.prune(model, sparsity=0.75, within=within)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), dim=st.sampled_from([0, 1, None, -1]), sparsity=st.floats(0, 0.87), by=st.booleans())
+def test_each_row_of_a_weight_norm_keeps_its_best_weight_and_the_count_is_exact(seed, dim, sparsity, by):
+    torch.manual_seed(seed)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8), dim=dim), nn.Linear(8, 8))
+    direction = model[0].parametrizations.weight.original1
+    with torch.no_grad():
+        direction.copy_(torch.randn(8, 1).exp().pow(3) * torch.randn(8, 8))
+    before = direction.detach().abs()
+    masks = gp.prune(model, gp.magnitude if by else lambda m: gp.magnitude(m), sparsity=sparsity, min_keep=8)
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(sparsity * 128)
+    mask = masks["0.parametrizations.weight.original1"]
+    rest = {0: (1,), 1: (0,), None: (0, 1), -1: (0, 1)}[dim]
+    assert (mask.sum(rest) >= 1).all()
+    assert mask[before == before.amax(rest, keepdim=True)].all()
+    lone = (mask.sum(rest, keepdim=True) == 1) & mask
+    others, gone = before[mask & ~lone], before[~mask]
+    assert not others.numel() or not gone.numel() or others.min() >= gone.max()
+    assert bool(model(torch.randn(2, 8)).isfinite().all())
+
+
+def test_a_threshold_leaves_each_row_of_a_weight_norm_one_and_all_that_are_above():
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)))
+    before = model[0].parametrizations.weight.original1.detach().abs()
+    for threshold in (0.33, 9.0):
+        (mask,) = gp.prune(copy.deepcopy(model), threshold=threshold).values()
+        assert torch.equal(mask, (before >= threshold) | (before == before.amax(1, keepdim=True)))
+
+
+@pytest.mark.parametrize("regrow", [None, gp.Regrow(gp.random, 0.5, every=2)])
+@pytest.mark.parametrize("scope", ["global", "layer", "lamp"])
+def test_a_pruner_never_empties_a_row_of_a_weight_norm(scope, regrow):
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 32)), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        model[0].parametrizations.weight.original1.mul_(torch.linspace(0.01, 1, 32).unsqueeze(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner = gp.Pruner(model, optimizer, gp.Cubic(0.9, 0, 10), scope=scope, regrow=regrow, min_keep=1)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().sum().backward()
+        optimizer.step()
+        assert (pruner.masks["0.parametrizations.weight.original1"].sum(1) > 0).all()
+    assert pruner.masks.sparsity == round(0.9 * 640) / 640
+    assert bool(model(torch.randn(2, 16)).isfinite().all())
 
 
 def test_a_parametrization_whose_zeros_are_not_the_layer_s_is_refused_unless_excluded():

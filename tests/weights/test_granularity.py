@@ -229,3 +229,27 @@ def test_an_empty_layer_is_passed_over():
         masks = gp.prune(model, **how)
         assert int((~masks["layer.weight"]).sum()) == 8
         assert masks["none.weight"].shape == (4, 0)
+
+
+def test_a_pair_is_n_of_m_where_n_is_less_and_a_block_elsewhere_and_text_is_n_of_m_also_where_they_are_equal():
+    def masks(**how):
+        torch.manual_seed(0)
+        return gp.prune(nn.Linear(8, 8), **how)["weight"]
+
+    two_of_four = masks(granularity=(2, 4))
+    assert (two_of_four.view(8, 2, 4).sum(-1) == 2).all()
+    for how in ({"granularity": "2:4"}, {"granularity": (2, 4), "sparsity": 0.5}):
+        assert torch.equal(masks(**how), two_of_four)
+    with pytest.raises(ValueError, match="is itself a sparsity of"):
+        masks(granularity=(2, 4), sparsity=0.6)
+    assert masks(granularity="4:4").all()
+    for block in ((4, 4), (4, 2)):
+        tiles = masks(granularity=block, sparsity=0.5).unfold(0, 4, 4).unfold(1, block[1], block[1]).flatten(2)
+        assert (tiles.all(-1) | ~tiles.any(-1)).all()
+    with pytest.raises(ValueError, match=r'\(n, m\) with n < m, "n:m" with n <= m'):
+        masks(granularity="4:2", sparsity=0.5)
+
+
+def test_a_bias_asked_for_by_include_is_refused_with_what_rules_it_out():
+    with pytest.raises(ValueError, match=r"'\*\.bias' matches only \['0\.bias'\], .*has 1 dimension, fewer than two"):
+        gp.prune(nn.Sequential(nn.Linear(4, 4)), sparsity=0.5, include="*.bias")

@@ -516,7 +516,7 @@ def test_masks_are_a_mapping_with_a_sparsity():
     assert len(masks) == 2
     assert masks.sparsity == pytest.approx(0.5)
     assert gp.Masks({}).sparsity == 0.0
-    assert repr(masks) == "Masks(2 tensors, 6 weights, sparsity 0.5000)"
+    assert repr(masks).splitlines()[0] == "Masks(2 tensors, 6 weights, sparsity 0.5000)"
     with pytest.raises(ValueError, match=r"mask of 'a' must be a bool tensor, got torch\.float32"):
         gp.Masks({"a": torch.ones(3)})
 

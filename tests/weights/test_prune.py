@@ -183,6 +183,47 @@ def test_no_layer_is_emptied_unless_asked():
         assert kept.numel() == 0 or kept.min() >= small_model()[6].weight.abs().sort().values.flatten()[0] * 1e-6
 
 
+def test_layers_that_come_down_to_their_floor_are_warned_of_once_by_name_with_counts():
+    model = layer_of_tiny_weights()
+    with pytest.warns(UserWarning, match=r"'6\.weight' keeps 1 of 200 weights.*min_keep=") as caught:
+        masks = gp.prune(model, sparsity=0.9)
+    assert len(caught) == 1
+    assert "'0.weight'" not in str(caught[0].message)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"'6\.weight' keeps 10 of 200 weights"):
+        gp.prune(layer_of_tiny_weights(), sparsity=0.5, granularity=(5, 2), include=["4.*", "6.*"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was there before, or the floor was asked for, or it is a fair share
+        gp.prune(model, sparsity=0.95, within=masks)
+        gp.prune(layer_of_tiny_weights(), sparsity=0.9, min_keep=1)
+        gp.prune(layer_of_tiny_weights(), sparsity=0.9, scope="layer")
+        gp.prune(nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1), nn.Linear(1, 2)), sparsity=0.5)
+
+
+def test_a_layer_that_ends_at_its_floor_by_itself_is_warned_of_too():
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(1, 101).view(10, 10))
+        model[1].weight.fill_(0.5)
+        model[1].weight[3, 3] = 200
+    with pytest.warns(UserWarning, match=r"'1\.weight' keeps 1 of 100 weights"):
+        masks = gp.prune(model, sparsity=0.75)
+    assert [int(mask.sum()) for mask in masks.values()] == [49, 1]
+
+
+@pytest.mark.parametrize("layers", [5, 6])
+def test_the_warning_of_floors_names_at_most_five_layers(layers):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40), *[nn.Linear(40, 40) for _ in range(layers)])
+    with torch.no_grad():
+        model[0].weight.mul_(1e6)
+    with pytest.warns(UserWarning, match=r"'1\.weight' keeps 1 of 1,600 weights") as caught:
+        gp.prune(model, sparsity=0.95)
+    assert ("and 1 more layers" in str(caught[0].message)) == (layers == 6)
+    assert "'5.weight'" in str(caught[0].message)
+    assert "'6.weight'" not in str(caught[0].message)
+
+
 def test_a_budget_below_one_weight_a_layer_warns_and_min_keep_refuses():
     model = small_model()
     with pytest.warns(UserWarning, match="leaves 2 weights for 3 layers"):
@@ -193,6 +234,8 @@ def test_a_budget_below_one_weight_a_layer_warns_and_min_keep_refuses():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # 100 % is asking
         assert gp.prune(small_model(), sparsity=1.0).sparsity == 1.0
+    with pytest.warns(UserWarning, match=r"sparsity=1 prunes every weight: it is a fraction"):
+        gp.prune(small_model(), sparsity=1)
 
 
 # ------------------------------------------------------------------------------------------------------ granularity

@@ -12,11 +12,7 @@ import torch
 from torch import nn
 
 import gradprune as gp
-
-
-def two_layers():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+from examples import two_layers
 
 
 def sgd(model, lr=0.01, **kw):
@@ -317,8 +313,115 @@ def test_a_state_saved_after_writes_without_a_step_warns():
         model(torch.randn(4, 8)).square().sum().backward()
         optimizer.second_step()
         assert pruner.step == 0, step
-    with pytest.warns(UserWarning, match="no step of the optimizer was seen"):
+    with pytest.warns(UserWarning, match="written 5 times without a step of the optimizer that the Pruner was given"):
         pruner.state_dict()
+
+
+@pytest.mark.parametrize("look", [repr, lambda p: p.step, lambda p: p.masks.sparsity, lambda p: p.state_dict()])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_an_optimizer_made_after_the_pruner_is_noticed_where_the_pruner_is_looked_at(look, steps_before):
+    model = two_layers()
+    first = sgd(model)
+    pruner = gp.Pruner(model, first, gp.Linear(0.8, 0, 100))
+    train(model, first, steps_before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look(pruner)
+    train(model, second := sgd(model), 12)
+    with pytest.warns(UserWarning, match=rf"written 12 times without a step .*it has seen {steps_before}:"):
+        look(pruner)
+    state = pruner._step, pruner._masks
+    pruner.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (pruner.step, pruner.masks) == state  # and is at rest
+    again = gp.Pruner(model, second, gp.Linear(0.8, 0, 100), within=state[1])
+    train(model, second, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look(again)
+
+
+def test_the_way_to_a_new_optimizer_that_the_warning_names_works():
+    model = two_layers()
+    first = sgd(model)
+    pruner = gp.Pruner(model, first, gp.Linear(0.8, 0, 10))
+    train(model, first, 5)
+    pruner.remove()
+    again = gp.Pruner(model, second := sgd(model), gp.Linear(0.8, 0, 10), within=pruner.masks)
+    again.load_state_dict(pruner.state_dict())
+    train(model, second, 5)
+    assert (again.step, sum(zeros(model).values())) == (10, round(0.8 * 128))
+
+
+def test_a_layer_that_comes_down_to_its_floor_is_warned_of_at_that_event_alone():
+    model = two_layers()
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruner = gp.Pruner(model, optimizer, gp.Linear(0.9, 0, 18))
+        train(model, optimizer, 18)
+    assert [str(w.message).partition(",")[2].partition(",")[0] for w in caught] == [" '1.weight' keeps 1 of 64 weights"]
+    assert caught[0].filename == __file__
+    assert len(pruner.events) == 18
+
+
+def test_an_average_put_in_and_out_between_steps_is_no_other_optimizer():
+    model = two_layers()
+    optimizer = sgd(model)
+    pruner = gp.Pruner(model, optimizer, gp.Linear(0.8, 0, 100))
+    train(model, optimizer, 3)
+    average, own = copy.deepcopy(model.state_dict()), copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model.load_state_dict(average)
+            model.load_state_dict(own)
+        assert pruner.step == 3
+
+
+def test_steps_of_another_optimizer_that_was_given_are_no_sign_of_one_that_was_not():
+    model = two_layers()
+    critic, other = (torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner = gp.Pruner(model, [critic, other], gp.Linear(0.8, 0, 100))
+        for taken in range(3):
+            train(model, critic, 9)
+            assert pruner.step == taken
+            train(model, other, 1)
+        assert pruner.step == 3
+
+
+def test_an_optimizer_that_lost_the_weights_is_named_with_them():
+    model = two_layers()
+    optimizer = sgd(model)
+    pruner = gp.Pruner(model, optimizer, gp.OneShot(0.5))
+    optimizer.param_groups[0]["params"] = list(model[0].parameters())
+    with pytest.warns(UserWarning, match=r"optimizer no longer has '1\.weight'"):
+        assert pruner.step == 0
+
+
+def test_a_state_beyond_the_schedule_is_refused_at_loading_and_changes_nothing():
+    model = two_layers()
+    optimizer = sgd(model)
+    far = gp.Pruner(model, optimizer, gp.Linear(0.9, 0, 4))
+    train(model, optimizer, 3)
+    state, other = far.state_dict(), two_layers()
+    pruner = gp.Pruner(other, sgd(other), gp.Linear(0.5, 0, 4))
+    with pytest.raises(ValueError, match=r"at a sparsity of 0\.675 after 3 steps; .* goes back to 0\.5 at the next"):
+        pruner.load_state_dict(state)
+    assert (pruner.step, pruner.events, zeros(other)) == (0, [], {"0.weight": 0, "1.weight": 0})
+    pruner = gp.Pruner(third := two_layers(), sgd(third), gp.Linear(0.675, 0, 4))
+    pruner.load_state_dict(state)
+    assert zeros(third) == zeros(model)
+    falling = {"amount": "threshold", "include": "0.*"}  # a threshold may fall: what is gone stays
+    low, fourth = gp.Pruner(model := two_layers(), sgd(model), lambda step: 0.1, **falling), two_layers()
+    high = gp.Pruner(fourth, sgd(fourth), lambda step: 0.05, **falling)
+    high.load_state_dict(low.state_dict())
+    assert high.masks == low.masks
 
 
 # ----------------------------------------------------------------------------------------- closures, compiling, n:m
@@ -394,7 +497,7 @@ def test_n_of_m_with_a_schedule_that_cannot_fit_is_refused_at_construction(sched
         ((gp.OneShot(0.5), "magnitude"), {}, "give the function itself, gp.magnitude"),
         ((gp.magnitude, gp.OneShot(0.5)), {}, "score is a schedule: the order is"),
         ((gp.OneShot(0.5),), {"regrow": 3}, "regrow must be a gp.Regrow, got int"),
-        ((gp.OneShot(0.5),), {"granular": "channel"}, "Pruner has no argument 'granular'; beside its own it takes"),
+        ((gp.OneShot(0.5),), {"granular": "channel"}, "Pruner has no argument 'granular': did you mean granularity="),
         ((None,), {}, "schedule must be a function, got None"),
         ((lambda t: "half",), {}, "at step 0 the schedule's sparsity must be a number, got 'half'"),
         ((lambda t: True,), {}, "must be a number, got True"),

@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradprune as gp
+from examples import two_layers
 from gradprune.weights.plan import at_least
 from gradprune.weights.request import Request
-
-
-def two_layers(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
 
 
 def refused(kind, words, score=gp.magnitude, **how):

@@ -1,6 +1,7 @@
 """Masks come from torch.nn.utils.prune and go there whole, whatever a model shares."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -127,3 +128,21 @@ def test_what_cannot_be_made_plain_is_refused_before_anything_is(spoil):
 def test_what_is_no_model_is_said_to_be_none(call, wrong):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
         call(wrong)
+
+
+def test_what_torch_prunes_is_warned_of_and_its_name_explained_afterwards():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    torch_prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.warns(UserWarning, match=r"prune prunes '0\.weight_orig' too.*from_torch_\(model\)"):
+        masks = gp.prune(model, sparsity=0.5)
+    assert list(masks) == ["0.weight_orig", "1.weight"]
+    own = gp.Masks.from_torch_(model)
+    with pytest.raises(
+        ValueError, match=r"no parameter '0\.weight_orig'.*'0\.weight' is what torch.nn.utils.prune calls"
+    ):
+        masks.apply_(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both = gp.prune(model, sparsity=0.5, within={**own, "1.weight": torch.ones(8, 8) > 0})
+    assert list(both) == ["0.weight", "1.weight"]

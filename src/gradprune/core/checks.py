@@ -28,13 +28,13 @@ def require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn, at the line outside this package that called into it."""
     frame, level = sys._getframe(), 1
     inside = (f"{_PACKAGE}.", "torch.")  # a hook of an optimizer is called by torch
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def number(
@@ -81,9 +81,15 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
     return converted
 
 
-def fraction(name: str, value: Any) -> float:
-    """Return a number between 0 and 1 as a plain float; errors as for ``number``."""
-    return number(name, value, least=0.0, most=1.0)
+def fraction(name: str, value: Any, *, one: str = "") -> float:
+    """Return a number between 0 and 1 as a plain float; errors as for ``number``.
+
+    With `one`, which says what 1 does, the int 1 warns: as a percentage is written. 1.0 does not.
+    """
+    found = number(name, value, least=0.0, most=1.0)
+    if one and type(value) is int and value == 1:
+        warn(f"{name}=1 {one}: it is a fraction, and 0.01 is one per cent. 1.0 says that all is meant")
+    return found
 
 
 def choice(name: str, value: T, known: Collection[T]) -> T:

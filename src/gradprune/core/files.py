@@ -24,11 +24,12 @@ StrPath = str | os.PathLike[str]
 
 
 class Kind(NamedTuple):
-    """What a file of ours is: its key in the metadata, what errors call it, and what makes it one."""
+    """What a file of ours is: its key in the metadata, what errors call it, what makes it one, where a pickle goes."""
 
     key: str
     name: str
     content: str
+    pickled: str = ""
 
 
 def safetensors() -> ModuleType:
@@ -134,7 +135,7 @@ def _read(path: Path, kind: Kind) -> tuple[Any, dict[str, Tensor]]:
                 raise ValueError(f"{wrong}: it is a safetensors file without {kind.content}")
             return _parsed(text, wrong), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except library.SafetensorError as error:
-        raise ValueError(f"{wrong}: {_guess(path)} ({error})") from None
+        raise ValueError(f"{wrong}: {_guess(path, kind)} ({error})") from None
 
 
 def require_storable(tensors: Mapping[str, Tensor]) -> None:
@@ -181,14 +182,14 @@ def _parsed(text: str, wrong: str) -> Any:
         raise ValueError(f"{wrong}: its metadata is damaged") from None
 
 
-def _guess(path: Path) -> str:
+def _guess(path: Path, kind: Kind) -> str:
     """What a file that safetensors cannot read seems to be."""
     with open(path, "rb") as file:
         start = file.read(9)
     if not start:
         return "it is empty"
     if start.startswith(b"PK") or start.startswith(b"\x80"):
-        return "it is a pickle, as torch.save writes, or an archive"
+        return f"it is a pickle, as torch.save writes, or an archive{kind.pickled}"
     if start[8:] == b"{":
         return "it is a safetensors file that is cut off or damaged"
     return "it is no safetensors file"

@@ -92,7 +92,7 @@ def stated_axes(name: str, given: Any, dimensions: int) -> Axes:
 
 # -------------------------------------------------------------------------------------------------- kinds of module
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _OUTPUT_FIRST = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -126,7 +126,7 @@ def _layer_axes(module: nn.Module, attribute: str, parameter: Tensor) -> tuple[A
     """The axes of a known layer's weight, and why its rows are no units; None for all else."""
     if isinstance(module, _OUTPUT_FIRST) and attribute == "weight":
         return Axes(), ""
-    if isinstance(module, _TRANSPOSED) and attribute == "weight":
+    if isinstance(module, TRANSPOSED) and attribute == "weight":
         return Axes(1, 0, groups=module.groups), ""
     if isinstance(module, _RECURRENT) and attribute.startswith("weight_"):
         return Axes(), "" if attribute.startswith("weight_hr") else _GATES
@@ -179,7 +179,7 @@ def _weight(name: str, parameter: nn.Parameter, module: nn.Module, attribute: st
     if not lazy and not (parameter.is_floating_point() or parameter.is_complex()):
         return use._replace(reason=f"is {parameter.dtype}")
     if not lazy and parameter.dim() < 2:
-        return use._replace(reason=f"has {parameter.dim()} dimension{'' if parameter.dim() else 's'}")
+        return use._replace(reason=f"has {parameter.dim()} dimension{'' if parameter.dim() else 's'}, fewer than two")
     if isinstance(module, _EMBEDDINGS):
         return use._replace(reason="is an embedding's")
     if isinstance(module, _NORMS):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradprune.core import checks
+from gradprune.core.words import in_our_words
 from gradprune.gradients.clip import scale_to_norm_
 from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.gathered import Gathered, require_log
@@ -25,7 +26,8 @@ class AutoClip:
 
     A call takes the norm of the gradients into its history, finds the percentile of it by linear interpolation, and,
     where the norm is above that, scales the gradients to it. Norms that are not finite or zero do not enter the
-    history, since they say nothing about what is usual.
+    history, since they say nothing about what is usual. Beside a ``Pruner`` the norm counts the gradients of pruned
+    weights too, unless ``pruner.masks.mask_gradients_(model)`` comes first.
 
     Args:
         percentile: between 0, the smallest norm so far, and 100, the largest, which never scales.
@@ -52,6 +54,7 @@ class AutoClip:
     Seetharaman et al. (2020), who keep all norms; chapter 2.
     """
 
+    @in_our_words
     def __init__(
         self,
         percentile: float = 10.0,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradprune.core import checks
+from gradprune.core.words import in_our_words
 from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.gathered import Gathered
 from gradprune.gradients.nonfinite import NonFinite
@@ -28,6 +29,7 @@ from gradprune.gradients.unitwise import (
 _AS_TORCH = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 
 
+@in_our_words
 @torch.no_grad()
 def clip_by_value_(params: Params, limit: float, *, nonfinite: NonFinite = "raise", log: ClipLog | None = None) -> None:
     """Bound every gradient entry to [-limit, limit], in place; of a complex entry the modulus, and it keeps its phase.
@@ -80,6 +82,7 @@ def clip_by_value_(params: Params, limit: float, *, nonfinite: NonFinite = "rais
     return found.note(size, limit, limit / most, share)
 
 
+@in_our_words
 @torch.no_grad()
 def clip_by_norm_(
     params: Params,
@@ -97,7 +100,8 @@ def clip_by_norm_(
     to 1e-6, in half precision to the rounding of the entries.
 
     Args:
-        params: as for :func:`clip_by_value_`.
+        params: as for :func:`clip_by_value_`. Beside a ``Pruner`` the norm counts the gradients of pruned weights too,
+            unless ``pruner.masks.mask_gradients_(model)`` comes first.
         max_norm: the bound, positive; infinity only measures.
         norm_type: the order p of the norm, any p > 0, or infinity.
         nonfinite: as for :func:`clip_by_value_`.
@@ -123,6 +127,7 @@ def clip_by_norm_(
     return scale_to_norm_(Gathered(params, nonfinite, log, "norm"), lambda _: max_norm, norm_type, extra=_AS_TORCH)
 
 
+@in_our_words
 @torch.no_grad()
 def clip_adaptive_(
     params: Params,

@@ -100,23 +100,13 @@ class ClipLog:
         """The share of all calls in which clipping engaged; 0.0 before the first."""
         return self.engaged / self.calls if self.calls else 0.0
 
-    def require_kind(self, kind: str) -> None:
-        """Raise ValueError where the log is of another kind of clipping.
-
-        Args:
-            kind: "value", "norm" or "adaptive".
-        """
+    def _require_kind(self, kind: str) -> None:
+        """Raise ValueError where the log is of another kind of clipping."""
         if self.kind not in (None, kind):
             raise ValueError(f"this log is of clipping by {self.kind}; clipping by {kind} needs one of its own")
 
-    def note(self, kind: str, row: Call, *, skipped: bool) -> None:
-        """Note one call of a clip.
-
-        Args:
-            kind: "value", "norm" or "adaptive".
-            row: what the call did.
-            skipped: whether it left the step out.
-        """
+    def _note(self, kind: str, row: Call, *, skipped: bool) -> None:
+        """Note what one call of a clip did."""
         self.kind = kind
         self.calls += 1
         self.engaged += row.share > 0

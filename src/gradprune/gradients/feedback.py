@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.masked import count_kept, zero_pruned_
+from gradprune.core.words import in_our_words
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
 from gradprune.gradients.params import Params, by_name, with_gradient
 from gradprune.gradients.representable import at_least
 from gradprune.gradients.sparsify import (
+    KEEPS,
     Gradients,
     Scope,
     checked,
@@ -42,7 +44,8 @@ class ErrorFeedback:
     largest entries of the sum in ``.grad``, and lets the others wait, what rounding to half precision takes off them
     too. Nothing is lost: what was sent and what waits add up to the sum of all gradients. Call it once for each
     optimizer step: with accumulation, on the accumulated gradient; with a gradient scaler, after
-    ``scaler.unscale_(optimizer)`` and with ``nonfinite="leave"``.
+    ``scaler.unscale_(optimizer)`` and with ``nonfinite="leave"``; beside a ``Pruner``, after
+    ``pruner.masks.mask_gradients_(model)``, or entries of pruned weights are sent, which nothing uses.
 
     It keeps one residual for each parameter that has had a gradient, two with momentum, in float32 for half precision;
     a step takes twice that for its duration. It holds no parameter alive, and drops the residual with the parameter. A
@@ -51,9 +54,9 @@ class ErrorFeedback:
 
     Args:
         params: a tensor, an iterable of tensors or of (name, tensor) pairs, or a model.
-        density: the fraction of the entries to send, as for :func:`keep_top_gradients_`. Exactly one of this,
-            `threshold` and `ratio` is given, each a number or a function of the number of steps taken. The schedules of
-            this package give the fraction to leave out: ``density=lambda t: 1 - schedule(t)``.
+        density: the fraction of the entries to send, as for :func:`keep_top_gradients_`: 0.01 is one per cent. Exactly
+            one of this, `threshold` and `ratio` is given, each a number or a function of the number of steps taken. The
+            schedules of this package give the fraction to leave out: ``density=lambda t: 1 - schedule(t)``.
         threshold: as for :func:`threshold_gradients_`, of the sum.
         ratio: as for :func:`threshold_gradients_`, of the sum.
         scope: as for :func:`keep_top_gradients_`.
@@ -83,6 +86,7 @@ class ErrorFeedback:
     (2018), section 3, for momentum, clipping and warm-up; chapter 3, equations 3.5 and 3.6.
     """
 
+    @in_our_words
     def __init__(
         self,
         params: Params,
@@ -138,7 +142,7 @@ class ErrorFeedback:
         if wrong and self._nonfinite == "leave":
             return 0.0
         if wrong:
-            warn_of_zeroed(wrong[0], self._nonfinite, "Find out where it comes from", 3)
+            warn_of_zeroed(wrong[0], self._nonfinite, "Find out where it comes from")
             if self._nonfinite == "skip":
                 for gradient in gradients.values():
                     gradient.zero_()
@@ -282,7 +286,7 @@ def _reference(parameter: Tensor, name: str, entries: dict[str, _Entry]) -> weak
 
 
 def _amount(called: str, rule: str, value: Any) -> float:
-    return checks.fraction(called, value) if rule == "density" else checks.number(called, value, least=0.0)
+    return checks.fraction(called, value, one=KEEPS) if rule == "density" else checks.number(called, value, least=0.0)
 
 
 def _require_shape(called: str, tensor: Tensor, wanted: Tensor) -> None:

@@ -26,7 +26,7 @@ class Gathered:
     def __init__(self, params: Params, nonfinite: NonFinite, log: ClipLog | None, kind: str) -> None:
         self.nonfinite, self.log, self.kind = known(nonfinite), log, kind
         if log is not None:
-            require_log(log).require_kind(kind)
+            require_log(log)._require_kind(kind)
         self._params = read_once(params)
         self._names: list[str] | None = None  # of 200 tensors, names alone would take a third of the time of a norm
         pairs = _plain(self._params)
@@ -74,8 +74,7 @@ class Gathered:
             for at in bad:
                 self.log.nonfinite[self.names[at]] = self.log.nonfinite.get(self.names[at], 0) + 1
         elif self.nonfinite != "leave":
-            remedy = "Pass log=gp.ClipLog() to count such cases instead"
-            warn_of_zeroed(self.names[bad[0]], self.nonfinite, remedy, 5 if self.kind == "norm" else 4)
+            warn_of_zeroed(self.names[bad[0]], self.nonfinite, "Pass log=gp.ClipLog() to count such cases instead")
         zeroed = {"zero": bad, "skip": range(len(self.grads)), "leave": []}[self.nonfinite]
         for at in zeroed:
             self.grads[at].zero_()
@@ -91,13 +90,13 @@ class Gathered:
     def note(self, size: float, bound: float, factor: float, share: float) -> None:
         """Note in the log what the call did."""
         if self.log is not None:
-            self.log.note(self.kind, Call(size, bound, factor, share), skipped=False)
+            self.log._note(self.kind, Call(size, bound, factor, share), skipped=False)
 
     def note_settled(self, size: float, bound: float) -> None:
         """Note a call that ended because a gradient was not finite."""
         skipped = self.nonfinite == "skip"
         if self.log is not None:
-            self.log.note(self.kind, Call(size, bound, *((0.0, 1.0) if skipped else (1.0, 0.0))), skipped=skipped)
+            self.log._note(self.kind, Call(size, bound, *((0.0, 1.0) if skipped else (1.0, 0.0))), skipped=skipped)
 
 
 def require_log(log: Any) -> ClipLog:

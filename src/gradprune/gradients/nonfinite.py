@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal, get_args
 
-from gradprune.core.checks import choice
+from gradprune.core.checks import choice, warn
 
 NonFinite = Literal["raise", "zero", "skip", "leave"]
 """Of a gradient with an entry that is NaN or infinite:
@@ -20,9 +19,7 @@ def known(value: Any) -> NonFinite:
     return choice("nonfinite", value, get_args(NonFinite))
 
 
-def warn_of_zeroed(name: str, chosen: NonFinite, remedy: str, stacklevel: int) -> None:
+def warn_of_zeroed(name: str, chosen: NonFinite, remedy: str) -> None:
     """Warn that a gradient, or all of them, were set to zero."""
     what = "it was" if chosen == "zero" else "all gradients were"
-    warnings.warn(
-        f"the gradient of {name!r} is not finite; {what} set to zero. {remedy}", RuntimeWarning, stacklevel + 1
-    )
+    warn(f"the gradient of {name!r} is not finite; {what} set to zero. {remedy}", RuntimeWarning)

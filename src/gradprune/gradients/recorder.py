@@ -106,12 +106,12 @@ class Recorder:
         if isinstance(output, Tensor) and output.is_floating_point() and output.numel() and _is_plain(output):
             self._seen[name] = _statistics(output.detach())
 
-    def wants(self) -> bool:
+    def _wants(self) -> bool:
         """Whether the step that comes is recorded."""
         return self._step % self._every == 0
 
     def _before_step(self) -> None:
-        if self.wants():
+        if self._wants():
             self._norms = {}
             self._look_for_parameters()
             if self._with_updates:
@@ -127,13 +127,13 @@ class Recorder:
         self._sizes = norms_of(self._before)
 
     def _at_gradients(self) -> None:
-        if self.wants():
+        if self._wants():
             grads = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
             self._norms = dict(zip(grads, norms_of(list(grads.values())), strict=True))
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        if self.wants():
+        if self._wants():
             updates: dict[str, Scalar] = {}
             if self._with_updates:
                 torch._foreach_sub_(self._before, [p.detach() for p in self._parameters.values()])
@@ -233,7 +233,7 @@ def _show(module: nn.Module, output: Any) -> None:
         return
     watched = _WATCHED.get(module)
     for recorder, name in list(watched.watchers.items()) if watched is not None else ():
-        if recorder.wants():
+        if recorder._wants():
             recorder._see(name, output)
 
 

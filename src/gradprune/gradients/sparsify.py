@@ -17,6 +17,7 @@ from torch import Tensor
 from gradprune.core import checks
 from gradprune.core.masked import count_kept, zero_pruned_
 from gradprune.core.select import keep_largest
+from gradprune.core.words import in_our_words
 from gradprune.gradients.gathered import require_own_memory
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
 from gradprune.gradients.params import Params, with_gradient
@@ -26,9 +27,11 @@ Scope = Literal["global", "layer"]
 Gradients = dict[str, Tensor]
 
 PIECE = 2**18  # values that are summed at a time: their magnitudes stay in cache
+KEEPS = "keeps everything"  # what a density of 1 does
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@in_our_words
 @torch.no_grad()
 def threshold_gradients_(
     params: Params, threshold: float | None = None, *, ratio: float | None = None, nonfinite: NonFinite = "raise"
@@ -74,6 +77,7 @@ def threshold_gradients_(
     return share_of(kept, gradients)
 
 
+@in_our_words
 @torch.no_grad()
 def keep_top_gradients_(
     params: Params, density: float, *, scope: Scope = "global", nonfinite: NonFinite = "raise"
@@ -85,7 +89,7 @@ def keep_top_gradients_(
 
     Args:
         params: as for :func:`threshold_gradients_`.
-        density: the fraction to keep, between 0 and 1.
+        density: the fraction to keep, between 0 and 1; 0.01 is one per cent.
         scope: "global" ranks the entries of all tensors together, "layer" keeps the same fraction of each.
         nonfinite: as for :func:`threshold_gradients_`.
 
@@ -103,7 +107,7 @@ def keep_top_gradients_(
 
     Aji and Heafield (2017), for all tensors as one; chapter 3.
     """
-    density = checks.fraction("density", density)
+    density = checks.fraction("density", density, one=KEEPS)
     checked_scope(scope)
     gradients, done = settled(checked(with_gradient(params)), known(nonfinite))
     if done is not None:
@@ -143,7 +147,7 @@ def settled(gradients: Gradients, nonfinite: NonFinite) -> tuple[Gradients, floa
     require_finite(wrong, nonfinite)
     if nonfinite == "leave":
         return gradients, 1.0
-    warn_of_zeroed(wrong[0], nonfinite, "Find out where it comes from", 4)
+    warn_of_zeroed(wrong[0], nonfinite, "Find out where it comes from")
     for name in wrong if nonfinite == "zero" else gradients:
         gradients[name].zero_()
     return gradients, None if nonfinite == "zero" else 0.0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradprune.core.layers import TRANSPOSED
 from gradprune.gradients.norms import HALF, ROW, SMALL, norm_of, norms_of, read, unit_norms, widened
 from gradprune.gradients.params import Params
 
@@ -32,7 +33,7 @@ Unit = tuple[Tensor, Tensor, int]
 
 def units_of(found: Gradients, params: Params) -> list[Unit]:
     """Return each gradient with its weights and the number of axes that number the units."""
-    groups = groups_of_transposed(params) if isinstance(params, nn.Module) else {}
+    groups = _groups_of_transposed(params) if isinstance(params, nn.Module) else {}
     if not groups and found.values is found.grads:
         return [(g, w, 1 if g.ndim > 1 else 0) for g, w in zip(found.grads, found.parameters, strict=True)]
     units: list[Unit] = []
@@ -56,10 +57,9 @@ def units_of(found: Gradients, params: Params) -> list[Unit]:
     return units
 
 
-def groups_of_transposed(model: nn.Module) -> dict[int, int]:
-    """Return the groups of the weights whose outputs are on their second axis, by the weights' ids."""
-    kinds = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-    return {id(module.weight): module.groups for module in model.modules() if isinstance(module, kinds)}
+def _groups_of_transposed(model: nn.Module) -> dict[int, int]:
+    """The groups of the weights whose outputs are on their second axis, by the weights' ids."""
+    return {id(module.weight): module.groups for module in model.modules() if isinstance(module, TRANSPOSED)}
 
 
 def absent_units(found: Gradients) -> int:

@@ -69,15 +69,23 @@ def machine() -> str:
 def save(path: Path, result: dict[str, Any]) -> None:
     """Write `result` as JSON beside `path`, then rename it, so that a kill never leaves half a file.
 
-    JSON has no number for what is not finite: such a float is written as "inf", "-inf" or "nan", and :func:`load` reads
-    these as floats again.
+    Each entry has a line, and of `rows` each row, since the files are read as diffs. JSON has no number for what is not
+    finite: such a float is written as "inf", "-inf" or "nan", and :func:`load` reads these as floats again.
     """
-    text = json.dumps(_spelled(result), indent=1, allow_nan=False) + "\n"
+    entries = [f" {json.dumps(name)}: {_lines(name, value)}" for name, value in _spelled(result).items()]
+    text = "{\n" + ",\n".join(entries) + "\n}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
         file.write(text)
     os.replace(file.name, path)
     os.chmod(path, 0o644)
+
+
+def _lines(name: str, value: Any) -> str:
+    """An entry's value as JSON."""
+    if name != "rows" or not value:
+        return json.dumps(value, allow_nan=False)
+    return "[\n" + ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in value) + "\n ]"
 
 
 def load(name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gradprune.recovery.history import Entry, History, Round
 from gradprune.recovery.rounds import Plan, Rewind, planned
 from gradprune.recovery.run import Run, Teacher
 from gradprune.weights.mask import Masks
-from gradprune.weights.prune import AsPrune, prune
+from gradprune.weights.prune import AsPrune, check_for_schedule, prune
 from gradprune.weights.request import Request, Score, checked_score
 from gradprune.weights.score import magnitude
 
@@ -51,7 +51,8 @@ def iterate(
         model: the network, trained and pruned in place.
         train: your training, ``train(model, round)``: takes the steps ``round.steps`` of your schedule with an
             optimizer of its own, and calls ``round.hold(optimizer)`` first.
-        schedule: the sparsity in [0, 1] as a function of the round, from 1; it must not fall.
+        schedule: the sparsity in [0, 1] as a function of the round, from 1, not of the step; it must not fall.
+            ``gp.Geometric(0.2, every=1, rounds=5)`` prunes in each of five rounds.
         steps: the steps of the dense training, from 1.
         retrain: the steps of each correction; `steps` unless given.
         rewind: None goes on after the last step (fine-tuning); ``"learning rate"`` takes the last `retrain` of the
@@ -59,7 +60,8 @@ def iterate(
             buffers back to what they were at step `rewind_to` and takes the steps from there again (Frankle and Carbin
             2019 for step 0, Frankle et al. 2020 for later ones). Round 0 then calls `train` up to that step and on.
         rewind_to: a step from 0 and below `steps`.
-        rounds: how many; a schedule of ``gradprune.schedule`` has a number of its own.
+        rounds: how many; the schedules of this package have a number of their own, and without `rounds` each of these
+            must prune more than the one before.
         score: as for ``prune``.
         evaluate: gives a number, or several by name, after each pruning and each correction: use validation data.
         stop: ends the loop after a round where ``stop(history)`` is true, that is, one that failed. The network and the
@@ -132,12 +134,7 @@ def iterate(
 
 def _check_pruning(model: nn.Module, score: Score, plan: Plan, as_prune: AsPrune) -> None:
     """Refuse now what pruning would refuse after the first training."""
-    unknown = [name for name in as_prune if name not in AsPrune.__annotations__]
-    if unknown:
-        hint = "; how much is pruned is what the schedule says" if {"sparsity", "threshold"} & set(unknown) else ""
-        raise TypeError(f"iterate has no argument {unknown[0]!r}{hint}")
-    by_name = isinstance(as_prune.get("scope"), Mapping)
-    require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
+    check_for_schedule("iterate", as_prune, own=("score", "steps", "rounds"))
     checked_score(score)
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradprune.core.checks import function, number, require, whole
+from gradprune.core.checks import function, number, require, warn, whole
 from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
 
 Rewind = Literal["weights", "learning rate"] | None
 
 
 MOST_ROUNDS = 1_000_000
+MANY_ROUNDS = 100  # more are rather the steps of a training
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,28 @@ def planned(schedule: Any, steps: Any, retrain: Any, rewind: Any, rewind_to: Any
     retrain = steps if retrain is None else retrain
     if rewind == "learning rate":
         require(retrain <= steps, f"retrain={retrain} rewinds beyond the start: training has {steps} steps")
+    counted = rounds is None
     rounds = _rounds_of(schedule) if rounds is None else whole("rounds", rounds)
     require(1 <= rounds <= MOST_ROUNDS, f"rounds must be at least 1 and at most {MOST_ROUNDS:,}")
     sparsities = [number(f"schedule({at})", schedule(at), finite=False) for at in range(1, rounds + 1)]
     require(all(0 <= s <= 1 for s in sparsities), f"the schedule must give sparsities in [0, 1], got {sparsities}")
     require(sparsities == sorted(sparsities), f"the schedule falls: {sparsities}; pruned weights stay pruned")
+    if counted:
+        _check_meant(schedule, sparsities)
     return Plan(steps, retrain, rewind, rewind_to, sparsities)
+
+
+def _check_meant(schedule: Any, sparsities: list[float]) -> None:
+    """Raise or warn where a schedule without `rounds` seems to count the steps of a training."""
+    rounds, idle = len(sparsities), sum(a == b for a, b in zip([0.0, *sparsities], sparsities, strict=False))
+    counts = f"iterate asks its schedule once a round, not once a step: {schedule} has {rounds} rounds"
+    meant = f"or say that they are meant, rounds={rounds}"
+    require(
+        not idle,
+        f"{counts}, of which {idle} prune nothing more. Count in rounds, every=1 where there is an every, {meant}",
+    )
+    if rounds > MANY_ROUNDS:
+        warn(f"{counts}, each a whole training. Count in rounds, {meant}")
 
 
 def _rounds_of(schedule: Callable[[int], float]) -> int:

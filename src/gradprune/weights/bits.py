@@ -14,7 +14,8 @@ from torch import Tensor
 from gradprune.core import files
 from gradprune.core.checks import state, whole
 
-_FILE = files.Kind("gradprune.masks", "file of masks", "masks saved by Masks.save")
+_PICKLED = "; a saved state_dict() of masks is read by Masks.from_state_dict(torch.load(path, weights_only=True))"
+_FILE = files.Kind("gradprune.masks", "file of masks", "masks saved by Masks.save", _PICKLED)
 
 
 def packed(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

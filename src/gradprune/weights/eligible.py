@@ -28,7 +28,8 @@ def eligible(
     Args:
         model: what is to be pruned.
         include: glob patterns; only parameters of which one matches a name. One that matches no eligible parameter may
-            take those that are frozen, or that only their name or shape rules out.
+            take those that are frozen, or, in a module of a kind that is not known, that only their name or shape rules
+            out.
         exclude: glob patterns; no parameters of which one matches a name.
         axes: glob pattern -> (output, input), the axes of weights whose layer is not known; such a parameter is
             eligible whatever its name and shape.

@@ -140,8 +140,8 @@ def parse_granularity(granularity: Granularity) -> tuple[tuple[int, int] | None,
         n_of_m = len(numbers) == 2 and all(map(_positive, numbers)) and numbers[0] < numbers[1]
     if not numbers or not all(map(_positive, numbers)) or (n_of_m and (len(numbers) != 2 or numbers[0] > numbers[1])):
         raise ValueError(
-            'granularity must be "weight", "channel", (n, m) or "n:m" with n <= m, or a block shape such as (16, 16) '
-            f'or "1x4"; got {granularity!r}'
+            'granularity must be "weight", "channel", (n, m) with n < m, "n:m" with n <= m, or a block shape such as '
+            f'(16, 16) or "1x4"; got {granularity!r}'
         )
     return ((numbers[0], numbers[1]), None) if n_of_m else (None, numbers)
 

@@ -46,14 +46,10 @@ class Hold:
             for keeper in self._keepers:
                 keeper.get_off_if_idle()
             raise
-        self.replace(masks)
+        self._replace(masks)
 
-    def replace(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        """Hold by these masks from now on; what the optimizers remember of entries that come or go is forgotten.
-
-        Args:
-            masks: the mask of each parameter, bool, of its shape (True stays).
-        """
+    def _replace(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
+        """Hold by these masks from now on; what the optimizers remember of entries that come or go is forgotten."""
         held = {parameter: _Held(mask) for parameter, mask in masks.items()}
         for keeper, optimizer in self._pairs():
             owned = set(map(id, parameters_of(optimizer)))

@@ -18,6 +18,7 @@ from gradprune.core.steps import Optimizers, as_list, not_owned, ridden
 from gradprune.weights import bits
 from gradprune.weights.hold import Hold, warn_of_unowned
 from gradprune.weights.named import parameters_of, some
+from gradprune.weights.shown import by_layer, in_all
 
 
 class Masks(Mapping[str, Tensor]):
@@ -68,8 +69,7 @@ class Masks(Mapping[str, Tensor]):
     __hash__ = None  # type: ignore[assignment]  # as for any mapping: it is equal to others by what it holds
 
     def __repr__(self) -> str:
-        total = sum(m.numel() for m in self.values())
-        return f"Masks({len(self)} tensors, {total:,} weights, sparsity {self.sparsity:.4f})"
+        return f"Masks({in_all(self)}){by_layer(self)}"
 
     def __copy__(self) -> Masks:
         twin = Masks(self._masks)
@@ -85,7 +85,11 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def sparsity(self) -> float:
-        """The share of the masked parameters' entries that are pruned; 0.0 where there are none."""
+        """The share of the masks' entries that are pruned; 0.0 where there are none.
+
+        The masks' own, as is what they show when printed: whether the weights of a model are zero there is what
+        ``masks.holds(model)`` says.
+        """
         total = sum(m.numel() for m in self.values())
         kept = sum(count_kept(m) for m in self.values())
         return 1 - kept / total if total else 0.0
@@ -108,7 +112,7 @@ class Masks(Mapping[str, Tensor]):
         """
         parameters = self._writable(model)
         zero_pruned_([(parameter, self[name].to(parameter.device)) for name, parameter in parameters.items()])
-        return self.belonging_to(parameters)
+        return self._belonging_to(parameters)
 
     def holds(self, model: nn.Module) -> bool:
         """Whether every pruned weight of `model` is zero now.
@@ -211,12 +215,8 @@ class Masks(Mapping[str, Tensor]):
         zero_pruned_(held.items())
         return Hold(optimizers, held)
 
-    def belonging_to(self, parameters: Mapping[str, nn.Parameter]) -> Masks:
-        """Remember these parameters as the ones to ``hold``; return these masks.
-
-        Args:
-            parameters: by the masks' names.
-        """
+    def _belonging_to(self, parameters: Mapping[str, nn.Parameter]) -> Masks:
+        """Remember these parameters, by the masks' names, as the ones to ``hold``; return these masks."""
         self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
         return self
 
@@ -275,6 +275,9 @@ class Masks(Mapping[str, Tensor]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
         """Return the masks that ``save`` wrote, on the CPU.
+
+        What ``torch.save(masks.state_dict(), path)`` wrote is read by
+        ``Masks.from_state_dict(torch.load(path, weights_only=True))``.
 
         Raises:
             ImportError: where safetensors is not installed.

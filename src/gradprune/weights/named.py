@@ -6,8 +6,7 @@ DataParallel and AveragedModel put ``module.`` before the names, torch.compile `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ def parameters_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn
     return found
 
 
-def some(names: Mapping[str, Any], most: int = 5) -> str:
+def some(names: Collection[str], most: int = 5) -> str:
     """The first names, as an error shows them."""
     shown = ", ".join(map(repr, list(names)[:most]))
     return shown + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
@@ -58,6 +57,10 @@ def _own_name(name: str, every: Mapping[str, nn.Parameter], bare: Mapping[str, l
     hint = ""
     if f"{name}_orig" in every:
         hint = ", and this one is pruned by torch.nn.utils.prune: take its masks over by Masks.from_torch_(model)"
+    elif name.removesuffix("_orig") in every:
+        hint = (
+            f"; {name.removesuffix('_orig')!r} is what torch.nn.utils.prune calls so while it prunes: rename the mask"
+        )
     raise ValueError(f"the model has no parameter {name!r}; it has {some(every)}{hint}")
 
 

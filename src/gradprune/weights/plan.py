@@ -16,6 +16,7 @@ from gradprune.core.masked import count_kept
 from gradprune.core.order import By
 from gradprune.core.select import keep_and_count, keep_largest, keep_n_of_m
 from gradprune.weights import allocate
+from gradprune.weights.directions import rows_of
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
 
 Scope = Literal["global", "layer", "row", "erk", "lamp"] | Mapping[str, float]
@@ -43,14 +44,17 @@ def plan(
     assert sparsity is not None
     if scope == "row":
         return _plan_rows(units, sparsity, min_keep)
-    budget = _stay(sum(weight.parameter.numel() for weight in units.layers.values()), sparsity)
+    total = sum(weight.parameter.numel() for weight in units.layers.values())
+    budget = _stay(total, sparsity)
     floors, warning = _affordable_floors(units, budget, min_keep)
     if scope in ("layer", "erk"):
         counts = _whole_units(units, _allocate(units, scope, budget, floors))
         return partial(_keep_per_layer, units, counts, warning)
     most = sum(units.available(name) * units.cost(name) for name in units.layers)
     require(budget <= most, f"sparsity {sparsity} lets {budget} weights stay, but `within` allows only {most}")
-    return partial(_keep_over_all, units, budget, floors, allocate.lamp if scope == "lamp" else None, warning)
+    transform = allocate.lamp if scope == "lamp" else None
+    noticed = 0.0 if warning or min_keep is not None else budget / max(total, 1)  # who sets the floor knows of it
+    return partial(_keep_over_all, units, budget, floors, transform, warning, noticed)
 
 
 def _stay(weights: int, sparsity: float) -> int:
@@ -65,6 +69,9 @@ def _floors(units: Units, min_keep: int) -> dict[str, int]:
 def _affordable_floors(units: Units, budget: int, min_keep: int | None) -> tuple[dict[str, int], str]:
     """The least number of units of each layer, and a warning where the budget does not allow for it."""
     floors = _floors(units, 1 if min_keep is None else min_keep)
+    if units.block is None:
+        higher = {name: max(floor, rows_of(units.layers[name])) for name, floor in floors.items()}
+        floors = higher if sum(higher.values()) <= budget else floors
     needed = sum(floor * units.cost(name) for name, floor in floors.items())
     if needed <= budget:
         return floors, ""
@@ -164,9 +171,13 @@ def _keep_over_all(
     floors: Mapping[str, int],
     transform: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None,
     warning: str,
+    noticed: float,
     ranked: Ranked,
 ) -> dict[str, Tensor]:
-    """All layers ranked together; one that would fall below its floor gets it, and the others share what is left."""
+    """All layers ranked together; one that would fall below its floor gets it, and the others share what is left.
+
+    Warns of layers that come down to their floors and keep less than half of the share `noticed` there.
+    """
     if warning:
         checks.warn(warning)
     ranked = units.rank(ranked)
@@ -181,12 +192,28 @@ def _keep_over_all(
         count = _units_nearest(units, values, among, left)
         kept = keep_and_count(values, count, by=ranked.by, among=among)
         masks = dict(zip(free, kept.masks, strict=True))
-        doubtful = [name for name, least in zip(free, kept.at_least, strict=True) if least < floors[name]]
-        short = {name: floors[name] for name in doubtful if count_kept(masks[name]) < floors[name]}
+        doubtful = [n for n, least in zip(free, kept.at_least, strict=True) if least < floors[n] + (noticed > 0)]
+        counts = {name: count_kept(masks[name]) for name in doubtful}
+        short = {name: floors[name] for name, kept_here in counts.items() if kept_here < floors[name]}
         if not short:
+            _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == floors[n]}, noticed)
             masks |= _largest(units, ranked, at_floor)
             return units.expand({name: masks[name] for name in units.layers})
         at_floor |= short
+
+
+def _warn_of_floors(units: Units, at_floor: Mapping[str, int], noticed: float) -> None:
+    """Warn of layers that came down to so many units now, where that is less than half of the share `noticed`."""
+    sizes = {name: weight.parameter.numel() for name, weight in units.layers.items()}
+    kept = {n: count * units.cost(n) for n, count in at_floor.items() if count < units.available(n)}
+    few = {name: count for name, count in kept.items() if count < noticed * sizes[name] / 2}
+    fallen = [f"{name!r} keeps {count:,} of {sizes[name]:,} weights" for name, count in few.items()]
+    if fallen:
+        more = f" and {len(fallen) - 5} more layers" if len(fallen) > 5 else ""
+        checks.warn(
+            f"ranked with the others, {', '.join(fallen[:5])}{more}, the least that is allowed: scores of different "
+            'layers may not compare, as before training. scope="layer" or "erk" leaves more; min_keep= sets the least'
+        )
 
 
 def _largest(units: Units, ranked: Ranked, counts: Mapping[str, int]) -> dict[str, Tensor]:

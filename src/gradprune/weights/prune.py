@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypedDict
 
 from torch import Tensor, nn
 
+from gradprune.core.checks import require
+from gradprune.core.words import in_our_words, instead
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity
 from gradprune.weights.hold import warn_of_revived
@@ -27,6 +29,23 @@ class AsPrune(TypedDict, total=False):
     axes: StatedAxes
 
 
+def check_for_schedule(caller: str, as_prune: AsPrune, *, own: Collection[str]) -> None:
+    """Raise where arguments of ``prune`` do not go with a schedule: TypeError for what is none, ValueError for others.
+
+    `own` are further arguments of the caller, which may be meant.
+    """
+    for name in as_prune:
+        if name not in AsPrune.__annotations__:
+            how_much = name in ("sparsity", "threshold") or instead(name, ["sparsity"]).startswith("sparsity=")
+            meant = instead(name, [*AsPrune.__annotations__, *own])
+            raise TypeError(
+                f"{caller} has no argument {name!r}: {'the schedule says how much is pruned' if how_much else meant}"
+            )
+    by_name = isinstance(as_prune.get("scope"), Mapping)
+    require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
+
+
+@in_our_words
 def prune(
     model: nn.Module,
     score: Score = magnitude,
@@ -48,7 +67,10 @@ def prune(
 
     Eligible are floating or complex, trainable parameters of two dimensions or more that are the matrices of a
     product: no embedding's, no normalisation's, no biases, tokens or positions. A tied tensor counts once, under its
-    first name; patterns and names may be any that the state dict has. A complex number is one weight.
+    first name; patterns and names may be any that the state dict has. A complex number is one weight. Where
+    ``torch.nn.utils.prune`` prunes a model already, take its masks over first, by ``Masks.from_torch_(model)``: until
+    then its parameters are called ``..._orig``, and masks made here are of those names. Where weight_norm divides by
+    the norm of a row, single weights are pruned so that each row keeps one, or the network would be NaN.
 
     Args:
         model: the network; its weights are changed in place.
@@ -63,14 +85,17 @@ def prune(
             the other layers (0 unless given).
         granularity: what goes together. ``"weight"``, single weights; ``"channel"``, all weights of an output unit or
             filter (its bias stays, and still comes out); ``(n, m)`` with n < m, or ``"n:m"``: n of every m consecutive
-            weights along the input stay, and no amount is given; any other tuple, or a string such as ``"4x4"``: a
-            block over outputs, inputs and so on. Channels and blocks are ranked by the mean of their scores, and as
-            many go as come nearest to the wanted number of weights.
+            weights along the input stay, which is a sparsity of 1 - n/m by itself: none needs to be given, and no other
+            may; any other tuple, or a string such as ``"4x4"``: a block over outputs, inputs and so on. Channels and
+            blocks are ranked by the mean of their scores, and as many go as come nearest to the wanted number of
+            weights.
         include: glob patterns over names; only these are pruned. One that matches no eligible parameter may take
-            frozen ones, or those that only their name or shape rules out.
+            frozen ones, or, of a kind of layer that is not known, those that are ruled out only by a name or shape as
+            of a token or position. Biases and vectors (``"*.bias"``) are never pruned.
         exclude: glob patterns over names; these are not pruned.
-        min_keep: the least number of weights of a layer that a sparsity leaves, 1 unless given. 0 lets layers become
-            empty, as do a threshold and a sparsity by name, and, with a warning, one that leaves too few.
+        min_keep: the least number of weights of a layer that a sparsity leaves, 1 unless given: then a layer that comes
+            down to it is warned of. 0 lets layers become empty, as do a threshold and a sparsity by name, and, with a
+            warning, one that leaves too few.
         within: earlier masks; only what is True there may stay.
         axes: name or glob pattern -> (output, input), the axes of weights in a kind of layer that is not known. Where
             axes matter, matrices of such layers are else taken as [out, in], with a warning, and others refused.

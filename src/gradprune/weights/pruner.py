@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from gradprune.core.checks import choice, fraction, function, module, number, require, state, warn, whole
 from gradprune.core.masked import count_kept, zero_pruned_
 from gradprune.core.select import keep_largest
-from gradprune.core.steps import Optimizers, Steps, as_list, not_owned
+from gradprune.core.steps import Optimizers, Steps, as_list, not_owned, parameters_of
 from gradprune.weights.hold import Hold, warn_of_revived
 from gradprune.weights.mask import Masks
-from gradprune.weights.prune import AsPrune
+from gradprune.weights.named import some
+from gradprune.weights.prune import AsPrune, check_for_schedule
 from gradprune.weights.regrow import Regrow, checked_regrow
 from gradprune.weights.request import Request, Score, checked_score, ranked_by
 from gradprune.weights.schedule import values_of
 from gradprune.weights.score import magnitude
+from gradprune.weights.shown import by_layer, in_all
 from gradprune.weights.start import masks_before
 
 Schedule = Callable[[int], float]
+WRITES_BEFORE_STEPS = 2  # that are no sign of another optimizer: initialising, loading
+WRITES_BETWEEN_STEPS = 10  # likewise: an average put in and taken out again
 
 
 class Event(NamedTuple):
@@ -47,6 +51,10 @@ class Pruner:
     goes on bit for bit. The masks are those of the parameters that were eligible when it was made, also where a layer
     is frozen later. ``copy.deepcopy`` of model, optimizer and pruner together gives a pruner of the copies.
 
+    It sees the steps of the optimizer it was given, not of one made later: then ``remove()`` it, and load its state
+    into a new one. Weights that are written while no step is seen are warned of where `step`, `masks`, ``repr`` or the
+    state is asked for, and only there.
+
     Args:
         model: what is pruned.
         optimizer: what steps, or a list of all optimizers that move weights of the model, of which the last counts the
@@ -60,8 +68,6 @@ class Pruner:
         as_prune: scope, granularity, include, exclude and what else ``prune`` takes.
 
     Attributes:
-        masks: the masks now.
-        step: steps taken.
         events: what each event removed where.
 
     Raises:
@@ -98,13 +104,14 @@ class Pruner:
         self.regrow = checked_regrow(regrow, as_prune.get("granularity", "weight"))
         choice("amount", amount, ("sparsity", "threshold"))
         self._kind = amount
-        self._request = Request.of(self.model, **_checked_keywords(as_prune))
+        check_for_schedule("Pruner", as_prune, own=("score", "regrow", "within"))
+        self._request = Request.of(self.model, **as_prune)
         self._layers = self._request.parameters
         first = self._wanted(0)
         self._request.check_amounts(_amounts_of(schedule, first), self._kind)
         _require_owned(self._layers, self._optimizers)
         _require_no_other_pruner(self._layers)
-        self.step, self.amount = 0, 0.0
+        self._step, self.amount = 0, 0.0
         self.events: list[Event] = []
         self._growth: Mapping[str, Tensor] | None = None
         self._masks = masks_before(self._layers, within)
@@ -114,9 +121,20 @@ class Pruner:
 
     @property
     def masks(self) -> Masks:
-        """The masks now; warns where a parameter is no longer the model's."""
-        self._warn_of_replaced()
+        """The masks now; warns where a parameter is no longer the model's or the optimizer's, or no step is seen."""
+        self._look_around()
         return self._masks
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken; warns where the optimizer has lost a parameter, or no step is seen."""
+        self._warn_of_another_optimizer()
+        return self._step
+
+    def __repr__(self) -> str:
+        self._look_around()
+        events = f"{len(self.events)} event{'' if len(self.events) == 1 else 's'}"
+        return f"Pruner(step {self._step}, {events}, {in_all(self._masks)}){by_layer(self._masks)}"
 
     def remove(self) -> None:
         """Stop pruning and holding; masks, events and weights stay as they are."""
@@ -126,11 +144,10 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Step, amount, events and bit-packed masks: what ``load_state_dict`` needs to go on from here."""
-        self._warn_of_replaced()
+        self._look_around()
         warn_of_revived(self._layers)
-        self._warn_of_unseen_steps()
         return {
-            "step": self.step,
+            "step": self._step,
             "amount": self.amount,
             "masks": self._masks.state_dict(),
             "events": [event._asdict() for event in self.events],
@@ -143,8 +160,8 @@ class Pruner:
             state_dict: what ``state_dict()`` returned, also of a pruner of another model of the same layers.
 
         Raises:
-            TypeError, ValueError: it is no state of a Pruner, or its masks are not for this pruner's parameters.
-                Nothing has been changed then.
+            TypeError, ValueError: it is no state of a Pruner, its masks are not for this pruner's parameters, or its
+                sparsity is above what this pruner's schedule wants next. Nothing has been changed then.
         """
         state(state_dict, {"step": int, "amount": (int, float), "masks": Mapping, "events": list}, "Pruner")
         step = whole("the state's step", state_dict["step"], least=0)
@@ -154,8 +171,17 @@ class Pruner:
         if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in self._masks.items()}:
             raise ValueError(f"the state has masks for {list(masks)}, this pruner prunes {list(self._masks)}")
         masks = Masks({name: mask.to(self._layers[name].device) for name, mask in masks.items()})
-        self.step, self.amount, self.events = step, amount, events
+        self._require_not_beyond(step, amount)
+        self._step, self.amount, self.events = step, amount, events
         self._hold_from_now(masks)
+
+    def _require_not_beyond(self, step: int, amount: float) -> None:
+        """Raise ValueError where the step after a loaded state would fall, as after another schedule."""
+        if self._kind == "sparsity" and self._wanted(step + 1) < amount:
+            raise ValueError(
+                f"the state is that of a schedule at a sparsity of {amount:g} after {step} steps; this pruner's "
+                f"schedule goes back to {self._wanted(step + 1):g} at the next: pruned weights come back only by regrow"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pruner:
         twin = object.__new__(type(self))
@@ -182,11 +208,11 @@ class Pruner:
 
     def _ride(self, masks: Masks) -> None:
         """Set what is pruned to zero, and hang on the optimizers; nothing hangs there if that fails."""
-        self._hold = Hold(self._optimizers, {p: masks[name] for name, p in self._layers.items()})
+        self._hold = Hold(self._optimizers, self._by_parameter(masks))
         try:
             # After the hold, so that an event comes after its look at the weights.
             self._steps = Steps(self._optimizers, gradients=self._score_growth, taken=self._after_step)
-            self._hold_from_now(masks)
+            self._begin_from(masks)
         except BaseException:
             self._hold.remove()
             raise
@@ -194,19 +220,19 @@ class Pruner:
 
     def _score_growth(self) -> None:
         self._growth = None
-        if self.regrow is not None and self.regrow.share(self.step + 1) > 0 and self._masks.sparsity > 0:
+        if self.regrow is not None and self.regrow.share(self._step + 1) > 0 and self._masks.sparsity > 0:
             self._growth = ranked_by(self.regrow.by, self.model, self._layers).scores()
 
     def _after_step(self) -> None:
-        self.step += 1
-        wanted = self._wanted(self.step)
+        self._step += 1
+        wanted = self._wanted(self._step)
         if wanted != self.amount:
             masks = self._chosen(wanted)
             self._log(masks, wanted)
             self._hold_from_now(masks)
         if self._growth is not None and self.regrow is not None:
             growth, self._growth = self._growth, None
-            masks = self._swapped(growth, self.regrow.share(self.step))
+            masks = self._swapped(growth, self.regrow.share(self._step))
             self._log(masks, self.amount)
             self._hold_from_now(masks)
         self._written = {name: p._version for name, p in self._layers.items()}
@@ -223,7 +249,7 @@ class Pruner:
         if self._kind == "sparsity":
             if amount < self.amount:
                 raise ValueError(
-                    f"the schedule falls from {self.amount} to {amount} at step {self.step}; pruned weights come back "
+                    f"the schedule falls from {self.amount} to {amount} at step {self._step}; pruned weights come back "
                     "only by regrow"
                 )
             if before.sparsity >= amount:
@@ -243,7 +269,7 @@ class Pruner:
             (stay,) = keep_largest(own, kept - count, by=ranked.by, among=[active])
             (come,) = keep_largest({name: growth[name].detach()}, count, among=[~active])
             masks[name] = stay | come
-        return Masks(masks)
+        return Masks(self._request.with_directions(masks, ranked, None, in_place_of_others=True))
 
     def _log(self, masks: Masks, amount: float) -> None:
         changed = masks is not self._masks
@@ -251,17 +277,28 @@ class Pruner:
         if changed:
             removed = {name: count_kept(self._masks[name] & ~mask) for name, mask in masks.items()}
             regrown = {name: count_kept(mask & ~self._masks[name]) for name, mask in masks.items()}
-            self.events.append(Event(self.step, self.amount, removed, regrown))
+            self.events.append(Event(self._step, self.amount, removed, regrown))
 
     def _hold_from_now(self, masks: Masks) -> None:
-        held = {parameter: masks[name] for name, parameter in self._layers.items()}
-        zero_pruned_(held.items())
-        self._hold.replace(held)
-        self._masks = masks.belonging_to(self._layers)
+        self._hold._replace(self._by_parameter(masks))
+        self._begin_from(masks)
+
+    def _begin_from(self, masks: Masks) -> None:
+        """Set to zero what the masks prune, which are held already."""
+        zero_pruned_(self._by_parameter(masks).items())
+        self._masks = masks._belonging_to(self._layers)
         self._written = {name: p._version for name, p in self._layers.items()}
         self._seen_step = False
 
+    def _by_parameter(self, masks: Masks) -> dict[nn.Parameter, Tensor]:
+        return {parameter: masks[name] for name, parameter in self._layers.items()}
+
     # ---------------------------------------------------------------------------------------------------- warnings
+
+    def _look_around(self) -> None:
+        """Warn of what can be noticed of a model or an optimizer that was exchanged, without a look at the weights."""
+        self._warn_of_replaced()
+        self._warn_of_another_optimizer()
 
     def _warn_of_replaced(self) -> None:
         for name, parameter in self._layers.items():
@@ -276,11 +313,18 @@ class Pruner:
                 )
                 return
 
-    def _warn_of_unseen_steps(self) -> None:
-        if not self._seen_step and any(p._version > self._written[name] + 2 for name, p in self._layers.items()):
+    def _warn_of_another_optimizer(self) -> None:
+        if self not in _PRUNERS:  # removed
+            return
+        if unowned := not_owned(self._layers, self._optimizers):
+            warn(f"the Pruner's optimizer no longer has {some(unowned)}: the steps of another are not seen")
+        counted = set(map(id, parameters_of(self._optimizers[-1])))  # another's steps between are none of its own
+        writes = max((p._version - self._written[n] for n, p in self._layers.items() if id(p) in counted), default=0)
+        if writes > (WRITES_BETWEEN_STEPS if self._seen_step else WRITES_BEFORE_STEPS):
             warn(
-                "weights were written several times, but no step of the optimizer was seen: give the Pruner the "
-                "optimizer whose step() is called"
+                f"weights were written {writes} times without a step of the optimizer that the Pruner was given, of "
+                f"which it has seen {self._step}: give it the one whose step() is called. For a new optimizer, remove "
+                "this Pruner, by remove(), make another and load the state of this one into it"
             )
 
 
@@ -300,16 +344,6 @@ def _checked_schedule(schedule: Any) -> Schedule:
     if isinstance(schedule, int | float):
         hint = f"for a sparsity of {schedule} at once give gp.OneShot({schedule})"
     return function("schedule", schedule, hint=hint)
-
-
-def _checked_keywords(as_prune: AsPrune) -> AsPrune:
-    known = AsPrune.__annotations__
-    for name in as_prune:
-        if name not in known:
-            raise TypeError(f"Pruner has no argument {name!r}; beside its own it takes {', '.join(known)}")
-    by_name = isinstance(as_prune.get("scope"), Mapping)
-    require(not by_name, "a schedule and a scope with sparsities by name exclude each other")
-    return as_prune
 
 
 def _require_owned(layers: Mapping[str, nn.Parameter], optimizers: list[Any]) -> None:

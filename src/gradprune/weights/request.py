@@ -14,6 +14,7 @@ from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Weight, last_of
 from gradprune.core.masked import count_kept, pieces
+from gradprune.weights.directions import with_no_row_empty
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
 from gradprune.weights.granularity import (
     Granularity,
@@ -25,6 +26,7 @@ from gradprune.weights.granularity import (
     with_axes,
 )
 from gradprune.weights.mask import Masks
+from gradprune.weights.named import some
 from gradprune.weights.plan import Choose, Scope, plan
 from gradprune.weights.score import magnitude
 
@@ -66,6 +68,7 @@ class Request:
             raise TypeError(_wanted_scope(scope))
         n_of_m, block = parse_granularity(granularity)
         layers = eligible(model, include, exclude, axes)
+        _look_for_torchs_masks(layers)
         if n_of_m is not None or block is not None or scope == "row":
             layers = with_axes(layers)
             check_fits(layers, n_of_m, block)
@@ -103,8 +106,10 @@ class Request:
         score = checked_score(score)
         choose = self.plan(sparsity=sparsity, threshold=threshold, within=within)
         parameters = self.parameters
-        keep = choose(ranked_by(score, model, parameters))
+        ranked = ranked_by(score, model, parameters)
+        keep = choose(ranked)
         keep = {name: mask.to(parameters[name].device) for name, mask in keep.items()}
+        keep = self.with_directions(keep, ranked, within, in_place_of_others=threshold is None)
         self._check_directions(keep)
         if self.outputs and count_kept(keep[self.outputs]) < keep[self.outputs].numel():
             checks.warn(
@@ -124,7 +129,7 @@ class Request:
     ) -> Choose:
         """Return the way from scores to masks for an amount; whatever needs no score to be refused is refused here."""
         if sparsity is not None:
-            sparsity = checks.fraction("sparsity", sparsity)
+            sparsity = checks.fraction("sparsity", sparsity, one="prunes every weight")
         if threshold is not None:
             threshold = checks.number("threshold", threshold, finite=False)
         if self.n_of_m is not None:
@@ -157,6 +162,28 @@ class Request:
             except ValueError as error:
                 given = f"a {kind} of {value!s:.20}"
                 raise ValueError(f"the schedule comes to {given}, which does not fit: {error}") from None
+
+    def with_directions(
+        self,
+        keep: Mapping[str, Tensor],
+        ranked: Ranked,
+        within: Mapping[str, Tensor] | None,
+        *,
+        in_place_of_others: bool,
+    ) -> dict[str, Tensor]:
+        """Return masks that empty no row of a weight_norm's direction, where that can be said weight by weight."""
+        found = dict(keep)
+        if self.n_of_m is not None or self.block is not None or self.scope == "row":
+            return found
+        for name, weight in self.layers.items():
+            if weight.direction is not None:
+                device = found[name].device
+                scores = Ranked({name: ranked.values[name].to(device)}, ranked.by).scores()[name]
+                allowed = None if within is None else within[name].to(device)
+                found[name] = with_no_row_empty(
+                    weight, found[name], scores, allowed, in_place_of_others=in_place_of_others
+                )
+        return found
 
     def _check_directions(self, keep: Mapping[str, Tensor]) -> None:
         """Raise ValueError where weight_norm would divide by the norm of an emptied row."""
@@ -270,6 +297,15 @@ def _checked_within(
         if mask.dtype != torch.bool:
             raise TypeError(f"`within` must hold bool tensors; that of {name!r} is {mask.dtype}")
     return {name: within[name].to(p.device) for name, p in parameters.items()}
+
+
+def _look_for_torchs_masks(layers: Mapping[str, Weight]) -> None:
+    """Warn where torch.nn.utils.prune has masks of its own on what is pruned."""
+    if masked := [name for name, w in layers.items() if f"{w.attribute}_mask" in w.module._buffers and "_orig" in name]:
+        checks.warn(
+            f"torch.nn.utils.prune prunes {some(masked)} too, and its masks stay in force, uncounted: "
+            "Masks.from_torch_(model) takes them over and gives the parameters their own names back"
+        )
 
 
 def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """How sparsity grows: each schedule is a function of the number of optimizer steps taken (chapters 4 and 5).
 
-Any callable from a step to a sparsity will do in their place; a pruner prunes where its value changes.
+Any callable from a step to a sparsity will do in their place; a pruner prunes where its value changes. ``iterate``
+counts rounds of training instead, and asks its schedule for each of them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradprune.core.checks import fraction, whole
+from gradprune.core.words import in_our_words
 
 
+@in_our_words
 @dataclass(frozen=True)
 class OneShot:
     """All at once: 0 before step `at`, `sparsity` from then on.
@@ -42,6 +45,7 @@ class OneShot:
         return self.sparsity if _taken(step) >= self.at else 0.0
 
 
+@in_our_words
 @dataclass(frozen=True)
 class Linear:
     """From `initial` at step `begin` to `final` at step `end` on a straight line; 0 before `begin`.
@@ -79,6 +83,7 @@ class Linear:
         return 0.0 if left is None else self.final + (self.initial - self.final) * left
 
 
+@in_our_words
 @dataclass(frozen=True)
 class Cubic:
     """Fast at first, when there is most to spare: s(t) = final + (initial - final) (1 - (t - begin)/(end - begin))³.
@@ -116,13 +121,14 @@ class Cubic:
         return 0.0 if left is None else self.final + (self.initial - self.final) * left**3
 
 
+@in_our_words
 @dataclass(frozen=True)
 class Geometric:
     """Each round removes the fraction `rate` of what is left: after r rounds the sparsity is 1 - (1 - rate)^r.
 
     Args:
         rate: the fraction of what is left that a round removes, in [0, 1].
-        every: the steps of a round, a whole number from 1.
+        every: the steps of a round for a ``Pruner``, a whole number from 1; 1 for ``iterate``, which counts rounds.
         rounds: how many rounds there are, a whole number from 1.
 
     Raises:

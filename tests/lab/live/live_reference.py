@@ -57,10 +57,10 @@ def reference() -> dict[str, list[Case]]:
 
 def _uniform() -> list[Case]:
     seeds = (0, 1, 42, -1, 2**32 - 1, 123456789)
-    return [{"name": f"seed {seed}", "seed": seed, "numbers": _mulberry32(seed, 20)} for seed in seeds]
+    return [{"name": f"seed {seed}", "seed": seed, "numbers": mulberry32(seed, 20)} for seed in seeds]
 
 
-def _mulberry32(seed: int, count: int) -> list[float]:
+def mulberry32(seed: int, count: int) -> list[float]:
     """Ettinger's C code, line by line, in arithmetic modulo 2^32."""
     x, found = seed % 2**32, []
     for _ in range(count):

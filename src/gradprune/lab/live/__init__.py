@@ -2,10 +2,14 @@
 
 from gradprune.lab.live.figure import Live, Still
 from gradprune.lab.live.prune import Prune
+from gradprune.lab.live.start import Start
 
-__all__ = ["Live", "Prune", "Still", "figure"]
+__all__ = ["Live", "Prune", "Start", "Still", "figure"]
 
-_FIGURES: dict[str, type[Live]] = {"prune": Prune}
+_FIGURES: dict[str, type[Live]] = {
+    "prune": Prune,
+    "start": Start,
+}
 
 
 def figure(name: str) -> Live:

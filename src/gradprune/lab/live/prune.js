@@ -6,6 +6,7 @@ import { copyNetwork, createWorkspace, forward, predictions } from "./network.js
 import { createPixels } from "./pixels.js";
 import { applyMasks, largestScores, magnitudeScores, pruneMasks } from "./rank.js";
 import { closing, createStage, drawer, element, publish, say } from "./stage.js";
+import { createTraces } from "./trace.js";
 
 const RANKINGS = [
   ["smallest", "smallest first"],
@@ -17,6 +18,10 @@ const SCOPES = [
   ["layer", "each layer by itself"],
 ];
 const COLOUR = { smallest: "gp-pruned", random: "gp-random", largest: "gp-unclipped" };
+const colourOf = (key) => {
+  const [ranking, scope] = key.split(" ");
+  return scope === "layer" ? `${COLOUR[ranking]} gp-live-dashed` : COLOUR[ranking];
+};
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 export function render({ model, el }) {
@@ -129,14 +134,14 @@ export function render({ model, el }) {
   stage.panels.append(curve.root, histogram.root, picture, digits.root);
 
   const bins = binsOf(dense.weights, strongest, 48);
-  const traces = new Map(); // what the reader has seen: accuracy by sparsity, for each ranking and scope
+  const traces = createTraces(4);
 
   const request = drawer(stage, () => {
     const setting = chosen();
     const seen = look(setting);
-    remember(traces, setting, seen.accuracy);
+    traces.add(`${setting.ranking} ${setting.scope}`, 100 * setting.sparsity, seen.accuracy);
     curve.draw([
-      ...[...traces].flatMap(([key, points]) => trace(key, points)),
+      ...traces.marks(colourOf),
       {
         kind: "points",
         x: [100 * setting.sparsity],
@@ -209,37 +214,6 @@ function countLabels(labels, classes) {
   const counts = new Array(classes).fill(0);
   for (const label of labels) counts[label] += 1;
   return counts;
-}
-
-// Along the axis of sparsity, what the reader has seen under one ranking and scope.
-function remember(traces, { sparsity, ranking, scope }, accuracy) {
-  const key = `${ranking} ${scope}`;
-  if (!traces.has(key)) traces.set(key, new Map());
-  traces.get(key).set(sparsity, accuracy);
-}
-
-// A line joins what was seen a few steps apart; what lies further apart are single dots.
-function trace(key, points) {
-  const [ranking, scope] = key.split(" ");
-  const seen = [...points].sort(([a], [b]) => a - b).map(([at, accuracy]) => [100 * at, accuracy]);
-  const broken = seen.flatMap(([at, accuracy], i) =>
-    i > 0 && at - seen[i - 1][0] > 4
-      ? [
-          [at, Number.NaN],
-          [at, accuracy],
-        ]
-      : [[at, accuracy]],
-  );
-  const colour = COLOUR[ranking];
-  const columns = (pairs) => ({
-    x: pairs.map(([at]) => at),
-    y: pairs.map(([, accuracy]) => accuracy),
-  });
-  const dashed = scope === "layer" ? "gp-live-dashed" : "";
-  return [
-    { kind: "line", ...columns(broken), class: `${colour} ${dashed}` },
-    { kind: "points", ...columns(seen), radius: 1.5, class: colour },
-  ];
 }
 
 // The histogram: `count(masks)` gives for each bin all weights, those that stay, and the highest bin.

@@ -62,7 +62,7 @@ class Prune(Live):
     def _pruned(self, sparsity: float, ranking: str) -> tuple[nn.Module, gp.Masks]:
         network = self.network
         scope = cast('Literal["global", "layer"]', self.scope)
-        return network, gp.prune(network, self._score(ranking), sparsity=sparsity, scope=scope)
+        return network, gp.prune(network, self._score(ranking), sparsity=sparsity, scope=scope, min_keep=1)
 
     def _score(self, ranking: str) -> Scores:
         def largest_first(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,26 @@
+"""How many weights stay, in all and layer by layer, in a few lines?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from gradprune.core.masked import count_kept
+
+MOST = 12  # layers that are shown
+
+
+def in_all(masks: Mapping[str, Tensor]) -> str:
+    """The number of tensors and weights, and the share that is pruned."""
+    total = sum(mask.numel() for mask in masks.values())
+    kept = sum(map(count_kept, masks.values()))
+    return f"{len(masks)} tensors, {total:,} weights, sparsity {1 - kept / total if total else 0.0:.4f}"
+
+
+def by_layer(masks: Mapping[str, Tensor]) -> str:
+    """A line for each of the first layers: how many of its weights stay."""
+    lines = [f"{name}: {count_kept(masks[name]):,} of {masks[name].numel():,} stay" for name in list(masks)[:MOST]]
+    if len(masks) > MOST:
+        lines.append(f"... and {len(masks) - MOST} more")
+    return "".join(f"\n  {line}" for line in lines)
