@@ -63,7 +63,14 @@ def bring_assets() -> None:
 
 def run_chapters() -> None:
     """Step 2: every notebook of the table of contents that has changed, or what it reads, since it last ran."""
-    read = ("src/**/*.py", "chapters/experiments/*.py", "chapters/results/*.json", "constraints.txt")
+    read = (
+        "src/**/*.py",
+        "src/**/*.js",
+        "src/**/*.css",
+        "chapters/experiments/*.py",
+        "chapters/results/*.json",
+        "constraints.txt",
+    )
     package = digest([path for pattern in read for path in ROOT.glob(pattern)])
     stamp = CACHE / "package.sha256"
     if not stamp.exists() or stamp.read_text() != package:
