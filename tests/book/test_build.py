@@ -292,6 +292,10 @@ def add_module(root: Path) -> None:
     (root / "src" / "another.py").write_text("")
 
 
+def add_figure(root: Path) -> None:
+    (root / "src" / "figure.js").write_text("export const one = 1;")
+
+
 def change_experiment(root: Path) -> None:
     (root / "chapters" / "experiments" / "long.py").write_text("y = 2")
 
@@ -306,7 +310,7 @@ def change_versions(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [change_code, change_package, add_module, change_experiment, change_result, change_versions],
+    [change_code, change_package, add_module, add_figure, change_experiment, change_result, change_versions],
     ids=lambda function: function.__name__,
 )
 def test_a_chapter_runs_again_when_what_it_reads_has_changed(
