@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from gradprune.core.order import INTEGER_OF_SIZE
+from gradprune.core.threads import in_shares, threads_of_torch
 from gradprune.core.uncompiled import uncompiled
 
 PIECE = 2**18  # entries that a cache holds
+SHARED = 2**24  # entries from which on threads of our own are worth their start
 
 
 @uncompiled
@@ -74,19 +76,30 @@ def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if tensor.is_conj():
         tensor = tensor.conj()  # the same memory, and zero is its own conjugate
     if tensor.element_size() not in INTEGER_OF_SIZE:  # complex128
-        tensor, kept = torch.view_as_real(tensor), kept.unsqueeze(-1)
+        tensor, kept = torch.view_as_real(tensor), kept.unsqueeze(-1).expand(*kept.shape, 2)
     return tensor.view(INTEGER_OF_SIZE[tensor.element_size()]), kept
 
 
-def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for bits, kept in pairs:
-        for part, stays in pieces(bits, kept):  # torch widens the mask to the integers' size: a piece at a time
+def _multiply_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    # The mask is widened a piece at a time; torch's threads meet after each, so that the fewer are the faster.
+    parts = [part for bits, kept in pairs for part in pieces(bits, kept, times=4)]
+    if sum(bits.numel() for bits, _ in pairs) < SHARED or not all(_on_cpu(bits) for bits, _ in pairs):
+        for part, stays in parts:
             part.mul_(stays)
+        return
+    in_shares(_multiply_by_numpy_, [(part.numpy(), stays.numpy()) for part, stays in parts], threads_of_torch())
+    for bits, _ in pairs:
+        bits.unsqueeze(0)[:0].zero_()  # writes nothing; autograd notices it
 
 
-def pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield views of both that a cache holds, whatever their strides."""
-    most = PIECE if _on_cpu(values) else 64 * PIECE
+def _multiply_by_numpy_(parts: Iterable[tuple[Any, Any]]) -> None:
+    for part, stays in parts:
+        np.multiply(part, stays, out=part)
+
+
+def pieces(values: Tensor, kept: Tensor, *, times: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield views of both that a cache holds, or `times` as much, whatever their strides."""
+    most = times * PIECE if _on_cpu(values) else 64 * PIECE
     if values.numel() <= most:
         yield values, kept
         return
@@ -95,4 +108,4 @@ def pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     longest = max(range(values.dim()), key=values.shape.__getitem__)
     count = -(-values.numel() // most)
     for piece, of_mask in zip(values.chunk(count, longest), kept.chunk(count, longest), strict=True):
-        yield from pieces(piece, of_mask)
+        yield from pieces(piece, of_mask, times=times)
