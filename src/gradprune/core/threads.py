@@ -1,7 +1,7 @@
 """How do threads share what NumPy does piece by piece?
 
-NumPy lets go of the interpreter's lock while it computes, and these threads meet only once, at the end. Torch's own meet
-after every operation: where another process wants a processor too, all wait each time for the one that was interrupted.
+NumPy lets go of the interpreter's lock while it computes, and these threads meet only once, at the end. Torch's own
+meet after every operation: where another process wants a processor too, all wait each time for the one interrupted.
 """
 
 from __future__ import annotations
