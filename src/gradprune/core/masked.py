@@ -13,7 +13,7 @@ from gradprune.core.order import INTEGER_OF_SIZE
 from gradprune.core.threads import in_shares, threads_of_torch
 from gradprune.core.uncompiled import uncompiled
 
-PIECE = 2**18  # entries that a cache holds
+PIECE = 2**18  # entries that a cache holds; the wide masks of larger ones come from the system, page by page
 SHARED = 2**24  # entries from which on threads of our own are worth their start
 
 
@@ -81,8 +81,7 @@ def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _multiply_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    # The mask is widened a piece at a time; torch's threads meet after each, so that the fewer are the faster.
-    parts = [part for bits, kept in pairs for part in pieces(bits, kept, times=4)]
+    parts = [part for bits, kept in pairs for part in pieces(bits, kept)]  # the mask is widened a piece at a time
     if sum(bits.numel() for bits, _ in pairs) < SHARED or not all(_on_cpu(bits) for bits, _ in pairs):
         for part, stays in parts:
             part.mul_(stays)
@@ -97,9 +96,9 @@ def _multiply_by_numpy_(parts: Iterable[tuple[Any, Any]]) -> None:
         np.multiply(part, stays, out=part)
 
 
-def pieces(values: Tensor, kept: Tensor, *, times: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield views of both that a cache holds, or `times` as much, whatever their strides."""
-    most = times * PIECE if _on_cpu(values) else 64 * PIECE
+def pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield views of both that a cache holds, whatever their strides."""
+    most = PIECE if _on_cpu(values) else 64 * PIECE
     if values.numel() <= most:
         yield values, kept
         return
@@ -108,4 +107,4 @@ def pieces(values: Tensor, kept: Tensor, *, times: int = 1) -> Iterator[tuple[Te
     longest = max(range(values.dim()), key=values.shape.__getitem__)
     count = -(-values.numel() // most)
     for piece, of_mask in zip(values.chunk(count, longest), kept.chunk(count, longest), strict=True):
-        yield from pieces(piece, of_mask, times=times)
+        yield from pieces(piece, of_mask)
