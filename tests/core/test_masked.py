@@ -15,13 +15,22 @@ DTYPES = [
 ]
 
 
-WAYS = {"whole": (True, 2**18), "in pieces": (True, 2), "for accelerators": (False, 2**18)}
+WAYS = {  # on the CPU, PIECE, SHARED
+    "whole": (True, 2**18, 2**24),
+    "in pieces": (True, 2, 2**24),
+    "shared by threads": (True, 2, 0),
+    "for accelerators": (False, 2**18, 0),
+}
 
 
 @pytest.fixture(params=WAYS, autouse=True)
 def way(request):
-    on_cpu, piece = WAYS[request.param]
-    with mock.patch.object(masked, "_on_cpu", return_value=on_cpu), mock.patch.object(masked, "PIECE", piece):
+    on_cpu, piece, shared = WAYS[request.param]
+    with (
+        mock.patch.object(masked, "_on_cpu", return_value=on_cpu),
+        mock.patch.multiple(masked, PIECE=piece, SHARED=shared),
+        mock.patch("torch.get_num_threads", return_value=3),
+    ):
         yield
 
 
@@ -42,6 +51,15 @@ def test_what_is_pruned_is_plus_zero_and_the_rest_bit_for_bit_the_same(dtype):
         if dtype.is_floating_point:
             assert not tensor[~kept].signbit().any()
         assert torch.equal(tensor[kept].nan_to_num(), before[kept].nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+def test_a_tensor_larger_than_a_piece(dtype):
+    values, mask = torch.ones(110, 100, dtype=dtype), torch.zeros(110, 100, dtype=torch.bool)
+    mask[::3] = True
+    with mock.patch.object(masked, "PIECE", 2**8):
+        zero_pruned_([(values, mask)])
+    assert torch.equal(values != 0, mask)
 
 
 def test_empty_tensors_and_scalars():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from gradprune.core.order import INTEGER_OF_SIZE
+from gradprune.core.threads import in_shares, threads_of_torch
 from gradprune.core.uncompiled import uncompiled
 
-PIECE = 2**18  # entries that a cache holds
+PIECE = 2**18  # entries that a cache holds; the wide masks of larger ones come from the system, page by page
+SHARED = 2**24  # entries from which on threads of our own are worth their start
 
 
 @uncompiled
@@ -74,14 +76,24 @@ def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if tensor.is_conj():
         tensor = tensor.conj()  # the same memory, and zero is its own conjugate
     if tensor.element_size() not in INTEGER_OF_SIZE:  # complex128
-        tensor, kept = torch.view_as_real(tensor), kept.unsqueeze(-1)
+        tensor, kept = torch.view_as_real(tensor), kept.unsqueeze(-1).expand(*kept.shape, 2)
     return tensor.view(INTEGER_OF_SIZE[tensor.element_size()]), kept
 
 
-def _multiply_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for bits, kept in pairs:
-        for part, stays in pieces(bits, kept):  # torch widens the mask to the integers' size: a piece at a time
+def _multiply_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    parts = [part for bits, kept in pairs for part in pieces(bits, kept)]  # the mask is widened a piece at a time
+    if sum(bits.numel() for bits, _ in pairs) < SHARED or not all(_on_cpu(bits) for bits, _ in pairs):
+        for part, stays in parts:
             part.mul_(stays)
+        return
+    in_shares(_multiply_by_numpy_, [(part.numpy(), stays.numpy()) for part, stays in parts], threads_of_torch())
+    for bits, _ in pairs:
+        bits.unsqueeze(0)[:0].zero_()  # writes nothing; autograd notices it
+
+
+def _multiply_by_numpy_(parts: Iterable[tuple[Any, Any]]) -> None:
+    for part, stays in parts:
+        np.multiply(part, stays, out=part)
 
 
 def pieces(values: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,25 +8,26 @@ it; the k-th value is found among those. A bracket that missed is noticed by its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradprune.core.collect import Kept, Values, raise_nan
+from gradprune.core.threads import in_shares, threads_of_torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
+R = TypeVar("R")
 
 CHUNK = 2**18  # values: a chunk's buffers stay in cache, and threads seldom wait for the interpreter's lock
-SAMPLE = 2**16  # values that place the bracket
+SAMPLE = 2**17  # values that place the bracket
+DEVIATIONS = 4  # of the sample's rank, to either side: one bracket in 16,000 misses, and costs a second pass
 GATHER_ALL = 2**18  # this few candidates are gathered without a bracket
 PARALLEL = 2**19  # values: below this a second thread costs more than it brings
-MAX_THREADS = 8  # more only wait for the interpreter's lock
 
 
 class _Piece(NamedTuple):
@@ -49,6 +50,7 @@ class Located(NamedTuple):
     below: int
     equal: int
     inside: list[_Inside] | None = None  # where the masks mark all above a bracket: what lies in it, ties and all
+    above: Sequence[int] = ()  # and how many they mark in each tensor
 
 
 def locate(values: Values, k: int, masks: list[Array] | None = None) -> Located:
@@ -80,7 +82,7 @@ def locate(values: Values, k: int, masks: list[Array] | None = None) -> Located:
             below, up_to_below = high - 1, seen.below_high
         elif seen.inside is not None:
             located = _kth_inside([part.keys for part in seen.inside], k - seen.up_to_low, seen.up_to_low)
-            return located if masks is None else located._replace(inside=seen.inside)
+            return located if masks is None else located._replace(inside=seen.inside, above=seen.above)
         else:
             below, up_to_below, above, under_above = low, seen.up_to_low, high, seen.below_high
         if above - below == 2:
@@ -98,20 +100,25 @@ def keep(values: Values, k: int) -> Kept:
     stay = k - (values.total - found.below - found.equal)  # of the ties
     if found.inside is None:
         _mark(values, masks, found, stay)
+        counts = [int(np.count_nonzero(m)) for m in masks]
     else:
-        _mark_inside(masks, found.inside, found.key, found.equal - stay)
+        counts = list(found.above)
+        for part, stays in _stay_inside(found.inside, found.key, found.equal - stay):
+            masks[part.piece.tensor][part.piece.where][part.positions] = stays
+            counts[part.piece.tensor] += int(np.count_nonzero(stays))
     shaped = [torch.from_numpy(m).view(t.shape) for m, t in zip(masks, values.tensors, strict=True)]
-    return Kept(shaped, [int(np.count_nonzero(m)) for m in masks])
+    return Kept(shaped, counts)
 
 
-def _mark_inside(masks: list[Array], inside: list[_Inside], key: int, surplus: int) -> None:
-    """Let those inside the bracket stay that lie above the key, and its ties but for the first `surplus`."""
+def _stay_inside(inside: list[_Inside], key: int, surplus: int) -> Iterator[tuple[_Inside, Array]]:
+    """Which of those inside the bracket stay: what is above the key, and its ties but for the first `surplus`."""
     for part in inside:
-        ties = np.flatnonzero(part.keys == key)
         stays = part.keys >= key
-        stays[ties[:surplus]] = False
-        surplus -= min(surplus, ties.size)
-        masks[part.piece.tensor][part.piece.where][part.positions[stays]] = True
+        if surplus:
+            ties = np.flatnonzero(part.keys == key)
+            stays[ties[:surplus]] = False
+            surplus -= min(surplus, ties.size)
+        yield part, stays
 
 
 def _mark(values: Values, masks: list[Array], found: Located, stay: int) -> None:
@@ -121,7 +128,7 @@ def _mark(values: Values, masks: list[Array], found: Located, stay: int) -> None
     surplus = found.equal - stay
     mark = np.greater if stay < surplus else np.greater_equal
 
-    def work(pieces: Iterable[_Piece], buffers: _Buffers) -> None:
+    def work(pieces: Sequence[_Piece], buffers: _Buffers) -> None:
         for piece in pieces:
             keys = chunks.barred_keys(piece, buffers)
             mark(keys, keys.dtype.type(found.key), out=masks[piece.tensor][piece.where])
@@ -204,23 +211,27 @@ class _Chunks:
             return False
         return bool(keys.max() > self.order.highest or (self.order.by == "value" and keys.min() < self.order.lowest))
 
-    def each(self, work: Callable[[Iterable[_Piece], _Buffers], Any]) -> list[Any]:
-        """Run `work` over all pieces, on as many threads as torch itself would use; each gets a contiguous share."""
-        threads = min(torch.get_num_threads(), MAX_THREADS) if self.values.total >= PARALLEL else 1
-        share = max(1, -(-len(self.pieces) // threads))
-        shares = [self.pieces[i : i + share] for i in range(0, len(self.pieces), share)]
+    def each(self, work: Callable[[Sequence[_Piece], _Buffers], R]) -> list[R]:
+        """Run `work` over contiguous shares of the pieces, on several threads where that pays; results in order."""
+        threads = threads_of_torch() if self.values.total >= PARALLEL else 1
         longest = max((t.numel() for t in self.values.tensors), default=0)
-        buffers = [_Buffers(self.order.integer, min(CHUNK, longest)) for _ in shares]
-        if len(shares) == 1:
-            return [work(shares[0], buffers[0])]
-        with ThreadPoolExecutor(max(1, len(shares))) as pool:
-            return list(pool.map(work, shares, buffers))
+        spare = [_Buffers(self.order.integer, min(CHUNK, longest)) for _ in range(threads)]
+
+        def with_buffers(pieces: Sequence[_Piece]) -> R:
+            buffers = spare.pop()
+            try:
+                return work(pieces, buffers)
+            finally:
+                spare.append(buffers)
+
+        return in_shares(with_buffers, self.pieces, threads)
 
 
 @dataclass
 class _Count:
     """What a pass over the values saw of the bracket (low, high)."""
 
+    above: list[int]  # keys >= high, of each tensor
     up_to_low: int = 0
     below_high: int = 0
     first_nan: int | None = None
@@ -245,11 +256,11 @@ def _sample(chunks: _Chunks, rng: np.random.Generator) -> Array:
 
 
 def _bracket(sample: Array, below: int, above: int, rank: float) -> tuple[int, int]:
-    """Two keys five standard deviations of the sample's rank to either side of where the k-th should lie."""
+    """Two keys some standard deviations of the sample's rank to either side of where the k-th should lie."""
     inside = sample[np.searchsorted(sample, below, "right") : np.searchsorted(sample, above, "left")]
     if inside.size < 64:
         return below, above
-    centre, slack = rank * inside.size, 5 * math.sqrt(inside.size * rank * (1 - rank)) + 2
+    centre, slack = rank * inside.size, DEVIATIONS * math.sqrt(inside.size * rank * (1 - rank)) + 2
     first, last = math.floor(centre - slack), math.ceil(centre + slack)
     low = int(inside[first]) if first >= 0 else below
     high = int(inside[last]) if last < inside.size else above
@@ -265,8 +276,8 @@ def _count(chunks: _Chunks, low: int, high: int, few: int, masks: list[Array] | 
     """
     found, lock = [0], Lock()  # keys inside the bracket so far, over all threads
 
-    def work(pieces: Iterable[_Piece], buffers: _Buffers) -> _Count:
-        seen, inside = _Count(), []
+    def work(pieces: Sequence[_Piece], buffers: _Buffers) -> _Count:
+        seen, inside = _Count([0] * len(chunks.bits)), []
         for piece in pieces:
             keys = chunks.keys(piece.tensor, piece.where, buffers)
             if check and chunks.has_nan(keys):
@@ -276,7 +287,9 @@ def _count(chunks: _Chunks, low: int, high: int, few: int, masks: list[Array] | 
             kept = buffers.high[: keys.size] if masks is None else masks[piece.tensor][piece.where]
             above = _compare(np.greater_equal, keys, high, kept)
             up_to_low = _compare(np.less_equal, keys, low, buffers.low[: keys.size])
-            n_low, n_high = int(np.count_nonzero(up_to_low)), keys.size - int(np.count_nonzero(above))
+            n_above = int(np.count_nonzero(above))
+            n_low, n_high = int(np.count_nonzero(up_to_low)), keys.size - n_above
+            seen.above[piece.tensor] += n_above
             seen.up_to_low += n_low
             seen.below_high += n_high
             if few and n_high > n_low:
@@ -296,6 +309,7 @@ def _count(chunks: _Chunks, low: int, high: int, few: int, masks: list[Array] | 
         raise_nan(chunks.values.names[min(nans)])
     complete = few > 0 and found[0] <= few
     return _Count(
+        [sum(each) for each in zip(*(c.above for c in counts), strict=True)],
         sum(c.up_to_low for c in counts),
         sum(c.below_high for c in counts),
         inside=[part for c in counts for part in c.inside or []] if complete else None,

@@ -22,6 +22,8 @@ from gradprune.core.order import Order
 CHUNK = 2**24  # values: large enough to keep an accelerator busy, small beside its memory
 ROW = 2**12  # values that are compared with one bound
 SAMPLE = (2**12, 2**20)  # the fewest and the most values that place the bracket
+RATE = 64  # one value in so many is sampled, within those
+ROOM = 5  # times what the sample has inside: a fifth of all values may hold all of it, and is not looked at again
 GATHER_ALL = 2**18  # this few values are all compacted, without a bracket
 
 
@@ -89,7 +91,7 @@ class _Bracket(NamedTuple):
 
 def _narrow(values: Values, k: int, masks: list[Tensor] | None) -> _Found:
     """Mark what lies above a bracket around the k-th largest, and return what lies inside, the k-th among it."""
-    deviations, every = 4.0, max(values.total // SAMPLE[1], min(values.total // SAMPLE[0], 256))
+    deviations, every = 4.0, max(values.total // SAMPLE[1], min(values.total // SAMPLE[0], RATE))
     while True:
         every = _prime_up_to(every)
         bracket = _bracket(values, k, deviations, every)
@@ -104,22 +106,23 @@ def _bracket(values: Values, k: int, deviations: float, every: int) -> _Bracket:
     low, high = _bound(values, values.order.lowest, 0), _bound(values, values.order.highest, values.total)
     if values.total <= GATHER_ALL:
         return _Bracket(low, high, 1.0)
-    keys, positions = _sample(values, every)
+    keys = _sample(values, every)
     size, rank = keys.numel(), 1 - k / values.total
     slack = deviations * math.sqrt(size * rank * (1 - rank)) + 4
     first, last = math.floor(rank * size - slack), math.ceil(rank * size + slack)
     order = keys.sort(stable=True).indices
     if first >= 0:
-        key, position = _at(keys, order, first), _at(positions, order, first)
-        barred = key < values.order.lowest
-        low = _Bound(torch.where(barred, low.key, key), torch.where(barred, low.position, position))
+        found = _at(keys, order, first, every)
+        barred = found.key < values.order.lowest
+        low = _Bound(*(torch.where(barred, ours, theirs) for ours, theirs in zip(low, found, strict=True)))
     if last < size:
-        high = _Bound(_at(keys, order, last), _at(positions, order, last))
+        high = _at(keys, order, last, every)
     return _Bracket(low, high, min(1.0, (last - first) / size))
 
 
-def _at(sample: Tensor, order: Tensor, rank: int) -> Tensor:
-    return sample[order[rank : rank + 1]].view(())  # an index of no dimension would be waited for
+def _at(sample: Tensor, order: Tensor, rank: int, every: int) -> _Bound:
+    index = order[rank : rank + 1]  # an index of no dimension would be waited for
+    return _Bound(sample[index].to(torch.int64).view(()), (index * every).view(()))
 
 
 def _bound(values: Values, key: int, position: int) -> _Bound:
@@ -127,26 +130,26 @@ def _bound(values: Values, key: int, position: int) -> _Bound:
     return _Bound(*(torch.full((), number, dtype=torch.int64, device=home) for number in (key, position)))
 
 
-def _sample(values: Values, every: int) -> tuple[Tensor, Tensor]:
-    """Keys and positions of every n-th value; n is a prime, so that it goes round the columns of a matrix."""
+def _sample(values: Values, every: int) -> Tensor:
+    """Keys of every n-th value of all, from the first; n is a prime, so that it goes round the columns of a matrix."""
     home = values.tensors[0].device
-    keys, positions, start = [], [], 0
+    keys, start = [], 0
     for i, tensor in enumerate(values.tensors):
         first = -start % every
         if first < tensor.numel():
-            at = torch.arange(first, tensor.numel(), every, dtype=torch.int64, device=tensor.device)
-            taken = values.order.keys(values.order.compared(_taken(tensor, first, every, at))).to(torch.int64)
+            taken = values.order.keys(values.order.compared(_taken(tensor, first, every)))
             if values.among is not None:
-                barred = _taken(values.among[i], first, every, at).logical_not()
+                barred = _taken(values.among[i], first, every).logical_not()
                 taken = taken.masked_fill(barred, values.order.barred)
             keys.append(taken.to(home, non_blocking=True))
-            positions.append(at.add_(start).to(home, non_blocking=True))
         start += tensor.numel()
-    return torch.cat(keys), torch.cat(positions)
+    return torch.cat(keys)
 
 
-def _taken(tensor: Tensor, first: int, every: int, positions: Tensor) -> Tensor:
-    return tensor.view(-1)[first::every] if tensor.is_contiguous() else torch.take(tensor, positions)
+def _taken(tensor: Tensor, first: int, every: int) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor.view(-1)[first::every]
+    return torch.take(tensor, torch.arange(first, tensor.numel(), every, dtype=torch.int64, device=tensor.device))
 
 
 def _prime_up_to(number: int) -> int:
@@ -193,10 +196,11 @@ def _pass(values: Values, k: int, bracket: _Bracket, masks: list[Tensor] | None)
         size = piece.values.numel()
         mask = None if masks is None else masks[piece.tensor][piece.where]
         entries, above, rest, allowed, nan = _compare(values, piece, bracket, mask)
-        positions = _positions(rest, min(size, math.ceil(2 * bracket.share * size) + 64))
+        positions = _positions(rest, min(size, math.ceil(ROOM * bracket.share * size) + 64))
         keys = values.order.keys(entries[positions])
         if values.order.is_float:
-            nan = [*nan, (keys.abs() > values.order.highest).any()]
+            least, most = keys.aminmax()
+            nan = [*nan, (most > values.order.highest) | (least < -values.order.highest)]
         numbers.append(_stack(home, piece.values.device, above.sum(), rest.sum(), allowed, *nan))
         inside.append(_Inside(piece, positions, keys))
     ends = torch.stack([*bracket.low, *bracket.high])
@@ -215,7 +219,7 @@ def _pass(values: Values, k: int, bracket: _Bracket, masks: list[Tensor] | None)
     exact = values.order.is_float or values.order.lowest < low_key < values.order.highest
     rows = (low_position, high_position) if low_key == high_key and exact else (0, values.total)
     whole = [_whole(values, part, found, bracket, *rows) for part, (_, found, *_) in zip(inside, counts, strict=True)]
-    keys = torch.cat([part.keys.to(home, torch.int64, non_blocking=True) for part in whole])
+    keys = torch.cat([part.keys.to(home, non_blocking=True) for part in whole])
     return _Found(sum(above_by_tensor), above_by_tensor, whole, keys)
 
 

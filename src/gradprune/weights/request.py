@@ -35,7 +35,7 @@ Score = Callable[[nn.Module], Mapping[str, Tensor]]
 _SCOPES = ("global", "layer", "erk", "lamp")
 _SCORES = "magnitude, random, gradient, taylor, snip, grasp, synflow, fisher, activation, movement, rotation"
 ZEROS_NOTICED = 1e-3  # the share of the weights that may be zero and stay without a word
-ZEROS_SAMPLED = 2**16  # entries of a tensor that are looked at first
+ZEROS_SAMPLED = 2**16  # entries, over all tensors, that are looked at first
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,8 @@ def _look_for_torchs_masks(layers: Mapping[str, Weight]) -> None:
 def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:
     """Warn where weights that are to stay are zero already, as an earlier pruning leaves them."""
     weights = sum(p.numel() for p in parameters.values())
-    if _total([_zeros_by_a_sample(p.detach()) for p in parameters.values()]) <= ZEROS_NOTICED / 2 * weights:
+    step = max(1, weights // ZEROS_SAMPLED)
+    if _total([_zeros_by_a_sample(p.detach(), step) for p in parameters.values()]) <= ZEROS_NOTICED / 2 * weights:
         return
     zeros = _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
     if zeros > ZEROS_NOTICED * weights:
@@ -321,9 +322,8 @@ def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, T
         )
 
 
-def _zeros_by_a_sample(tensor: Tensor) -> Tensor:
-    """About how many entries are zero; how many, where there are few."""
-    step = max(1, tensor.numel() // ZEROS_SAMPLED)
+def _zeros_by_a_sample(tensor: Tensor, step: int) -> Tensor:
+    """About how many entries are zero, by every `step`-th of them."""
     some = tensor.view(-1)[::step] if step > 1 and tensor.is_contiguous() else tensor
     return (some.numel() - torch.count_nonzero(some)) * (tensor.numel() // max(1, some.numel()))
 
