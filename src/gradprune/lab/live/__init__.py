@@ -2,12 +2,14 @@
 
 from gradprune.lab.live.figure import Live, Still
 from gradprune.lab.live.prune import Prune
+from gradprune.lab.live.retrain import Retrain
 from gradprune.lab.live.start import Start
 
-__all__ = ["Live", "Prune", "Start", "Still", "figure"]
+__all__ = ["Live", "Prune", "Retrain", "Start", "Still", "figure"]
 
 _FIGURES: dict[str, type[Live]] = {
     "prune": Prune,
+    "retrain": Retrain,
     "start": Start,
 }
 

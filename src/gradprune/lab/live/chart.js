@@ -60,12 +60,19 @@ const scale = ({ from, to, log }, start, end) => {
 //   { kind: "points", x, y, radius, class }            arrays of numbers; the radius is 4 unless given
 //   { kind: "bars", x, y, base, width, class }         one bar an entry, from `base` (0) up to y
 //   { kind: "rule", x | y, class, text }               a line across, with a word at its end
-// `title` stands over the chart; what it shows in words is the figure's sentence.
-export function createChart({ title, x, y, width = 340, height = 230 }) {
+// `title` stands over the chart, and under it `legend`: pairs of a word and the class that has its colour. What the
+// chart shows in words is the figure's sentence.
+export function createChart({ title, x, y, legend = [], width = 340, height = 230 }) {
   const figure = document.createElement("figure");
   figure.className = "gp-live-chart";
   const caption = document.createElement("figcaption");
   caption.textContent = title;
+  for (const [word, name] of legend) {
+    const key = document.createElement("span");
+    key.className = `gp-live-key ${name}`;
+    key.textContent = word;
+    caption.append(" ", key);
+  }
   const svg = svgElement("svg", {
     viewBox: `0 0 ${width} ${height}`,
     role: "img",
