@@ -4,13 +4,15 @@ from gradprune.lab.live.figure import Live, Still
 from gradprune.lab.live.prune import Prune
 from gradprune.lab.live.retrain import Retrain
 from gradprune.lab.live.start import Start
+from gradprune.lab.live.threshold import Threshold
 
-__all__ = ["Live", "Prune", "Retrain", "Start", "Still", "figure"]
+__all__ = ["Live", "Prune", "Retrain", "Start", "Still", "Threshold", "figure"]
 
 _FIGURES: dict[str, type[Live]] = {
     "prune": Prune,
     "retrain": Retrain,
     "start": Start,
+    "threshold": Threshold,
 }
 
 

@@ -16,12 +16,17 @@ STEPS = 300
 
 @lru_cache(maxsize=4)
 def _trained(steps: int) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = models.mlp(WIDTHS, activation="relu")
+    model = untrained()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     train.fit(model, digits(), steps=steps, optimizer=optimizer, batch_size=64, watch=False)
     return model
+
+
+def untrained() -> nn.Sequential:
+    """Return the perceptron as it is initialised; the same numbers at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return models.mlp(WIDTHS, activation="relu")
 
 
 def trained(steps: int = STEPS) -> nn.Sequential:

@@ -81,11 +81,11 @@ class Retrain(Live):
             axes.plot([100 * level for level in levels], values, "o-", label=name, color=figures.COLOURS[colour])
         axes.set(xlabel="weights removed, %", ylabel="test digits read correctly", title="Pruned, then trained again")
         axes.legend()
-        once, many = means[0.98]
+        at_once, in_rounds = means[0.98]
         words = (
             f"Two copies of a network of 3,552 weights lose 98 % of them and train for about {STEPS} steps: pruned at "
-            f"once it reads {once:.2f} of the test digits, in five rounds {many:.2f}, on average over five orders of "
-            "the batches."
+            f"once it reads {at_once:.2f} of the test digits, in five rounds {in_rounds:.2f}, on average over five "
+            "orders of the batches."
         )
         return Still(drawing, words, ["removed", "at once", "in rounds", "difference", "95 % interval"], rows)
 
