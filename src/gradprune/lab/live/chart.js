@@ -1,7 +1,8 @@
 // How are numbers drawn? Axes, lines, bars and rules as SVG in the page's own ink, so that light, dark and print need
 // nothing done. A chart is redrawn as a whole each frame: a few path strings.
 const SVG = "http://www.w3.org/2000/svg";
-const MARGIN = { left: 46, right: 10, top: 10, bottom: 38 };
+const MARGIN = { left: 54, right: 12, top: 10, bottom: 38 };
+const EDGE = 5; // how far a mark may stand out of the axes: the radius of a dot
 
 const svgElement = (tag, attributes, text) => {
   const made = document.createElementNS(SVG, tag);
@@ -78,16 +79,21 @@ export function createChart({ title, x, y, legend = [], width = 340, height = 23
     role: "img",
     "aria-label": title,
   });
-  const frame = svgElement("g", {});
-  const marks = svgElement("g", {});
-  svg.append(frame, marks);
-  figure.append(caption, svg);
   const box = {
     left: MARGIN.left,
     right: width - MARGIN.right,
     top: MARGIN.top,
     bottom: height - MARGIN.bottom,
   };
+  const inner = [box.left - EDGE, box.top - EDGE];
+  const extent = [box.right - box.left + 2 * EDGE, box.bottom - box.top + 2 * EDGE];
+  const marks = svgElement("svg", {
+    ...{ x: inner[0], y: inner[1], width: extent[0], height: extent[1] },
+    viewBox: [...inner, ...extent].join(" "),
+  });
+  const frame = svgElement("g", {});
+  svg.append(frame, marks);
+  figure.append(caption, svg);
   let drawnAxes = "";
   const draw = (list, axes = {}) => {
     const across = { ...x, ...axes.x };
@@ -139,7 +145,7 @@ function axisElements(across, up, toX, toY, box) {
       across.label ?? "",
     ),
   );
-  const turned = `rotate(-90) translate(${-(box.top + box.bottom) / 2} 12)`;
+  const turned = `rotate(-90) translate(${-(box.top + box.bottom) / 2} 11)`;
   made.push(svgElement("text", { transform: turned, "text-anchor": "middle" }, up.label ?? ""));
   return made;
 }

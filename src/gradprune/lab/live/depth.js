@@ -1,0 +1,247 @@
+// Chapter 1: how much of the gradient arrives at the first layer of a deep network, and does that layer learn?
+import { createChart } from "./chart.js";
+import { button, choice, slider } from "./controls.js";
+import { readFloats, readSplit } from "./examples.js";
+import { norm } from "./gradients.js";
+import { crossEntropy } from "./losses.js";
+import { gradientFactors } from "./meanfield.js";
+import {
+  backward,
+  copyNetwork,
+  createNetwork,
+  createWorkspace,
+  flatten,
+  forward,
+} from "./network.js";
+import { createReader, percent } from "./reading.js";
+import { animator, closing, createStage, drawer, publish, say } from "./stage.js";
+import { createTraining, trainSteps } from "./training.js";
+
+const ROWS = 64; // examples whose gradient is shown
+const STEPS = 200;
+const OPTIMIZER = { rate: 0.05, momentum: 0, decay: 0 };
+const SETTINGS = ["depth", "activation", "scale"];
+const NAMED = { 1: "Xavier", 1.4: "about He" };
+const FLOOR = 1e-45; // below it single precision has no number but 0
+
+const power = (value) => {
+  if (value === 0) return "0";
+  if (!Number.isFinite(value)) return "beyond single precision";
+  return value >= 0.01 && value < 1000 ? value.toPrecision(2) : value.toExponential(0);
+};
+
+export function render({ model, el }) {
+  const draws = readFloats(model.get("_draws"));
+  const width = model.get("_width");
+  const test = readSplit(model.get("_test"));
+  const train = readSplit(model.get("_train"));
+  const pixels = train.inputs.length / train.rows;
+  const classes = model.get("_classes");
+  const shown = {
+    inputs: train.inputs.subarray(0, ROWS * pixels),
+    labels: train.labels.subarray(0, ROWS),
+  };
+  const square = norm([shown.inputs]) ** 2 / shown.inputs.length;
+  const chosen = () => Object.fromEntries(SETTINGS.map((name) => [name, model.get(name)]));
+  const first = chosen();
+
+  let fresh = null; // the network of the setting, as it is initialised
+  let net = null;
+  let training = null;
+  let accuracy = Number.NaN;
+  let losses = [];
+  let broken = false; // the loss is no number any more
+
+  function start() {
+    walk.stop();
+    fresh = networkOf(chosen(), draws, pixels, width, classes);
+    net = copyNetwork(fresh);
+    training = createTraining({
+      ...{ net, inputs: train.inputs, labels: train.labels, classes },
+      ...{ batch: ROWS, seed: 0, optimizer: OPTIMIZER },
+    });
+    [losses, broken, accuracy] = [[], false, Number.NaN];
+    request();
+  }
+
+  // The norm of the loss gradient at the input of each layer's activation, and at the output, first layer first.
+  function gradientNorms() {
+    const work = createWorkspace(net, ROWS);
+    const gradient = new Float32Array(ROWS * classes);
+    crossEntropy(forward(net, shown.inputs, ROWS, work), shown.labels, classes, gradient);
+    backward(net, shown.inputs, ROWS, work, gradient);
+    return work.deltas.map((delta) => norm([delta]));
+  }
+
+  const stage = createStage(el, "depth", "The gradient of a deep network, layer by layer");
+  const depth = slider({
+    label: "hidden layers",
+    ...{ min: 1, max: 60, step: 1, value: first.depth },
+    change: (value) => publish(model, { depth: value }),
+  });
+  const scale = slider({
+    label: "weight scale, in 1/√n",
+    ...{ min: 0.2, max: 3, step: 0.1, value: first.scale },
+    format: (value) => (NAMED[value] ? `${value.toFixed(1)} (${NAMED[value]})` : value.toFixed(1)),
+    change: (value) => publish(model, { scale: value }),
+  });
+  const activation = choice({
+    label: "Activation",
+    options: ["sigmoid", "tanh", "relu", "linear"].map((name) => [name, name]),
+    value: first.activation,
+    change: (is) => publish(model, { activation: is }),
+  });
+  const go = button("Train", () => {
+    if (walk.isRunning()) walk.stop();
+    else if (training.steps < STEPS && !broken) walk.start();
+    request();
+  });
+  const reset = button("Reset", () => {
+    publish(model, first);
+    follow();
+  });
+  stage.controls.append(depth.root, scale.root, activation.root, go, reset);
+
+  const layers = { label: "layer, first to last", from: 0, to: 62 };
+  const charts = {
+    gradient: createChart({
+      title: "The gradient's norm",
+      legend: [
+        ["computed", "gp-dense"],
+        ["predicted", "gp-predicted"],
+      ],
+      x: layers,
+      y: { label: "norm", from: 1e-38, to: 1e6, log: true },
+    }),
+    moved: createChart({
+      title: "How far each layer has moved",
+      x: layers,
+      y: { label: "change, of its norm", from: 1e-9, to: 10, log: true },
+    }),
+    loss: createChart({
+      title: "The training loss",
+      x: { label: "training step", from: 0, to: STEPS },
+      y: { label: "loss", from: 0, to: 3 },
+    }),
+  };
+  stage.panels.append(...Object.values(charts).map((chart) => chart.root));
+
+  const draw = () => {
+    const setting = chosen();
+    const norms = gradientNorms();
+    const predicted = predictedNorms(setting, norms, square);
+    const moved = net.weights.map((weights, l) => movement(weights, fresh.weights[l]));
+    const at = norms.map((_, l) => l + 1);
+    const drawable = norms.map((value) =>
+      value > FLOOR && Number.isFinite(value) ? value : Number.NaN,
+    );
+    charts.gradient.draw([
+      { kind: "line", x: at, y: predicted, class: "gp-predicted gp-live-dashed" },
+      {
+        kind: "points",
+        x: at,
+        y: drawable.map((y) => (y > 0 ? y : 1e-60)),
+        radius: 2,
+        class: "gp-dense",
+      },
+    ]);
+    const visible = moved.map((value) =>
+      value > 0 && Number.isFinite(value) ? value : Number.NaN,
+    );
+    charts.moved.draw([{ kind: "line", x: at, y: visible, class: "gp-corrected" }]);
+    const best = { kind: "rule", y: Math.log(classes), class: "gp-random", text: "guessing" };
+    charts.loss.draw([
+      best,
+      { kind: "line", x: losses.map((_, i) => i + 1), y: losses, class: "gp-dense" },
+    ]);
+    const done = training.steps;
+    if (!walk.isRunning() && done > 0 && Number.isNaN(accuracy))
+      accuracy = createReader(net, test)(net).accuracy;
+    go.textContent = walk.isRunning() ? "Pause" : "Train";
+    go.disabled = done >= STEPS || broken;
+    const ratios = { ratio: norms[0] / norms.at(-1), predicted: predicted[0] / norms.at(-1) };
+    const facts = {
+      ...setting,
+      ...ratios,
+      steps: done,
+      moved: moved[0],
+      loss: losses.at(-1) ?? "",
+    };
+    say(
+      stage,
+      { ...facts, accuracy: Number.isNaN(accuracy) ? "" : accuracy },
+      sentence(facts, accuracy, broken),
+    );
+    publish(model, { accuracy: Number.isNaN(accuracy) ? null : accuracy });
+  };
+  const request = drawer(stage, draw);
+
+  const walk = animator(stage, {
+    step() {
+      accuracy = Number.NaN;
+      losses.push(trainSteps(training, 1));
+      broken = !Number.isFinite(losses.at(-1));
+      return training.steps < STEPS && !broken;
+    },
+    draw,
+    done: () => request(),
+  });
+
+  function follow() {
+    const setting = chosen();
+    depth.set(setting.depth);
+    scale.set(setting.scale);
+    activation.set(setting.activation);
+    start();
+  }
+  for (const name of SETTINGS) model.on(`change:${name}`, follow);
+  stage.ends.push(() => {
+    for (const name of SETTINGS) model.off(`change:${name}`, follow);
+  });
+  stage.root.numbers = () => flatten(net);
+  stage.root.gradients = gradientNorms;
+  follow();
+  return closing(stage);
+}
+
+// The first weights come from the first draws, those of the output from the last: a deeper network begins as the
+// shallower one. Twin: Depth.network in depth.py.
+function networkOf({ depth, activation, scale }, draws, pixels, width, classes) {
+  const sizes = [pixels, ...new Array(depth).fill(width), classes];
+  const numbers = [];
+  let from = 0;
+  for (let layer = 0; layer <= depth; layer++) {
+    const [inputs, outputs] = [sizes[layer], sizes[layer + 1]];
+    const count = inputs * outputs;
+    if (layer === depth) from = draws.length - count;
+    const deviation = scale / Math.sqrt(inputs);
+    for (let i = from; i < from + count; i++) numbers.push(draws[i] * deviation);
+    for (let i = 0; i < outputs; i++) numbers.push(0);
+    from += count;
+  }
+  return createNetwork(sizes, activation, Float32Array.from(numbers));
+}
+
+// From the last hidden layer down, by the factors of wide random layers.
+function predictedNorms({ activation, scale, depth }, norms, square) {
+  const factors = gradientFactors(activation, scale, depth, square);
+  const predicted = norms.slice();
+  for (let layer = depth - 2; layer >= 0; layer--) {
+    predicted[layer] = predicted[layer + 1] * Math.sqrt(factors[layer]);
+  }
+  return predicted;
+}
+
+const movement = (now, before) => norm([now.map((value, i) => value - before[i])]) / norm([before]);
+
+function sentence({ ratio, predicted, steps, moved }, accuracy, broken) {
+  const arrives = `At the first layer the gradient is ${power(ratio)} of what it is at the output`;
+  const start = `${arrives}; predicted ${power(predicted)}.`;
+  if (broken)
+    return `${start} After ${steps} steps the loss is no number any more: the network exploded.`;
+  if (steps === 0) return start;
+  const read = Number.isNaN(accuracy)
+    ? ""
+    : `, and the network reads ${percent(accuracy)} of the test digits`;
+  return `${start} After ${steps} steps layer 1 has moved by ${percent(moved)} of its norm${read}.`;
+}

@@ -1,0 +1,135 @@
+"""Are the page's deep networks, their gradients and their predicted slope those of torch and of chapter 1's formula?"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batches import page_batches
+from page import facts, opened, set_slider, settled, write_page
+from playwright.sync_api import Browser, Locator
+from torch import nn
+from torch.nn import functional
+
+import gradprune as gp
+from gradprune import lab
+from gradprune.lab.live import Depth, perceptron
+
+SETTINGS = [
+    ("sigmoid", 20, 1.0),
+    ("sigmoid", 5, 3.0),
+    ("tanh", 1, 1.0),
+    ("tanh", 20, 1.0),
+    ("tanh", 60, 0.8),
+    ("tanh", 40, 1.6),
+    ("relu", 20, 1.4),
+    ("relu", 60, 1.4),
+    ("relu", 10, 0.5),
+    ("linear", 30, 1.0),
+    ("linear", 10, 2.0),
+    ("linear", 60, 0.2),
+]
+
+
+@pytest.fixture
+def root(browser: Browser, tmp_path: Path) -> Iterator[Locator]:
+    with opened(browser, write_page(Depth(), tmp_path / "page.html")) as root:
+        yield root
+
+
+def choose(root: Locator, activation: str, depth: int, scale: float) -> dict[str, str]:
+    seen = facts(root)
+    if int(seen["depth"]) != depth:
+        seen = set_slider(root, "hidden layers", depth)
+    if float(seen["scale"]) != scale:
+        seen = set_slider(root, "weight scale", scale)
+    radio = root.locator(f"input[value={activation}]")
+    return seen if radio.is_checked() else settled(root, radio.check)
+
+
+def train(root: Locator) -> dict[str, str]:
+    return settled(root, lambda: root.get_by_role("button", name="Train").click())
+
+
+def numbers(root: Locator) -> np.ndarray:
+    return np.array(root.evaluate("(root) => [...root.numbers()]"), dtype=np.float32)
+
+
+def test_network_gradients_and_prediction_are_torchs_and_the_formulas(root: Locator) -> None:
+    for activation, depth, scale in SETTINGS:
+        seen = choose(root, activation, depth, scale)
+        figure = Depth(activation=activation, depth=depth, scale=scale)
+        expected = nn.utils.parameters_to_vector(figure.network.parameters()).detach().numpy()
+        np.testing.assert_allclose(numbers(root), expected, rtol=2e-7)
+        norms = root.evaluate("(root) => root.gradients()")
+        exact = np.array(figure.gradient_norms)
+        inside = exact > 1e-30  # single precision ends at 1e-38, and its digits before
+        np.testing.assert_allclose(np.array(norms)[inside], exact[inside], rtol=2e-4)
+        predicted = math.sqrt(math.prod(figure.factors[:-1])) * exact[-2] / exact[-1]
+        assert float(seen["predicted"]) == pytest.approx(predicted, rel=2e-3)
+
+
+def test_single_layers_gradients_agree_to_the_last_digits(root: Locator) -> None:
+    choose(root, "tanh", 1, 1.0)
+    norms = root.evaluate("(root) => root.gradients()")
+    np.testing.assert_allclose(norms, Depth(activation="tanh", depth=1).gradient_norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("activation", "depth", "scale"), [("tanh", 5, 1.0), ("relu", 10, 1.4)])
+def test_training_takes_torchs_steps(root: Locator, activation: str, depth: int, scale: float) -> None:
+    choose(root, activation, depth, scale)
+    seen = train(root)
+    model, data = Depth(activation=activation, depth=depth, scale=scale).network, perceptron.digits()
+    first = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for rows in page_batches(0, len(data.train), 64, 200):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(data.train.x[rows]), data.train.y[rows]).backward()
+        optimizer.step()
+    assert int(seen["steps"]) == 200
+    moved = float((model[0].weight.detach() - first).norm() / first.norm())
+    assert float(seen["moved"]) == pytest.approx(moved, rel=1e-2)
+    assert float(seen["accuracy"]) == pytest.approx(lab.train.accuracy(model, data.test), abs=4 / 359)
+    assert float(seen["accuracy"]) > 0.7
+
+
+def test_a_first_layer_without_gradient_does_not_move_and_the_sentence_says_so(root: Locator) -> None:
+    seen = train(root)
+    words = root.locator(".gp-live-words").inner_text()
+    assert float(seen["ratio"]) < 1e-11
+    assert float(seen["moved"]) == 0
+    assert "After 200 steps layer 1 has moved by 0.0 % of its norm" in words
+    assert f"{100 * float(seen['accuracy']):.1f} % of the test digits" in words
+
+
+def test_a_network_that_explodes_is_said_to(root: Locator) -> None:
+    choose(root, "linear", 60, 3.0)
+    train(root)
+    assert "the loss is no number any more" in root.locator(".gp-live-words").inner_text()
+    assert root.get_by_role("button", name="Train").is_disabled()
+
+
+def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Locator) -> None:
+    first, keyboard = facts(root), root.page.keyboard
+    keyboard.press("Tab")
+    assert settled(root, lambda: keyboard.press("Home"))["depth"] == "1"
+    keyboard.press("Tab")
+    assert settled(root, lambda: keyboard.press("ArrowRight"))["scale"] == "1.1"
+    keyboard.press("Tab")
+    assert settled(root, lambda: keyboard.press("ArrowDown"))["activation"] == "tanh"
+    keyboard.press("Tab")
+    assert settled(root, lambda: keyboard.press("Enter"))["steps"] == "200"
+    root.get_by_role("button", name="Reset").focus()
+    last = settled(root, lambda: keyboard.press("Enter"))
+    for name in ("depth", "activation", "scale", "ratio", "predicted", "steps", "moved", "accuracy"):
+        assert last[name] == first[name]
+
+
+def test_the_network_goes_on_without_a_page() -> None:
+    figure = Depth(activation="relu", depth=3)
+    network, data = figure.network, perceptron.digits()
+    norms = gp.gradient_norms(network, functional.cross_entropy(network(data.train.x), data.train.y))
+    assert len([name for name in norms if name.endswith("weight")]) == 4
+    assert len(figure.gradient_norms) == len(figure.factors) + 1 == 4
