@@ -1,12 +1,14 @@
 """Networks that live in the page: the reader prunes and trains them in the browser, with no kernel and no network."""
 
+from gradprune.lab.live.clip import Clip
 from gradprune.lab.live.figure import Live, Still
 from gradprune.lab.live.prune import Prune
 from gradprune.lab.live.start import Start
 
-__all__ = ["Live", "Prune", "Start", "Still", "figure"]
+__all__ = ["Clip", "Live", "Prune", "Start", "Still", "figure"]
 
 _FIGURES: dict[str, type[Live]] = {
+    "clip": Clip,
     "prune": Prune,
     "start": Start,
 }

@@ -60,8 +60,9 @@ const scale = ({ from, to, log }, start, end) => {
 //   { kind: "points", x, y, radius, class }            arrays of numbers; the radius is 4 unless given
 //   { kind: "bars", x, y, base, width, class }         one bar an entry, from `base` (0) up to y
 //   { kind: "rule", x | y, class, text }               a line across, with a word at its end
-// `title` stands over the chart; what it shows in words is the figure's sentence.
-export function createChart({ title, x, y, width = 340, height = 230 }) {
+// `title` stands over the chart; what it shows in words is the figure's sentence. With `inside`, what runs off the axes is
+// cut off at them.
+export function createChart({ title, x, y, width = 340, height = 230, inside = false }) {
   const figure = document.createElement("figure");
   figure.className = "gp-live-chart";
   const caption = document.createElement("figcaption");
@@ -80,7 +81,10 @@ export function createChart({ title, x, y, width = 340, height = 230 }) {
     right: width - MARGIN.right,
     top: MARGIN.top,
     bottom: height - MARGIN.bottom,
+    width,
+    height,
   };
+  if (inside) marks.style.clipPath = `${framePolygon(box)} view-box`;
   let drawnAxes = "";
   const draw = (list, axes = {}) => {
     const across = { ...x, ...axes.x };
@@ -94,7 +98,18 @@ export function createChart({ title, x, y, width = 340, height = 230 }) {
     }
     marks.replaceChildren(...list.flatMap((mark) => markElements(mark, toX, toY, box)));
   };
-  return { root: figure, draw, name: (words) => svg.setAttribute("aria-label", words) };
+  const name = (words) => svg.setAttribute("aria-label", words);
+  return { root: figure, draw, name, svg, box, x, y };
+}
+
+function framePolygon({ left, right, top, bottom }) {
+  const corners = [
+    [left, top],
+    [right, top],
+    [right, bottom],
+    [left, bottom],
+  ];
+  return `polygon(${corners.map(([x, y]) => `${x}px ${y}px`).join(", ")})`;
 }
 
 function axisElements(across, up, toX, toY, box) {
