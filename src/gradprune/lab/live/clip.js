@@ -66,7 +66,7 @@ export function render({ model, el }) {
     inside: true,
   });
   const length = createChart({
-    title: "How long is a step? Unclipped orange, clipped blue",
+    title: "Step length: unclipped orange, clipped blue",
     x: { label: "step of descent", from: 0, to: cell.walk },
     y: { label: "length", log: true },
     inside: true,

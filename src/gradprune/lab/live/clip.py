@@ -110,7 +110,8 @@ class Clip(Live):
         ):
             label = kind if kind == "none" else f"by {kind}"
             style = {"color": figures.COLOURS[colour], "label": label, "markersize": 3}
-            axes.plot(*walks[kind].points.clamp(-10, 10).T.numpy(), marker, **style)
+            near = walks[kind].points.abs().amax(1) < 1e6  # further off nothing can be drawn
+            axes.plot(*walks[kind].points[near].T.numpy(), marker, **style)
         axes.set(xlim=(0.2, 1.4), ylim=(-1, 1), xlabel="weight w", ylabel="bias b", title="The loss from above")
         axes.legend(title="clip", loc="upper left")
         none, value, norm = walks.values()
