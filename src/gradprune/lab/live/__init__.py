@@ -3,14 +3,18 @@
 from gradprune.lab.live.clip import Clip
 from gradprune.lab.live.figure import Live, Still
 from gradprune.lab.live.prune import Prune
+from gradprune.lab.live.retrain import Retrain
 from gradprune.lab.live.start import Start
+from gradprune.lab.live.threshold import Threshold
 
-__all__ = ["Clip", "Live", "Prune", "Start", "Still", "figure"]
+__all__ = ["Clip", "Live", "Prune", "Retrain", "Start", "Still", "Threshold", "figure"]
 
 _FIGURES: dict[str, type[Live]] = {
     "clip": Clip,
     "prune": Prune,
+    "retrain": Retrain,
     "start": Start,
+    "threshold": Threshold,
 }
 
 

@@ -60,13 +60,20 @@ const scale = ({ from, to, log }, start, end) => {
 //   { kind: "points", x, y, radius, class }            arrays of numbers; the radius is 4 unless given
 //   { kind: "bars", x, y, base, width, class }         one bar an entry, from `base` (0) up to y
 //   { kind: "rule", x | y, class, text }               a line across, with a word at its end
-// `title` stands over the chart; what it shows in words is the figure's sentence. With `inside`, what runs off the axes is
-// cut off at them.
-export function createChart({ title, x, y, width = 340, height = 230, inside = false }) {
+// `title` stands over the chart, and under it `legend`: pairs of a word and the class that has its colour. With `inside`,
+// what runs off the axes is cut off at them. What the chart shows in words is the figure's sentence.
+export function createChart(options) {
+  const { title, x, y, legend = [], width = 340, height = 230, inside = false } = options;
   const figure = document.createElement("figure");
   figure.className = "gp-live-chart";
   const caption = document.createElement("figcaption");
   caption.textContent = title;
+  for (const [word, name] of legend) {
+    const key = document.createElement("span");
+    key.className = `gp-live-key ${name}`;
+    key.textContent = word;
+    caption.append(" ", key);
+  }
   const svg = svgElement("svg", {
     viewBox: `0 0 ${width} ${height}`,
     role: "img",

@@ -15,6 +15,10 @@ const KINDS = [
   ["value", "by value"],
   ["norm", "by norm"],
 ];
+const LEGEND = [
+  ["unclipped", "gp-unclipped"],
+  ["clipped", "gp-clipped"],
+];
 const CLIPS = { none: () => {}, value: clipByValue, norm: clipByNorm };
 const toBound = (power) => Number((10 ** power).toPrecision(2));
 const round = (value) => Number(value.toFixed(2));
@@ -52,6 +56,7 @@ export function render({ model, el }) {
 
   const map = createHeat({
     title: "The loss from above: press to start elsewhere",
+    legend: LEGEND,
     x: { label: "weight w (the greyer, the higher the loss)", ...W },
     y: { label: "bias b", ...B },
     height: (w, b) => 2 * Math.log10(cellLoss([w, b], cell)), // two bands a power of ten
@@ -60,19 +65,25 @@ export function render({ model, el }) {
     pick: (w, b) => publish(model, { w: round(w), b: round(b) }),
   });
   const state = createChart({
-    title: "The cell: state (grey), gradient (orange)",
+    title: "The cell at the start",
+    legend: [
+      ["state", "gp-random"],
+      ["gradient of the loss", "gp-unclipped"],
+    ],
     x: { label: "step of the cell", from: 0, to: cell.steps },
     y: { label: "magnitude", log: true, from: 1e-6, to: 1e8 },
     inside: true,
   });
   const length = createChart({
-    title: "Step length: unclipped orange, clipped blue",
+    title: "How long is each step?",
+    legend: LEGEND,
     x: { label: "step of descent", from: 0, to: cell.walk },
     y: { label: "length", log: true },
     inside: true,
   });
   const angle = createChart({
-    title: "How far is it turned from steepest descent?",
+    title: "Angle to steepest descent",
+    legend: LEGEND,
     x: { label: "step of descent", from: 0, to: cell.walk },
     y: { label: "angle, degrees", from: 0 },
   });

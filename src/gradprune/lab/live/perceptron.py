@@ -11,21 +11,27 @@ from torch import nn
 from gradprune.lab import data, models, train
 
 WIDTHS = (64, 48, 10)
+STEPS = 300
 
 
-@lru_cache(maxsize=1)
-def _trained() -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = models.mlp(WIDTHS, activation="relu")
+@lru_cache(maxsize=4)
+def _trained(steps: int) -> nn.Sequential:
+    model = untrained()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    train.fit(model, digits(), steps=300, optimizer=optimizer, batch_size=64, watch=False)
+    train.fit(model, digits(), steps=steps, optimizer=optimizer, batch_size=64, watch=False)
     return model
 
 
-def trained() -> nn.Sequential:
-    """Return a perceptron with 48 hidden units that was trained on the digits; the same numbers at every call."""
-    return copy.deepcopy(_trained())
+def untrained() -> nn.Sequential:
+    """Return the perceptron as it is initialised; the same numbers at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return models.mlp(WIDTHS, activation="relu")
+
+
+def trained(steps: int = STEPS) -> nn.Sequential:
+    """Return a perceptron with 48 hidden units after `steps` steps on the digits; the same numbers at every call."""
+    return copy.deepcopy(_trained(steps))
 
 
 @lru_cache(maxsize=1)

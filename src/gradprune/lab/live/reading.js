@@ -1,0 +1,23 @@
+// How well does a network read examples?
+import { createWorkspace, forward, predictions } from "./network.js";
+
+// Returns a function from a network of these widths to `{ accuracy, right }`: `right[c]` counts those of class c.
+export function createReader(net, { inputs, labels, rows }) {
+  const work = createWorkspace(net, rows);
+  const classes = net.sizes.at(-1);
+  return (network) => {
+    const answers = predictions(forward(network, inputs, rows, work), classes);
+    const right = new Array(classes).fill(0);
+    answers.forEach((answer, row) => {
+      if (answer === labels[row]) right[answer] += 1;
+    });
+    return { accuracy: right.reduce((a, b) => a + b) / rows, right };
+  };
+}
+
+export const countKept = (masks) =>
+  masks.reduce((sum, mask) => sum + mask.reduce((a, b) => a + b, 0), 0);
+
+export const countAll = (arrays) => arrays.reduce((sum, { length }) => sum + length, 0);
+
+export const percent = (share) => `${(100 * share).toFixed(1)} %`;

@@ -1,0 +1,191 @@
+// Chapter 3: train with only the largest entries of each gradient; what becomes of the rest?
+import { createChart } from "./chart.js";
+import { button, slider } from "./controls.js";
+import { readNetwork, readSplit } from "./examples.js";
+import { createFeedback, norm, topFraction } from "./gradients.js";
+import { copyNetwork, flatten, parameterCount } from "./network.js";
+import { createReader, percent } from "./reading.js";
+import { animator, closing, createStage, drawer, publish, say } from "./stage.js";
+import { createTraining, trainSteps } from "./training.js";
+
+const STEPS = 270;
+const OPTIMIZER = { rate: 0.3, momentum: 0, decay: 0 };
+const BATCH = 64;
+const MEMORY = 0.9; // of the running loss that is drawn
+const SLOWEST = 8; // steps a frame at most, so that a frame stays short
+const KINDS = { all: "gp-dense", lost: "gp-pruned", kept: "gp-corrected" };
+const LEGEND = [
+  ["all entries", "gp-dense"],
+  ["the rest is lost", "gp-pruned"],
+  ["the rest waits", "gp-corrected"],
+];
+const written = (density) => `${Number((100 * density).toPrecision(2))} %`;
+
+export function render({ model, el }) {
+  const untrained = readNetwork(model.get("_network"));
+  const test = readSplit(model.get("_test"));
+  const train = readSplit(model.get("_train"));
+  const read = createReader(untrained, test);
+  const entries = parameterCount(untrained.sizes);
+  const first = model.get("density");
+
+  // A training of which each step gets all of the gradient, or the largest entries; the others are lost or wait.
+  function createRun(kind, density) {
+    const net = copyNetwork(untrained);
+    const run = { net, sent: 0, loss: Math.log(10), seen: [], residuals: null, gone: null };
+    run.training = createTraining({
+      ...{ net, inputs: train.inputs, labels: train.labels, classes: untrained.sizes.at(-1) },
+      ...{ batch: BATCH, seed: 0, optimizer: OPTIMIZER },
+      change: ({ all }) => change(run, kind, density, all),
+    });
+    run.step = () => {
+      run.loss = MEMORY * run.loss + (1 - MEMORY) * trainSteps(run.training, 1);
+    };
+    run.note = () => {
+      const { accuracy } = read(net);
+      const rest = run.residuals ?? run.gone;
+      const waiting = rest ? norm(rest) : 0;
+      const { loss, sent, training } = run;
+      run.seen.push({ steps: training.steps, sent, loss, accuracy, waiting });
+    };
+    run.note();
+    return run;
+  }
+
+  function change(run, kind, density, all) {
+    if (kind === "all") {
+      run.sent += entries;
+      return;
+    }
+    if (kind === "kept") run.residuals ??= createFeedback(all);
+    if (kind === "lost") {
+      run.gone ??= createFeedback(all);
+      addTo(run.gone, all, 1);
+    }
+    run.sent += Math.round(topFraction(all, density, run.residuals) * entries);
+    if (kind === "lost") addTo(run.gone, all, -1);
+  }
+
+  let runs = {};
+  function start() {
+    walk.stop();
+    const density = model.get("density");
+    const made = Object.keys(KINDS).map((kind) => [kind, createRun(kind, density)]);
+    runs = Object.fromEntries(made);
+    request();
+  }
+
+  const stage = createStage(el, "threshold", "Training with the largest entries of the gradient");
+  const share = slider({
+    label: "entries of the gradient that are sent",
+    ...{ min: -3, max: 0, step: 0.05, value: Math.log10(first) },
+    format: (value) => written(10 ** value),
+    change: (value) => publish(model, { density: Number((10 ** value).toPrecision(4)) }),
+  });
+  const go = button("Train", () => {
+    if (walk.isRunning()) walk.stop();
+    else if (runs.all.training.steps < STEPS) walk.start();
+    request();
+  });
+  const reset = button("Reset", () => {
+    publish(model, { density: first });
+    share.set(Math.log10(first));
+    start();
+  });
+  stage.controls.append(share.root, go, reset);
+
+  const steps = { label: "training step", from: 0, to: STEPS };
+  const charts = {
+    accuracy: createChart({
+      title: "Test digits read:",
+      legend: LEGEND,
+      x: steps,
+      y: { label: "share read correctly", from: 0, to: 1 },
+    }),
+    loss: createChart({
+      title: "The loss, for what was sent",
+      x: { label: "entries sent", from: 5, to: entries * STEPS, log: true },
+      y: { label: "training loss", from: 0, to: 2.6 },
+    }),
+    waiting: createChart({
+      title: "What was not sent: waits, or is lost",
+      x: steps,
+      y: { label: "norm of its sum", from: 0, to: 1 },
+    }),
+  };
+  stage.panels.append(...Object.values(charts).map((chart) => chart.root));
+
+  const lines = (across, up) =>
+    Object.entries(KINDS).flatMap(([kind, name]) => {
+      const { seen } = runs[kind];
+      // Before the first step nothing is sent, which has no place on a logarithmic axis.
+      const placed = across === "sent" ? seen.filter(({ sent }) => sent > 0) : seen;
+      const [x, y] = [placed.map((row) => row[across]), placed.map((row) => row[up])];
+      const end = { kind: "points", x: x.slice(-1), y: y.slice(-1), class: name };
+      return [{ kind: "line", x, y, class: name }, end];
+    });
+  const draw = () => {
+    const now = Object.fromEntries(
+      Object.keys(KINDS).map((kind) => [kind, runs[kind].seen.at(-1)]),
+    );
+    charts.accuracy.draw(lines("steps", "accuracy"));
+    charts.loss.draw(lines("sent", "loss"));
+    const highest = Math.max(
+      1,
+      ...[...runs.lost.seen, ...runs.kept.seen].map((row) => row.waiting),
+    );
+    charts.waiting.draw(lines("steps", "waiting"), { y: { to: 1.05 * highest } });
+    const done = now.all.steps;
+    go.textContent = walk.isRunning() ? "Pause" : "Train";
+    go.disabled = done >= STEPS;
+    const facts = { density: model.get("density"), steps: done };
+    for (const [kind, { sent, accuracy, waiting }] of Object.entries(now)) {
+      Object.assign(facts, {
+        [kind]: accuracy,
+        [`${kind}Sent`]: sent,
+        [`${kind}Waiting`]: waiting,
+      });
+    }
+    say(stage, facts, sentence(facts));
+    publish(model, { accuracy: now.kept.accuracy });
+  };
+  const request = drawer(stage, draw);
+
+  const walk = animator(stage, {
+    step() {
+      const began = performance.now();
+      for (let i = 0; i < SLOWEST && runs.all.training.steps < STEPS; i++) {
+        for (const run of Object.values(runs)) run.step();
+        if (performance.now() - began > 5) break;
+      }
+      for (const run of Object.values(runs)) run.note();
+      return runs.all.training.steps < STEPS;
+    },
+    draw,
+    done: () => request(),
+  });
+
+  function follow() {
+    share.set(Math.log10(model.get("density")));
+    start();
+  }
+  model.on("change:density", follow);
+  stage.ends.push(() => model.off("change:density", follow));
+  stage.root.numbers = (kind) => flatten(runs[kind].net);
+  follow();
+  return closing(stage);
+}
+
+function addTo(sums, arrays, sign) {
+  arrays.forEach((array, a) => {
+    for (let i = 0; i < array.length; i++) sums[a][i] += sign * array[i];
+  });
+}
+
+function sentence({ density, steps, all, lost, kept, allSent, keptSent }) {
+  if (steps === 0)
+    return `${written(density)} of each gradient's entries will be sent. Press Train.`;
+  const saved = `${keptSent.toLocaleString("en")} entries sent instead of ${allSent.toLocaleString("en")}`;
+  const results = `the network reads ${percent(lost)} of the test digits if the rest is lost, ${percent(kept)} if it waits`;
+  return `After ${steps} steps, with ${saved}, ${results}, and ${percent(all)} if all is sent.`;
+}
