@@ -30,6 +30,12 @@ test("clipping by norm is that of clip_by_norm_", () => {
   });
 });
 
+test("in double precision the limit of clipping by value is met as it is given", () => {
+  const array = Float64Array.of(1, -1, 0.2);
+  clipByValue([array], 0.3);
+  assert.deepEqual([...array], [0.3, -0.3, 0.2]);
+});
+
 test("clipping by value is that of clip_by_value_, bit for bit", () => {
   forEachCase(reference.clipByValue, 6, ({ given, limit, after }) => {
     const arrays = arraysOf(given);

@@ -61,9 +61,10 @@ const scale = ({ from, to, log }, start, end) => {
 //   { kind: "points", x, y, radius, class }            arrays of numbers; the radius is 4 unless given
 //   { kind: "bars", x, y, base, width, class }         one bar an entry, from `base` (0) up to y
 //   { kind: "rule", x | y, class, text }               a line across, with a word at its end
-// `title` stands over the chart, and under it `legend`: pairs of a word and the class that has its colour. What the
-// chart shows in words is the figure's sentence.
-export function createChart({ title, x, y, legend = [], width = 340, height = 230 }) {
+// `title` stands over the chart, and under it `legend`: pairs of a word and the class that has its colour. What
+// the chart shows in words is the figure's sentence. What runs off the axes is cut off.
+export function createChart(options) {
+  const { title, x, y, legend = [], width = 340, height = 230 } = options;
   const figure = document.createElement("figure");
   figure.className = "gp-live-chart";
   const caption = document.createElement("figcaption");
@@ -84,6 +85,8 @@ export function createChart({ title, x, y, legend = [], width = 340, height = 23
     right: width - MARGIN.right,
     top: MARGIN.top,
     bottom: height - MARGIN.bottom,
+    width,
+    height,
   };
   const inner = [box.left - EDGE, box.top - EDGE];
   const extent = [box.right - box.left + 2 * EDGE, box.bottom - box.top + 2 * EDGE];
@@ -107,7 +110,8 @@ export function createChart({ title, x, y, legend = [], width = 340, height = 23
     }
     marks.replaceChildren(...list.flatMap((mark) => markElements(mark, toX, toY, box)));
   };
-  return { root: figure, draw, name: (words) => svg.setAttribute("aria-label", words) };
+  const name = (words) => svg.setAttribute("aria-label", words);
+  return { root: figure, draw, name, svg, box, x, y };
 }
 
 function axisElements(across, up, toX, toY, box) {

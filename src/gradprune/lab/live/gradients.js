@@ -1,6 +1,6 @@
 // How is a gradient bounded, or its small entries left out, before the step?
 //
-// A gradient is a list of Float32Arrays, taken as one vector: `all` of what `backward` returns.
+// A gradient is a list of Float32Arrays (or Float64Arrays), taken as one vector: `all` of what `backward` returns.
 // What changes it reads all of it first, and throws where an entry is not finite.
 
 import { keepLargest, magnitudeScores, roundHalfEven } from "./rank.js";
@@ -16,8 +16,8 @@ export function norm(arrays) {
 export function clipByValue(arrays, limit) {
   requireAmount("limit", limit, limit > 0);
   requireFinite(arrays);
-  const most = floatAtMost(limit);
   for (const array of arrays) {
+    const most = array instanceof Float32Array ? floatAtMost(limit) : limit;
     for (let i = 0; i < array.length; i++) array[i] = Math.min(Math.max(array[i], -most), most);
   }
 }
