@@ -245,3 +245,12 @@ def test_what_cannot_be_written_may_be_readable(kind):
 )
 def test_what_can_be_written_passes(tensor):
     checks.require_writable("w", tensor)
+
+
+def test_a_tensor_whose_entries_others_hold_is_refused_by_its_kind():
+    class Wrapped(torch.Tensor):
+        def __tensor_flatten__(self):
+            return [], None
+
+    with pytest.raises(TypeError, match="the weight 'w' is a Wrapped, whose entries are held by other tensors"):
+        checks.require_values("w", torch.ones(2).as_subclass(Wrapped), "weight")

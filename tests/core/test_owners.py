@@ -104,3 +104,12 @@ def test_inputs_are_one_tensor_several_arguments_or_named_ones():
     assert arguments({"a": x}) == ((), {"a": x})
     assert arguments(packed) == ((packed,), {})
     assert list(tensors_in(("label", {"a": [x]}, None))) == [x]
+
+
+def test_a_tensor_without_memory_of_its_own_has_none_that_can_be_told():
+    assert memory(torch.ones(2, 2).to_mkldnn()) is None
+
+
+def test_a_sparse_weight_is_known_by_the_values_that_it_stores():
+    w = torch.eye(3).to_sparse()
+    assert memory(w) == memory(w._values())

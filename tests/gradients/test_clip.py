@@ -980,3 +980,10 @@ def test_adaptive_clipping_of_many_small_layers_is_that_of_each_by_itself(weight
     gp.clip_adaptive_(together, 0.1)
     for one, p in zip(alone, together, strict=True):
         torch.testing.assert_close(p.grad, one.grad, rtol=1e-6, atol=0)
+
+
+def test_a_sparse_gradient_of_a_vector_is_one_unit():
+    weight = nn.Parameter(torch.full((4,), 2.0))
+    weight.grad = torch.sparse_coo_tensor([[0, 2]], [30.0, 40.0], (4,))
+    gp.clip_adaptive_(weight, 0.1)
+    torch.testing.assert_close(weight.grad.to_dense(), torch.tensor([0.24, 0.0, 0.32, 0.0]))  # 0.1 of the norm of 4

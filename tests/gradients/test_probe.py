@@ -190,3 +190,25 @@ def test_gradient_norms_say_what_was_given_instead_of_a_model_or_a_loss():
     used.backward()
     with pytest.raises(ValueError, match=r"the graph of loss is gone, as backward\(\) was called on it"):
         gp.gradient_norms(model, used)
+
+
+def test_gradient_norms_name_a_gradient_without_values():
+    layer = nn.Linear(2, 1).to("meta")
+    layer.weight.grad = torch.ones(1, 2, device="meta")
+    with pytest.raises(TypeError, match="the gradient of 'weight' is on the meta device"):
+        gp.gradient_norms(layer)
+
+
+def test_an_error_of_the_backward_pass_comes_through_as_it_is():
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("my own backward is broken")
+
+    layer = nn.Linear(2, 1)
+    with pytest.raises(RuntimeError, match="my own backward is broken"):
+        gp.gradient_norms(layer, Breaks.apply(layer(torch.ones(1, 2))).sum())

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import gradprune as gp
+from gradprune.gradients.recorder import _statistics
 
 
 def small_net(dtype=torch.float32):
@@ -744,3 +745,11 @@ def test_torchs_defaults_change_no_number(change, to, back):
     assert traces[0] == traces[1]
     assert norms == pytest.approx({name: norm[-1] for name, norm in traces[0].gradients.items()})
     assert torch.allclose(values, gp.jacobian_singular_values(model, x[0])[:2], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_an_output_on_an_accelerator_has_the_numbers_that_it_has_on_the_cpu(dtype, on_accelerator):
+    output = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
+    wanted = [output.double().mean(), output.double().std(correction=0), (output == 0).double().mean()]
+    for place in (lambda t: t, on_accelerator):
+        assert [float(x) for x in _statistics(place(output))] == pytest.approx([float(x) for x in wanted], rel=1e-5)

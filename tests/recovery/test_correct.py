@@ -775,3 +775,21 @@ def test_a_checkpoint_holds_complex_weights_bit_for_bit(tmp_path: Path) -> None:
     assert again == whole
     assert weights.is_complex()
     assert torch.equal(after, weights)
+
+
+def test_a_set_or_a_tensor_among_the_arguments_is_the_same_call_from_its_file(tmp_path: Path) -> None:
+    path, options = tmp_path / "loop", {"exclude": frozenset({"4.*"}), "min_keep": torch.tensor(1)}
+    first, bits = run(path, **options)
+    again, same = run(path, **options)
+    assert first == again
+    assert all(torch.equal(bits[name], same[name]) for name in bits)
+    with pytest.raises(ValueError, match="its min_keep are 1, this call's 2"):
+        run(path, **options | {"min_keep": torch.tensor(2)})
+    with pytest.raises(ValueError, match=r"its exclude are \['4.\*'\], this call's \['4.\*', '4.weight'\]"):
+        run(path, **options | {"exclude": {"4.weight", "4.*"}})
+
+
+def test_without_tqdm_the_rounds_run_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = run(None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    assert run(None)[0] == wanted[0]

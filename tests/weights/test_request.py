@@ -256,3 +256,10 @@ def test_torch_s_defaults_do_not_leak_in(how):
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(found[name], mask) for name, mask in wanted.items())
+
+
+def test_scores_of_eight_bits_are_compared_with_a_threshold():
+    layer = nn.Linear(4, 2)
+    score = torch.tensor([[0.5, 1.0, 1.5, 2.0]] * 2)
+    masks = gp.prune(layer, lambda model: {"weight": score.to(torch.float8_e4m3fn)}, threshold=1.25)
+    assert masks["weight"].tolist() == [[False, False, True, True]] * 2
