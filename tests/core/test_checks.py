@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import gradprune as gp
 from gradprune.core import checks
 
 # The same number as Python, NumPy and torch know it.
@@ -254,3 +255,11 @@ def test_a_tensor_whose_entries_others_hold_is_refused_by_its_kind():
 
     with pytest.raises(TypeError, match="the weight 'w' is a Wrapped, whose entries are held by other tensors"):
         checks.require_values("w", torch.ones(2).as_subclass(Wrapped), "weight")
+
+
+def test_a_warning_points_at_the_line_of_the_user_s_that_called_in_however_deep_it_arises():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for call in (lambda: checks.warn("at once"), lambda: gp.prune(model, sparsity=0.5, granularity="channel")):
+        with pytest.warns(UserWarning, match="at once|last layer") as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}

@@ -180,9 +180,10 @@ def test_the_weight_of_a_known_layer_is_one_whatever_its_shape(model):
     assert not only(model).reason
 
 
+@pytest.mark.parametrize("shape", [(8, 4), (2, 2)])
 @pytest.mark.parametrize("name", ["w", "proj", "kernel", "weight", "pos_proj_weight", "token_weight"])
-def test_a_matrix_of_an_unknown_module_is_a_weight_without_known_axes(name):
-    (weight,) = weights_of(Raw(**{name: (8, 4)})).values()
+def test_a_matrix_of_an_unknown_module_is_a_weight_without_known_axes(name, shape):
+    (weight,) = weights_of(Raw(**{name: shape})).values()
     assert not weight.reason
     assert weight.axes is None
 

@@ -753,3 +753,22 @@ def test_an_output_on_an_accelerator_has_the_numbers_that_it_has_on_the_cpu(dtyp
     wanted = [output.double().mean(), output.double().std(correction=0), (output == 0).double().mean()]
     for place in (lambda t: t, on_accelerator):
         assert [float(x) for x in _statistics(place(output))] == pytest.approx([float(x) for x in wanted], rel=1e-5)
+
+
+def test_parameters_that_change_their_precision_or_their_shape_are_recorded_on():
+    layer = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    recorder = gp.Recorder(layer, optimizer)
+
+    def step(size):
+        for p in layer.parameters():
+            p.data.fill_(1.0)
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+
+    step(0.5)
+    layer.double()
+    step(1e-12)  # which float32 would lose beside 1
+    layer.weight.data = torch.ones(5, 4, dtype=torch.float64)
+    step(0.25)
+    assert recorder.trace.updates["weight"] == pytest.approx([0.5, 1e-12, 0.25], rel=1e-3)

@@ -367,8 +367,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(wanted: argparse.Namespace, tests: Covering) -> list[Mutant]:
-    """The mutants to try, in the order of the sample."""
+def chosen(wanted: argparse.Namespace, tests: Covering) -> Iterator[Mutant]:
+    """The mutants to try, in the order of the sample, each written out when its turn comes."""
     modules = [
         path
         for room in ROOMS
@@ -380,34 +380,38 @@ def chosen(wanted: argparse.Namespace, tests: Covering) -> list[Mutant]:
     mutations = [Mutations(path, tests) for path in modules]
     made = [(of, number) for of in mutations for number in range(len(of.found))]
     order = random.Random(wanted.seed).sample(made, len(made))
-    sample = list(islice(filter(None, (of.written(number) for of, number in order)), wanted.sample or None))
-    print(f"{len(made)} mutants of {len(modules)} modules; {len(sample)} in the sample", flush=True)
-    return sample
+    print(f"{len(made)} mutants of {len(modules)} modules", flush=True)
+    return islice(filter(None, (of.written(number) for of, number in order)), wanted.sample or None)
 
 
-def try_all(waiting: list[Mutant], wanted: argparse.Namespace, known: dict[str, str], tests: Covering) -> None:
-    """Try the mutants, some at a time, and note each outcome in the file as it comes."""
+def try_all(sample: Iterator[Mutant], wanted: argparse.Namespace, known: dict[str, str], tests: Covering) -> None:
+    """Try the mutants, some at a time, until the time is up, and note each outcome in the file as it comes."""
     children: dict[int, Mutant] = {}
-    began, left = time.monotonic(), list(reversed(waiting))
+    began, done, ahead = time.monotonic(), 0, next(sample, None)
     with RESULTS.open("a", encoding="utf-8") as results:
         try:
-            while left or children:
-                while left and len(children) < wanted.workers and time.monotonic() < began + 60 * wanted.minutes:
-                    mutant = left.pop()
-                    children[forked(partial(try_one, mutant, tests.took), KEPT / "last.log")] = mutant
-                if not children:
-                    print(f"time is up: {len(left)} are left; run it again to go on")
-                    break
+            while ahead or children:
+                while ahead and len(children) < wanted.workers:
+                    children[forked(partial(try_one, ahead, tests.took), KEPT / "last.log")] = ahead
+                    ahead = next(sample, None) if time.monotonic() < began + 60 * wanted.minutes else None
                 mutant, outcome = ended(children)
                 known[mutant.key] = outcome
                 results.write(json.dumps({"key": mutant.key, "outcome": outcome, "mutant": str(mutant)}) + "\n")
                 results.flush()
-                done = len(waiting) - len(left) - len(children)
+                done += 1
                 minutes = (time.monotonic() - began) / 60
-                print(f"{done} of {len(waiting)}, {done / minutes:.0f} a minute: {outcome}, {mutant}", flush=True)
+                print(f"{done} after {minutes:.0f} minutes: {outcome}, {mutant}", flush=True)
         finally:
             for child in children:
                 os.killpg(child, signal.SIGKILL)
+
+
+def untried(sample: Iterator[Mutant], known: dict[str, str], met: list[Mutant]) -> Iterator[Mutant]:
+    """Those of the sample of which nothing is known; all that come by are added to `met`."""
+    for mutant in sample:
+        met.append(mutant)
+        if mutant.key not in known:
+            yield mutant
 
 
 def report(sample: list[Mutant], known: dict[str, str]) -> int:
@@ -417,14 +421,14 @@ def report(sample: list[Mutant], known: dict[str, str]) -> int:
     outcomes: dict[str, Counter[str]] = {}
     survivors = []
     for mutant in sample:
-        outcome = known.get(mutant.key, "not tried")
+        outcome = known[mutant.key]
         if outcome == "survived" and (mutant.module, mutant.was, mutant.becomes) in reasons:
             outcome = "equivalent"
         if outcome == "survived":
             survivors.append(mutant)
         for name in (mutant.module, mutant.module.split("/")[0] + ", in all", "in all"):
             outcomes.setdefault(name, Counter())[outcome] += 1
-    heads = ["killed", "too slow", "by mypy", "survived", "equivalent", "not tried"]
+    heads = ["killed", "too slow", "by mypy", "survived", "equivalent"]
     print(f"\n{'module':28}" + "".join(f"{head:>12}" for head in heads))
     for name, counts in sorted(outcomes.items(), key=lambda row: (row[0] == "in all", ", in all" in row[0], row[0])):
         print(f"{name:28}" + "".join(f"{counts[head]:>12}" for head in heads))
@@ -453,12 +457,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         tests = covering()
-        sample, known = chosen(wanted, tests), tried()
+        known, met = tried(), list[Mutant]()
         try:
-            try_all([mutant for mutant in sample if mutant.key not in known], wanted, known, tests)
+            try_all(untried(chosen(wanted, tests), known, met), wanted, known, tests)
         except KeyboardInterrupt:
             print("stopped; run it again to go on")
-    return int(report(sample, known) > 0)
+    return int(report([mutant for mutant in met if mutant.key in known], known) > 0)
 
 
 if __name__ == "__main__":

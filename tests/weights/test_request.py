@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -133,6 +133,10 @@ def test_a_threshold_is_compared_exactly_whatever_the_dtype(threshold, dtype):
 
 
 @given(threshold=st.floats(allow_nan=False))
+@example(threshold=-1e19)  # beyond the 64 bits that hold whole scores, on either side
+@example(threshold=-(2.0**63))
+@example(threshold=2.0**63)
+@example(threshold=1e19)
 def test_whole_scores_are_compared_exactly_too(threshold):
     for dtype in (torch.int8, torch.int64, torch.uint8):
         limits = torch.iinfo(dtype)
