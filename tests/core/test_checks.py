@@ -259,7 +259,16 @@ def test_a_tensor_whose_entries_others_hold_is_refused_by_its_kind():
 
 def test_a_warning_points_at_the_line_of_the_user_s_that_called_in_however_deep_it_arises():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    for call in (lambda: checks.warn("at once"), lambda: gp.prune(model, sparsity=0.5, granularity="channel")):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = gp.Pruner(model, optimizer, gp.OneShot(0.5, at=1), granularity="channel")
+    model(torch.ones(1, 4)).sum().backward()
+    calls = {
+        "at once": lambda: checks.warn("at once"),
+        "in a function": lambda: gp.prune(model, sparsity=0.5, granularity="channel"),
+        "in a hook that torch calls": optimizer.step,
+    }
+    for call in calls.values():
         with pytest.warns(UserWarning, match="at once|last layer") as caught:
             call()
         assert {warning.filename for warning in caught} == {__file__}
+    assert pruner.masks.sparsity == 0.5
