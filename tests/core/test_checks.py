@@ -134,6 +134,11 @@ def test_the_ends_of_a_range_belong_to_it_or_not_as_it_says(value, ends):
     [
         (lambda: checks.fraction("sparsity", 1.2), r"sparsity must be in \[0, 1\], got 1.2"),
         (lambda: checks.number("t", 0, above=0), "t must be positive and finite, got 0"),
+        (lambda: checks.number("t", 1, above=2), "t must be a finite number, above 2, got 1"),
+        (lambda: checks.number("t", 0, above=0, most=3), "t must be a finite number, positive and at most 3, got 0"),
+        (lambda: checks.number("t", 9, least=1, below=9, finite=False), "t must be a number, at least 1 and below 9"),
+        (lambda: checks.number("t", math.nan), "t must be a finite number, got nan"),
+        (lambda: checks.whole("every", 9, least=1, most=8), "every must be between 1 and 8, got 9"),
         (lambda: checks.whole("every", 0, least=1), "every must be at least 1, got 0"),
         (lambda: checks.whole("every", 1.5), "every must be a whole number, got 1.5"),
         (lambda: checks.whole("every", torch.tensor(1.5)), "every must be a whole number, got a tensor of shape"),

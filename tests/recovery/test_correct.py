@@ -689,6 +689,28 @@ def test_a_damaged_checkpoint_is_refused_with_the_model_as_it_was(damage: str, t
     assert (tmp_path / "c").read_bytes() == data
 
 
+SAID = {
+    "no call": "the state lacks 'call': it is not one of iterate",
+    "call is text": "'call' in the state of iterate must be dict, got 'x'",
+    "entries are text": "a state of iterate must be a dict",
+    "an entry lacks a key": "the state lacks 'steps': it is not one of iterate",
+    "steps of text": "a step must be a whole number, got 'a'",
+    "a sparsity of text": "'sparsity' in the state of iterate must be float, got '0.5'",
+    "a sparsity beyond 1": r"the sparsity of an entry must be in \[0, 1\], got 1.5",
+    "values of text": "entry 1 has values that are no numbers",
+    "rounds in disorder": "entry 0 of the checkpoint is of round 2",
+    "a mask of no tensor": "the checkpoint 'c' has damaged masks: '4.bias'",
+}
+
+
+@pytest.mark.parametrize("damage", SAID)
+def test_what_is_damaged_in_a_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
+    run(tmp_path / "c")
+    rewritten(tmp_path / "c", DAMAGE[damage])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=SAID[damage]):
+        run(tmp_path / "c")
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 30, 1000, -1])
 def test_a_checkpoint_that_is_cut_off_is_refused(size: int, tmp_path: Path) -> None:
     run(tmp_path / "c", retrain=3)

@@ -267,3 +267,19 @@ def test_scores_of_eight_bits_are_compared_with_a_threshold():
     score = torch.tensor([[0.5, 1.0, 1.5, 2.0]] * 2)
     masks = gp.prune(layer, lambda model: {"weight": score.to(torch.float8_e4m3fn)}, threshold=1.25)
     assert masks["weight"].tolist() == [[False, False, True, True]] * 2
+
+
+@pytest.mark.parametrize("layout", [lambda w: w, torch.t], ids=["contiguous", "transposed"])
+def test_zeros_that_would_come_back_are_counted_in_layers_of_any_size(layout):
+    """Large ones are looked at by a sample first; what is said is exact."""
+    layer = nn.Linear(600, 600, bias=False)
+    layer.weight = nn.Parameter(layout(torch.randn(600, 600, generator=torch.Generator().manual_seed(0))))
+    zeros = 360_000 // 10 + 7
+    gone = torch.randperm(360_000, generator=torch.Generator().manual_seed(1))[:zeros]
+    with torch.no_grad():
+        layer.weight.masked_fill_(torch.zeros(360_000, dtype=torch.bool).index_fill_(0, gone, True).view(600, 600), 0.0)
+    with pytest.warns(UserWarning, match="^36,007 of the 360,000 weights are zero already and yet stay"):
+        gp.prune(layer, gp.random, sparsity=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.prune(layer, sparsity=0.2)
