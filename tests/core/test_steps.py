@@ -131,7 +131,7 @@ def test_gradients_are_told_after_the_closures_first_call(named):
     model = nn.Linear(8, 8)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
     norms = []
-    steps.Steps([optimizer], gradients=lambda: norms.append(model.weight.grad.norm().item()))
+    steps.Steps([optimizer], gradients=lambda: norms.append(model.weight.grad.norm().item()), taken=lambda: None)
     expected = backward(model, seed=1) and model.weight.grad.norm().item()
     model.zero_grad()
     optimizer.step(closure=lambda: backward(model, seed=1)) if named else optimizer.step(lambda: backward(model, 1))

@@ -987,3 +987,12 @@ def test_a_sparse_gradient_of_a_vector_is_one_unit():
     weight.grad = torch.sparse_coo_tensor([[0, 2]], [30.0, 40.0], (4,))
     gp.clip_adaptive_(weight, 0.1)
     torch.testing.assert_close(weight.grad.to_dense(), torch.tensor([0.24, 0.0, 0.32, 0.0]))  # 0.1 of the norm of 4
+
+
+def test_an_empty_gradient_beside_one_whose_squares_leave_the_range_says_nothing():
+    large, empty = nn.Parameter(torch.full((2,), 1e30)), nn.Parameter(torch.ones(0, 3))
+    large.grad, empty.grad = torch.full((2,), 1e25), torch.ones(0, 3)
+    log = gp.ClipLog()
+    gp.clip_adaptive_([large, empty], 0.01, log=log)
+    assert log.sizes == pytest.approx([1e-5])
+    assert log.factors == [1.0]
