@@ -128,6 +128,9 @@ def test_a_single_number_is_called_score_and_drawn() -> None:
     assert list(lines["after correction"]) == [e.corrected["score"] for e in history.entries[1:]]
     assert list(lines["after pruning"]) == [e.pruned["score"] for e in history.entries[1:]]
     assert list(lines["dense"]) == [history[0].corrected["score"]] * 2
+    shares = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
+    assert shares["after correction"] == shares["after pruning"] == [1 - e.sparsity for e in history.entries[1:]]
+    assert axes.xaxis_inverted()
 
 
 def test_drawing_without_numbers_or_an_unknown_one_says_what_there_is() -> None:
@@ -136,6 +139,11 @@ def test_drawing_without_numbers_or_an_unknown_one_says_what_there_is() -> None:
     both = gp.iterate(network(), train, THREE, steps=2, evaluate=lambda m: {"a": 1.0, "b": 2.0})
     with pytest.raises(ValueError, match=r"one of \['a', 'b'\], got None"):
         both.plot()
+    with pytest.raises(ValueError, match=r"one of \['a', 'b'\], got 'c'"):
+        both.plot("c")
+    assert [line.get_ydata()[0] for line in both.plot("b").axes[0].get_lines()] == [2.0] * 3
+    with pytest.raises(ValueError, match="give `evaluate`"):
+        History([], gp.Masks({})).plot()
 
 
 def test_the_loop_stops_where_it_is_told_to() -> None:
@@ -349,7 +357,8 @@ def test_the_network_that_comes_back_is_that_of_the_last_round_that_did_not_fail
     assert history[-1].failed
     assert history[-1].sparsity > 0.8
     assert [row["failed"] for row in history.rows()] == [False, False, False, True]
-    assert "failed" in [line.get_label() for line in history.plot().axes[0].get_lines()]
+    (failed,) = (line for line in history.plot().axes[0].get_lines() if line.get_label() == "failed")
+    assert (failed.get_xdata()[0], failed.get_ydata()[0]) == (1 - history[-1].sparsity, history[-1].corrected["score"])
     with history.masks.hold(torch.optim.SGD(model.parameters(), 0.1)):
         pass  # they belong to the model
 
