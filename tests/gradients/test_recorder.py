@@ -772,3 +772,10 @@ def test_parameters_that_change_their_precision_or_their_shape_are_recorded_on()
     layer.weight.data = torch.ones(5, 4, dtype=torch.float64)
     step(0.25)
     assert recorder.trace.updates["weight"] == pytest.approx([0.5, 1e-12, 0.25], rel=1e-3)
+
+
+@pytest.mark.parametrize(("wrong", "named"), [(1, "int"), (None, "NoneType"), ("yes", "str")])
+def test_updates_are_wanted_or_not(wrong, named):
+    layer = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=f"updates must be True or False, got {named}"):
+        gp.Recorder(layer, torch.optim.SGD(layer.parameters(), lr=0.1), updates=wrong)

@@ -214,14 +214,19 @@ class Covering:
 
 
 def spans(source: str, line: int) -> Iterator[range]:
-    """The lines of the statement that holds a line, without those inside it, and then those of its function."""
-    holding = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and n.lineno <= line <= n.end_lineno]
+    """The lines of the statement that holds a line, without those inside it; of its function, its class, its module.
+
+    A default is not passed through when a function is called, nor is a class's field.
+    """
+    module = ast.parse(source)
+    holding = [n for n in ast.walk(module) if isinstance(n, ast.stmt) and n.lineno <= line <= n.end_lineno]
     holding.sort(key=lambda node: (node.lineno, -node.end_lineno))
-    body = getattr(holding[-1], "body", None)
-    if not isinstance(holding[-1], ast.FunctionDef):
+    outer = [node for node in holding if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    if holding[-1] not in outer:
+        body = getattr(holding[-1], "body", None)
         yield range(holding[-1].lineno, body[0].lineno if body else holding[-1].end_lineno + 1)
-    for function in reversed([node for node in holding if isinstance(node, ast.FunctionDef)]):
-        yield range(function.body[0].lineno, function.end_lineno + 1)
+    for node in [*reversed(outer), module]:
+        yield range(node.body[0].lineno, node.body[-1].end_lineno + 1)
 
 
 class Watch:

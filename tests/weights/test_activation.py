@@ -217,6 +217,9 @@ def test_experts_that_all_get_the_same_number_of_rows_are_scored():
 PICKED = {
     "by an index": lambda w: w[torch.tensor([2, 0, 2])],
     "by an index of the second axis": lambda w: w.T[:, torch.tensor([2, 0, 2])].T,
+    "by an index of all entries": lambda w: (
+        w.view(-1).index_select(-1, torch.tensor([8, 9, 10, 11, 0, 1, 2, 3, 8, 9, 10, 11])).view(3, 4)
+    ),
     "by index_select": lambda w: w.index_select(0, torch.tensor([2, 0, 2])),
     "by index_select of the last axis": lambda w: w.T.index_select(-1, torch.tensor([2, 0, 2])).T,
 }
