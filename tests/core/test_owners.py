@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradprune.core.evaluate import arguments, call, evaluated, plain_kernels, tensors_in
+from gradprune.core.evaluate import arguments, as_written, call, evaluated, plain_kernels, tensors_in
 from gradprune.core.owners import Owners, aten, memory
 
 
@@ -113,3 +113,18 @@ def test_a_tensor_without_memory_of_its_own_has_none_that_can_be_told():
 def test_a_sparse_weight_is_known_by_the_values_that_it_stores():
     w = torch.eye(3).to_sparse()
     assert memory(w) == memory(w._values())
+
+
+def test_what_is_compiled_runs_as_it_is_written():
+    compiled_with = []
+
+    def backend(graph, inputs):
+        compiled_with.append(inputs)
+        return graph.forward
+
+    model = torch.compile(nn.Linear(2, 2), backend=backend)
+    with as_written():
+        model(torch.ones(1, 2))
+    assert not compiled_with
+    model(torch.ones(1, 2))
+    assert len(compiled_with) == 1

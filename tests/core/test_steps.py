@@ -267,3 +267,12 @@ def test_weights_that_a_lookahead_writes_are_zero_when_its_step_returns():
         optimizer.step()
         assert int((model.weight == 0).sum()) == (32 if step >= 3 else 0)
     assert pruner.step == 8
+
+
+def test_an_optimizer_that_is_reached_in_two_ways_or_in_a_circle_is_ridden_once():
+    parameter = nn.Parameter(torch.ones(1))
+    outer, inner = (torch.optim.SGD([parameter], lr=0.1) for _ in range(2))
+    outer.first = outer.second = inner
+    inner.outer = outer
+    assert steps.ridden(outer) == [outer, inner]
+    assert steps.ridden(inner) == [inner, outer]

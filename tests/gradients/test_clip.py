@@ -996,3 +996,12 @@ def test_an_empty_gradient_beside_one_whose_squares_leave_the_range_says_nothing
     gp.clip_adaptive_([large, empty], 0.01, log=log)
     assert log.sizes == pytest.approx([1e-5])
     assert log.factors == [1.0]
+
+
+def test_sparse_gradients_of_vectors_that_hold_equally_much_are_bounded_each_by_its_own_weights():
+    small, large = nn.Parameter(torch.full((4,), 2.0)), nn.Parameter(torch.full((16,), 2.0))
+    for weight in (small, large):
+        weight.grad = torch.sparse_coo_tensor([[0, 2]], [30.0, 40.0], weight.shape)
+    gp.clip_adaptive_([small, large], 0.1)
+    for weight, norm in ((small, 4.0), (large, 8.0)):
+        assert float(weight.grad.to_dense().norm()) == pytest.approx(0.1 * norm)

@@ -140,5 +140,6 @@ def test_half_precision_beside_full_has_one_norm_on_an_accelerator(on_accelerato
 def test_norms_beyond_every_float_are_infinite_not_an_error():
     assert combined_norm([1e308] * 4, 1.0) == math.inf
     assert combined_norm([3.0, 4.0], 2.0) == 5.0
+    assert combined_norm([], 2.0) == norm_of([], math.inf) == 0.0
     assert combined_norm([1e308, 1e308], 1e-3) == math.inf  # 2 to the power of 1000 times that
     assert combined_norm([1.0] * 2**12, 1e-3) == math.inf  # more than a power can give

@@ -212,3 +212,13 @@ def test_an_error_of_the_backward_pass_comes_through_as_it_is():
     layer = nn.Linear(2, 1)
     with pytest.raises(RuntimeError, match="my own backward is broken"):
         gp.gradient_norms(layer, Breaks.apply(layer(torch.ones(1, 2))).sum())
+
+
+def test_a_reentrant_checkpoint_is_found_behind_what_needs_no_gradient():
+    body, x = nn.Linear(4, 4), torch.ones(2, 4, requires_grad=True)
+    hidden = torch.utils.checkpoint.checkpoint(body, x, use_reentrant=True)
+    for loss in ((hidden * torch.ones(4)).sum(), (torch.ones(4) * hidden).sum(), (hidden * hidden + hidden).sum()):
+        with pytest.raises(ValueError, match="reentrant checkpoint"):
+            gp.gradient_norms(body, loss + body.bias.sum())
+        with pytest.raises(ValueError, match="reentrant checkpoint"):
+            gp.gradient_norms(body, body.bias.sum() + loss)

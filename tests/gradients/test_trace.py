@@ -167,3 +167,13 @@ def test_of_a_log_that_keeps_the_last_calls_these_are_drawn_at_their_numbers():
     above, below = logged(window=2).plot().axes
     for line in (*above.get_lines()[1:], *below.get_lines()):
         assert list(line.get_xdata()) == [3, 4]
+
+
+def test_a_log_without_a_size_that_can_be_drawn_shows_its_bounds():
+    log, parameter = gp.ClipLog(), nn.Parameter(torch.ones(2))
+    for size in (0.0, math.inf):
+        parameter.grad = torch.full((2,), size)
+        gp.clip_by_norm_(parameter, 2.0, nonfinite="zero", log=log)
+    sizes, bounds = log.plot().axes[0].get_lines()
+    assert list(sizes.get_ydata()) == []
+    assert list(bounds.get_ydata()) == [2.0, 2.0]

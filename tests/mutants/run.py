@@ -100,6 +100,9 @@ class Behaviour(MutationVisitor):
     def _create_mutations(self, node: libcst.CSTNode) -> None:
         before = len(self.mutations)
         super()._create_mutations(node)
+        if isinstance(node, libcst.Float):  # 1e30 and one more is 1e30
+            value = node.evaluated_value
+            self.mutations[before:] = [m for m in self.mutations[before:] if m.mutated_node.evaluated_value != value]
         if isinstance(node, libcst.Call):
             kept = self.left_out.intersection(node.args)
             made = [mutation for mutation in self.mutations[before:] if kept <= set(mutation.mutated_node.children)]

@@ -93,6 +93,7 @@ def test_weight_rewinding_starts_from_the_weights_of_that_step_with_the_new_mask
     watch, model = Watch(), network()
     gp.iterate(model, watch, THREE, steps=10, rewind="weights", rewind_to=start)
     assert watch.steps == ([range(4)] if start else []) + [range(start, 10)] * 4
+    assert [work.number for work in watch.rounds] == ([0] if start else []) + [0, 1, 2, 3]
     early = network()
     train(early, Round(0, range(start), gp.Masks({}), None))
     for work, before in list(zip(watch.rounds, watch.before, strict=True))[-3:]:

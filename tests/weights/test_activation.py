@@ -266,3 +266,29 @@ def test_what_a_model_does_in_inference_mode_is_seen():
 
     model = Inner()
     assert_scored(gp.activation(model, [X]), "layer.weight", model.layer.weight, norms(X))
+
+
+def test_a_sparse_input_counts_as_the_dense_one_that_it_stands_for():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    model, x = Product(), X.where(X > 0, 0.0)
+    assert_scored(gp.activation(model, [x.to_sparse()]), "weight", model.weight, norms(x)[:, None])
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64])
+def test_torchs_default_dtype_does_not_leak_in(default):
+    layer = nn.Linear(4, 3)
+    wanted = gp.activation(layer, [X])["weight"]
+    torch.set_default_dtype(default)
+    try:
+        found = gp.activation(layer, [X])["weight"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)

@@ -127,3 +127,10 @@ def test_what_cannot_be_made_plain_is_refused_before_anything_is(spoil):
 def test_what_is_no_model_is_said_to_be_none(call, wrong):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
         call(wrong)
+
+
+def test_a_mask_of_the_model_s_own_is_none_of_torchs():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_buffer("pad_mask", torch.ones(4))
+    torch_prune.l1_unstructured(model[1], "weight", 0.5)
+    assert list(gp.Masks.from_torch(model)) == ["1.weight"]

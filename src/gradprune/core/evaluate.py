@@ -27,7 +27,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}  # pragma: no mutate: needs CUDA
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), _no_cached_casts():
+    restored = torch.random.fork_rng(devices=devices)  # pragma: no mutate: needs CUDA
+    with restored, torch.inference_mode(False), _no_cached_casts():
         try:
             with suppress(NotImplementedError):  # an exported graph has one mode only
                 model.eval()
