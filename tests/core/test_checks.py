@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import gradprune as gp
 from gradprune.core import checks
 
 # The same number as Python, NumPy and torch know it.
@@ -134,6 +135,11 @@ def test_the_ends_of_a_range_belong_to_it_or_not_as_it_says(value, ends):
     [
         (lambda: checks.fraction("sparsity", 1.2), r"sparsity must be in \[0, 1\], got 1.2"),
         (lambda: checks.number("t", 0, above=0), "t must be positive and finite, got 0"),
+        (lambda: checks.number("t", 1, above=2), "t must be a finite number, above 2, got 1"),
+        (lambda: checks.number("t", 0, above=0, most=3), "t must be a finite number, positive and at most 3, got 0"),
+        (lambda: checks.number("t", 9, least=1, below=9, finite=False), "t must be a number, at least 1 and below 9"),
+        (lambda: checks.number("t", math.nan), "t must be a finite number, got nan"),
+        (lambda: checks.whole("every", 9, least=1, most=8), "every must be between 1 and 8, got 9"),
         (lambda: checks.whole("every", 0, least=1), "every must be at least 1, got 0"),
         (lambda: checks.whole("every", 1.5), "every must be a whole number, got 1.5"),
         (lambda: checks.whole("every", torch.tensor(1.5)), "every must be a whole number, got a tensor of shape"),
@@ -263,3 +269,29 @@ def test_a_warning_is_of_its_kind_and_at_the_callers_line(category):
     with pytest.warns(category, match="^m$") as caught:
         checks.warn("m", category)
     assert caught[0].filename == __file__
+
+
+def test_a_tensor_whose_entries_others_hold_is_refused_by_its_kind():
+    class Wrapped(torch.Tensor):
+        def __tensor_flatten__(self):
+            return [], None
+
+    with pytest.raises(TypeError, match="the weight 'w' is a Wrapped, whose entries are held by other tensors"):
+        checks.require_values("w", torch.ones(2).as_subclass(Wrapped), "weight")
+
+
+def test_a_warning_points_at_the_line_of_the_user_s_that_called_in_however_deep_it_arises():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = gp.Pruner(model, optimizer, gp.OneShot(0.5, at=1), granularity="channel")
+    model(torch.ones(1, 4)).sum().backward()
+    calls = {
+        "at once": lambda: checks.warn("at once"),
+        "in a function": lambda: gp.prune(model, sparsity=0.5, granularity="channel"),
+        "in a hook that torch calls": optimizer.step,
+    }
+    for call in calls.values():
+        with pytest.warns(UserWarning, match="at once|last layer") as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}
+    assert pruner.masks.sparsity == 0.5

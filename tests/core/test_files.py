@@ -1,6 +1,7 @@
 """A file is whole or not there, nothing beside it is touched, and what is no file of ours is refused by what it is."""
 
 import io
+import itertools
 import os
 import pickle
 import stat
@@ -255,3 +256,12 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path):
     number, found = files.read(path, KIND)
     assert bool((found["a"] == number).all())
     assert all(name == "f" or name.startswith((".gradprune-", ".tmp")) for name in names(tmp_path))
+
+
+def test_a_file_that_never_stays_the_same_is_given_up_on_by_name(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    files.write(path, KIND, None, tensors())
+    versions = itertools.count()
+    monkeypatch.setattr(files, "_version", lambda _: (next(versions), 0, 0))
+    with pytest.raises(OSError, match=r"f' is written again and again while it is read"):
+        files.read(path, KIND)

@@ -180,9 +180,10 @@ def test_the_weight_of_a_known_layer_is_one_whatever_its_shape(model):
     assert not only(model).reason
 
 
+@pytest.mark.parametrize("shape", [(8, 4), (2, 2)])
 @pytest.mark.parametrize("name", ["w", "proj", "kernel", "weight", "pos_proj_weight", "token_weight"])
-def test_a_matrix_of_an_unknown_module_is_a_weight_without_known_axes(name):
-    (weight,) = weights_of(Raw(**{name: (8, 4)})).values()
+def test_a_matrix_of_an_unknown_module_is_a_weight_without_known_axes(name, shape):
+    (weight,) = weights_of(Raw(**{name: shape})).values()
     assert not weight.reason
     assert weight.axes is None
 
@@ -349,3 +350,59 @@ def test_a_model_s_copy_is_looked_at_like_the_model():
     for name, weight in weights_of(copy.deepcopy(model)).items():
         ours = weights_of(model)[name]
         assert (weight.axes, weight.reason, weight.direction) == (ours.axes, ours.reason, ours.direction)
+
+
+def of_transformers(name, **attributes):
+    """A module of a kind that transformers has, which is known by its name."""
+    kind = type(name, (nn.Module,), {"__module__": "transformers.models"})
+    module = kind()
+    for attribute, value in attributes.items():
+        setattr(module, attribute, value)
+    return module
+
+
+STACK = (3, 4, 5)
+KINDS_OF_TRANSFORMERS = {
+    "Conv1D": ("Conv1D", "weight", (4, 5), {}, Axes(1, 0)),
+    "a router": ("MixtralTopKRouter", "weight", (4, 5), {}, Axes()),
+    "experts, inputs first": ("Llama4TextExperts", "gate_up_proj", STACK, {}, Axes(2, 1, (0,))),
+    "experts, outputs first": ("JetMoeParallelExperts", "weight", STACK, {}, Axes(1, 2, (0,))),
+    "experts that say inputs first": ("AnyExperts", "gate_up_proj", STACK, {"is_transposed": True}, Axes(2, 1, (0,))),
+    "experts that say outputs first": ("AnyExperts", "down_proj", STACK, {"is_transposed": False}, Axes(1, 2, (0,))),
+}
+
+
+@pytest.mark.parametrize("case", KINDS_OF_TRANSFORMERS.values(), ids=KINDS_OF_TRANSFORMERS)
+def test_layers_of_transformers_say_where_their_outputs_are(case):
+    name, attribute, shape, more, axes = case
+    layer = of_transformers(name, **{attribute: nn.Parameter(torch.ones(shape))}, **more)
+    assert only(layer, attribute).axes == axes
+    renamed = type(name, (nn.Module,), {"__module__": "elsewhere"})()  # of another library nothing is known
+    setattr(renamed, attribute, nn.Parameter(torch.ones(shape)))
+    assert only(renamed, attribute).axes is None
+
+
+def test_a_stack_s_bias_and_a_matrix_beside_it_are_no_stack():
+    layer = of_transformers(
+        "Experts", is_transposed=True, up_bias=nn.Parameter(torch.ones(STACK)), gate=nn.Parameter(torch.ones(4, 5))
+    )
+    assert only(layer, "up_bias").reason == "is a bias"
+    assert only(layer, "gate").axes is None
+
+
+def test_a_parameter_that_layers_store_in_different_orders_has_no_outputs():
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1))
+    model[1].weight = model[0].weight
+    found = only(model, "0.weight")
+    assert found.names == ("0.weight", "1.weight")
+    assert found.packed == "layers that store it in different orders share it"
+    model[1] = nn.Conv1d(4, 4, 1)
+    model[1].weight = model[0].weight
+    assert only(model, "0.weight").packed == ""
+
+
+def test_what_torchs_own_pruning_renamed_is_the_layer_s_weight():
+    layer = nn.Conv1d(4, 6, 1)
+    torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5)
+    found = only(layer, "weight_orig")
+    assert (found.module, found.attribute, found.axes) == (layer, "weight", Axes())

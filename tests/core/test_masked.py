@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradprune.core import masked
-from gradprune.core.masked import count_kept, zero_pruned_
+from gradprune.core.masked import count_alive, count_kept, zero_pruned_
 
 DTYPES = [
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -115,3 +115,12 @@ def test_a_tensor_of_inference_mode_is_written_in_it():
 def test_counting():
     assert count_kept(torch.tensor([[True, False], [True, True]])) == 3
     assert count_kept(torch.empty(0, dtype=torch.bool)) == 0
+
+
+def test_what_is_not_zero_though_it_is_pruned_is_counted():
+    values = torch.tensor([[1.0, -0.0, 0.0], [math.nan, 2.0, -math.inf]])
+    mask = torch.tensor([[True, False, False], [False, True, False]])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert count_alive([(values.to(dtype), mask), (values.T.to(dtype), mask.T)]) == 4
+    assert count_alive([]) == 0
+    assert count_alive([(values, torch.ones_like(mask))]) == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradprune.core.evaluate import arguments, call, evaluated, plain_kernels, tensors_in
+from gradprune.core.evaluate import arguments, as_written, call, evaluated, plain_kernels, tensors_in
 from gradprune.core.owners import Owners, aten, memory
 
 
@@ -104,3 +104,27 @@ def test_inputs_are_one_tensor_several_arguments_or_named_ones():
     assert arguments({"a": x}) == ((), {"a": x})
     assert arguments(packed) == ((packed,), {})
     assert list(tensors_in(("label", {"a": [x]}, None))) == [x]
+
+
+def test_a_tensor_without_memory_of_its_own_has_none_that_can_be_told():
+    assert memory(torch.ones(2, 2).to_mkldnn()) is None
+
+
+def test_a_sparse_weight_is_known_by_the_values_that_it_stores():
+    w = torch.eye(3).to_sparse()
+    assert memory(w) == memory(w._values())
+
+
+def test_what_is_compiled_runs_as_it_is_written():
+    compiled_with = []
+
+    def backend(graph, inputs):
+        compiled_with.append(inputs)
+        return graph.forward
+
+    model = torch.compile(nn.Linear(2, 2), backend=backend)
+    with as_written():
+        model(torch.ones(1, 2))
+    assert not compiled_with
+    model(torch.ones(1, 2))
+    assert len(compiled_with) == 1

@@ -284,6 +284,8 @@ def test_n_of_m_errors_say_what_does_not_fit():
         select.keep_n_of_m(torch.ones(2, 6), 2, 4, name="'fc'")
     with pytest.raises(ValueError, match="0 <= n <= m"):
         select.keep_n_of_m(torch.ones(2, 6), 4, 3)
+    with pytest.raises(ValueError, match=r"^tensor contains NaN"):
+        select.keep_n_of_m(torch.full((1, 2), math.nan), 1, 2)
     with pytest.raises(ValueError, match="contains NaN"):
         select.keep_n_of_m(torch.full((1, 2), math.nan), 1, 2)
 

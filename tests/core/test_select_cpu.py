@@ -94,3 +94,21 @@ def test_ties_at_an_end_of_all_ranks_are_found_in_three_passes(k, value):
     ):
         assert kth_smallest(values, k, by="magnitude") == values.sort().values[k - 1]
     assert count.call_count <= 3
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("sorted_before", [False, True])
+def test_a_rank_among_values_of_many_sizes_is_found_in_one_pass_and_few_are_gathered(share, sorted_before):
+    values = torch.randn(400_000, generator=torch.Generator().manual_seed(1))
+    values = values.sort().values if sorted_before else values
+    k = round(share * values.numel())
+    with (
+        mock.patch.object(select_cpu, "GATHER_ALL", 100),
+        mock.patch.object(select_cpu, "_count", wraps=select_cpu._count) as count,
+        mock.patch.object(select_cpu, "_kth_inside", wraps=select_cpu._kth_inside) as gathered,
+    ):
+        assert kth_smallest(values, k) == values.sort().values[k - 1]
+    assert count.call_count == 1
+    inside = sum(part.size for part in gathered.call_args.args[0])
+    spread = 400_000 * (share * (1 - share) / select_cpu.SAMPLE) ** 0.5  # of the rank that a sample gives
+    assert 5 * spread < inside < 20 * spread + 100

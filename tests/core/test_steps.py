@@ -119,7 +119,7 @@ def test_gradients_are_told_after_the_closures_first_call(named):
     model = nn.Linear(8, 8)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
     norms = []
-    steps.Steps([optimizer], gradients=lambda: norms.append(model.weight.grad.norm().item()))
+    steps.Steps([optimizer], gradients=lambda: norms.append(model.weight.grad.norm().item()), taken=lambda: None)
     expected = backward(model, seed=1) and model.weight.grad.norm().item()
     model.zero_grad()
     optimizer.step(closure=lambda: backward(model, seed=1)) if named else optimizer.step(lambda: backward(model, 1))
@@ -255,3 +255,12 @@ def test_weights_that_a_lookahead_writes_are_zero_when_its_step_returns():
         optimizer.step()
         assert int((model.weight == 0).sum()) == (32 if step >= 3 else 0)
     assert pruner.step == 8
+
+
+def test_an_optimizer_that_is_reached_in_two_ways_or_in_a_circle_is_ridden_once():
+    parameter = nn.Parameter(torch.ones(1))
+    outer, inner = (torch.optim.SGD([parameter], lr=0.1) for _ in range(2))
+    outer.first = outer.second = inner
+    inner.outer = outer
+    assert steps.ridden(outer) == [outer, inner]
+    assert steps.ridden(inner) == [inner, outer]

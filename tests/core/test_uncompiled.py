@@ -8,6 +8,7 @@ from torch import nn
 
 import gradprune as gp
 from gradprune.core.select import keep_n_of_m
+from gradprune.core.uncompiled import uncompiled
 
 
 def test_choosing_and_pruning_run_inside_a_compiled_function():
@@ -38,3 +39,13 @@ def test_a_compiled_step_prunes():
 def test_the_import_does_not_import_the_compiler():
     code = "import torch, sys, gradprune; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_where_the_compiler_was_never_imported_the_function_itself_runs(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+
+    def called_with(*args, **kwargs):
+        return args, kwargs
+
+    assert uncompiled(called_with)(1, b=2) == ((1,), {"b": 2})
+    assert "torch._dynamo" not in sys.modules

@@ -980,3 +980,28 @@ def test_adaptive_clipping_of_many_small_layers_is_that_of_each_by_itself(weight
     gp.clip_adaptive_(together, 0.1)
     for one, p in zip(alone, together, strict=True):
         torch.testing.assert_close(p.grad, one.grad, rtol=1e-6, atol=0)
+
+
+def test_a_sparse_gradient_of_a_vector_is_one_unit():
+    weight = nn.Parameter(torch.full((4,), 2.0))
+    weight.grad = torch.sparse_coo_tensor([[0, 2]], [30.0, 40.0], (4,))
+    gp.clip_adaptive_(weight, 0.1)
+    torch.testing.assert_close(weight.grad.to_dense(), torch.tensor([0.24, 0.0, 0.32, 0.0]))  # 0.1 of the norm of 4
+
+
+def test_an_empty_gradient_beside_one_whose_squares_leave_the_range_says_nothing():
+    large, empty = nn.Parameter(torch.full((2,), 1e30)), nn.Parameter(torch.ones(0, 3))
+    large.grad, empty.grad = torch.full((2,), 1e25), torch.ones(0, 3)
+    log = gp.ClipLog()
+    gp.clip_adaptive_([large, empty], 0.01, log=log)
+    assert log.sizes == pytest.approx([1e-5])
+    assert log.factors == [1.0]
+
+
+def test_sparse_gradients_of_vectors_that_hold_equally_much_are_bounded_each_by_its_own_weights():
+    small, large = nn.Parameter(torch.full((4,), 2.0)), nn.Parameter(torch.full((16,), 2.0))
+    for weight in (small, large):
+        weight.grad = torch.sparse_coo_tensor([[0, 2]], [30.0, 40.0], weight.shape)
+    gp.clip_adaptive_([small, large], 0.1)
+    for weight, norm in ((small, 4.0), (large, 8.0)):
+        assert float(weight.grad.to_dense().norm()) == pytest.approx(0.1 * norm)

@@ -8,6 +8,7 @@ from torch import nn
 
 import gradprune as gp
 from examples import oracle_norm
+from gradprune.gradients.norms import combined_norm, norm_of
 
 
 def with_grad(gradient):
@@ -86,3 +87,52 @@ def test_an_order_near_zero_is_an_error_that_names_it(p):
     with pytest.raises(ValueError, match=r"the norm of order .* of these gradients is beyond float64"):
         gp.clip_by_norm_(parameters, 1.0, norm_type=p)
     assert all((parameter.grad == 1).all() for parameter in parameters)
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+
+
+def gradients_of_all_kinds(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (5, 2), (2**13 + 1,), (0,)]
+    return [torch.randn(shape, generator=generator, dtype=torch.complex64).to(dtype) for shape in shapes]
+
+
+def as_model(gradients):
+    model = nn.ParameterList([nn.Parameter(torch.zeros_like(g)) for g in gradients])
+    for parameter, gradient in zip(model, gradients, strict=True):
+        parameter.grad = gradient
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_on_an_accelerator_are_those_on_the_cpu(dtype, on_accelerator):
+    gradients = gradients_of_all_kinds(dtype)
+    wanted = gp.gradient_norms(as_model(gradients))
+    found = gp.gradient_norms(as_model([on_accelerator(g) for g in gradients]))
+    assert list(found) == list(wanted)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert all(type(norm) is float for norm in found.values())
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex")
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_of_all_on_an_accelerator_is_that_on_the_cpu(dtype, p, on_accelerator):
+    gradients = gradients_of_all_kinds(dtype)
+    assert norm_of([on_accelerator(g) for g in gradients], p) == pytest.approx(norm_of(gradients, p), rel=1e-5)
+
+
+def test_half_precision_beside_full_has_one_norm_on_an_accelerator(on_accelerator):
+    half, full = torch.full((4,), 300.0, dtype=torch.float16), torch.full((4,), 400.0)  # squares beyond float16
+    assert norm_of([on_accelerator(half), on_accelerator(full)], 2.0) == pytest.approx(1000.0)
+    assert norm_of([on_accelerator(half)], 2.0) == pytest.approx(600.0)
+
+
+def test_norms_beyond_every_float_are_infinite_not_an_error():
+    assert combined_norm([1e308] * 4, 1.0) == math.inf
+    assert combined_norm([3.0, 4.0], 2.0) == 5.0
+    assert combined_norm([], 2.0) == norm_of([], math.inf) == 0.0
+    assert combined_norm([1e308, 1e308], 1e-3) == math.inf  # 2 to the power of 1000 times that
+    assert combined_norm([1.0] * 2**12, 1e-3) == math.inf  # more than a power can give

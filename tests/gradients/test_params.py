@@ -130,3 +130,10 @@ def test_gradients_in_the_place_of_parameters_are_an_error(name: str) -> None:
             FUNCTIONS[name](wrong)
     with pytest.raises(ValueError, match="were computed from others, so that no gradient is kept"):
         FUNCTIONS[name]([p * 1 for p in model.parameters()])
+
+
+def test_of_what_is_no_tensor_and_no_gradient_only_the_kind_is_said() -> None:
+    with pytest.raises(TypeError, match=r"entry 0 is str$"):
+        with_gradient(["weight"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"entry 1 is NoneType: where a parameter has no gradient, give the parameter"):
+        with_gradient([nn.Parameter(torch.ones(1)), None])  # type: ignore[list-item]

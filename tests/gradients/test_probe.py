@@ -178,3 +178,35 @@ def test_gradient_norms_say_what_was_given_instead_of_a_model_or_a_loss():
     used.backward()
     with pytest.raises(ValueError, match=r"the graph of loss is gone, as backward\(\) was called on it"):
         gp.gradient_norms(model, used)
+
+
+def test_gradient_norms_name_a_gradient_without_values():
+    layer = nn.Linear(2, 1).to("meta")
+    layer.weight.grad = torch.ones(1, 2, device="meta")
+    with pytest.raises(TypeError, match="the gradient of 'weight' is on the meta device"):
+        gp.gradient_norms(layer)
+
+
+def test_an_error_of_the_backward_pass_comes_through_as_it_is():
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("my own backward is broken")
+
+    layer = nn.Linear(2, 1)
+    with pytest.raises(RuntimeError, match="my own backward is broken"):
+        gp.gradient_norms(layer, Breaks.apply(layer(torch.ones(1, 2))).sum())
+
+
+def test_a_reentrant_checkpoint_is_found_behind_what_needs_no_gradient():
+    body, x = nn.Linear(4, 4), torch.ones(2, 4, requires_grad=True)
+    hidden = torch.utils.checkpoint.checkpoint(body, x, use_reentrant=True)
+    for loss in ((hidden * torch.ones(4)).sum(), (torch.ones(4) * hidden).sum(), (hidden * hidden + hidden).sum()):
+        with pytest.raises(ValueError, match="reentrant checkpoint"):
+            gp.gradient_norms(body, loss + body.bias.sum())
+        with pytest.raises(ValueError, match="reentrant checkpoint"):
+            gp.gradient_norms(body, body.bias.sum() + loss)

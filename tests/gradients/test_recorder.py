@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import gradprune as gp
 from examples import Delegating, oracle_norm, small_net
+from gradprune.gradients.recorder import _statistics
 
 
 def train(model, optimizer, steps=6, recorded=None, seed=1):
@@ -716,3 +717,37 @@ def test_torchs_defaults_change_no_number(change, to, back):
     assert traces[0] == traces[1]
     assert norms == pytest.approx({name: norm[-1] for name, norm in traces[0].gradients.items()})
     assert torch.allclose(values, gp.jacobian_singular_values(model, x[0])[:2], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_an_output_on_an_accelerator_has_the_numbers_that_it_has_on_the_cpu(dtype, on_accelerator):
+    output = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
+    wanted = [output.double().mean(), output.double().std(correction=0), (output == 0).double().mean()]
+    for place in (lambda t: t, on_accelerator):
+        assert [float(x) for x in _statistics(place(output))] == pytest.approx([float(x) for x in wanted], rel=1e-5)
+
+
+def test_parameters_that_change_their_precision_or_their_shape_are_recorded_on():
+    layer = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    recorder = gp.Recorder(layer, optimizer)
+
+    def step(size):
+        for p in layer.parameters():
+            p.data.fill_(1.0)
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+
+    step(0.5)
+    layer.double()
+    step(1e-12)  # which float32 would lose beside 1
+    layer.weight.data = torch.ones(5, 4, dtype=torch.float64)
+    step(0.25)
+    assert recorder.trace.updates["weight"] == pytest.approx([0.5, 1e-12, 0.25], rel=1e-3)
+
+
+@pytest.mark.parametrize(("wrong", "named"), [(1, "int"), (None, "NoneType"), ("yes", "str")])
+def test_updates_are_wanted_or_not(wrong, named):
+    layer = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=f"updates must be True or False, got {named}"):
+        gp.Recorder(layer, torch.optim.SGD(layer.parameters(), lr=0.1), updates=wrong)

@@ -705,3 +705,14 @@ def test_the_share_above_a_multiple_of_the_mean_is_the_predicted_one():
         )
         (parameter,) = with_gradients([laplace], torch.float64)
         assert gp.threshold_gradients_(parameter, ratio=ratio) == pytest.approx(math.exp(-ratio), abs=0.0025)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_on_an_accelerator_are_sparsified_as_on_the_cpu(dtype, on_accelerator):
+    made = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    here, there = (nn.Parameter(torch.zeros_like(made)) for _ in range(2))
+    here.grad, there.grad = made.clone(), on_accelerator(made.clone())
+    wanted = gp.threshold_gradients_(here, ratio=1.0)
+    assert 0.2 < wanted < 0.8
+    assert gp.threshold_gradients_(there, ratio=1.0) == wanted
+    assert torch.equal(there.grad.as_subclass(torch.Tensor), here.grad)

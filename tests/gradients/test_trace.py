@@ -25,8 +25,8 @@ def traced(steps=5, layers=2):
     return recorder.trace
 
 
-def logged(kind="norm"):
-    log, parameter = gp.ClipLog(), nn.Parameter(torch.ones(2))
+def logged(kind="norm", window=10_000):
+    log, parameter = gp.ClipLog(window), nn.Parameter(torch.ones(2))
     for size in (0.5, 4.0, math.inf, 0.0, 10.0):
         parameter.grad = torch.full((2,), size)
         if kind == "norm":
@@ -69,6 +69,9 @@ def test_a_trace_is_drawn_with_a_line_for_each_parameter_and_module():
     assert all(axes.get_yscale() == "log" for axes in figure.axes)
     assert figure.axes[-1].get_xlabel() == "step"
     assert figure.get_suptitle() == "5 recorded steps, first layer dark, last layer light"
+    light = [sum(line.get_color()[:3]) for line in lines]
+    assert light == sorted(light)
+    assert light[0] < 1 < light[-1]
 
 
 def test_a_trace_of_many_layers_names_the_first_the_last_and_some_between():
@@ -98,6 +101,7 @@ def test_a_log_is_drawn_with_its_sizes_bounds_and_factors(kind):
     assert list(sizes.get_xdata()) == [0, 1, 4]  # what is not finite, or zero, has no place on a logarithmic axis
     assert list(sizes.get_ydata()) == pytest.approx([log.sizes[at] for at in (0, 1, 4)])
     assert list(bounds.get_ydata()) == log.bounds
+    assert list(bounds.get_xdata()) == list(below.get_lines()[0].get_xdata()) == log.steps
     assert list(below.get_lines()[0].get_ydata()) == pytest.approx(log.factors)
     assert (above.get_yscale(), below.get_xlabel()) == ("log", "call")
     assert above.get_ylabel() in (
@@ -157,3 +161,19 @@ def test_a_damaged_state_of_a_log_changes_nothing(change, message):
     for wrong in (None, True, "10"):
         with pytest.raises(TypeError, match="window must be a whole number"):
             gp.ClipLog(wrong)
+
+
+def test_of_a_log_that_keeps_the_last_calls_these_are_drawn_at_their_numbers():
+    above, below = logged(window=2).plot().axes
+    for line in (*above.get_lines()[1:], *below.get_lines()):
+        assert list(line.get_xdata()) == [3, 4]
+
+
+def test_a_log_without_a_size_that_can_be_drawn_shows_its_bounds():
+    log, parameter = gp.ClipLog(), nn.Parameter(torch.ones(2))
+    for size in (0.0, math.inf):
+        parameter.grad = torch.full((2,), size)
+        gp.clip_by_norm_(parameter, 2.0, nonfinite="zero", log=log)
+    sizes, bounds = log.plot().axes[0].get_lines()
+    assert list(sizes.get_ydata()) == []
+    assert list(bounds.get_ydata()) == [2.0, 2.0]

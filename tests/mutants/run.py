@@ -1,13 +1,22 @@
 """Do the tests notice when the code is changed a little? (`make mutants`)
 
 mutmut makes the mutants: an operator, a number, a text, an argument or a call is another one. A sample of them, drawn
-by a seed, is tried: each in a process of its own that imports the changed module in place of the file and runs the
-tests of its room until one fails. Nothing is written into the sources. What was tried is kept in mutants/, so that a
-run that was stopped goes on where it was, and one after a change tries again what the change can reach. Survivors that
-no test can notice are listed in equivalent.toml, with the reason.
+by a seed, is tried: each in a process of its own that imports the changed module in place of the file and runs tests
+until one fails: those that pass through the changed lines, which coverage tells, the module's own first. (Processes
+that a test starts have the code as it is.) What passes them all is shown to mypy, as `make test` does. Nothing is
+written into the sources. What was tried is kept in mutants/, so that a run that was stopped goes on where it was, and
+one after a change tries again what the change can reach.
+
+What is not behaviour is not changed, by rule (`no_behaviour`): texts with a space, of which tests assert the part that
+helps; zip's `strict` and cast's type, which say to readers what holds anyway; the device that `to` moves a tensor to,
+which takes two devices to tell; and how a picture looks, which is the numbers, texts and named arguments where
+matplotlib's Figure or Axes is in the signature. What only an accelerator can tell beside that has the comment
+`# pragma: no mutate` and the reason. Other survivors that no test can notice are listed in equivalent.toml, each with
+the reason.
 """
 
 import argparse
+import ast
 import difflib
 import hashlib
 import importlib.machinery
@@ -17,17 +26,25 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "GRADPRUNE_QUIET": "1", "TQDM_DISABLE": "1"}
 
+import coverage
+import hypothesis
 import libcst
+import libcst.matchers as m
+import pytest
 import tomllib
 from libcst.metadata import MetadataWrapper
 from mutmut.mutation.file_mutation import MutationVisitor, deep_replace
@@ -36,17 +53,14 @@ from mutmut.mutation.pragma_handling import get_ignored_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "gradprune"
-RESULTS = ROOT / "mutants" / "results.jsonl"
+KEPT = ROOT / "mutants"
+RESULTS = KEPT / "results.jsonl"
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
-# The tests that are run for a room; where they are several, in this order.
-TESTS = {
-    "core": ["core", "weights", "gradients"],
-    "gradients": ["gradients"],
-    "weights": ["weights"],
-    "recovery": ["recovery"],
-}
+ROOMS = ["core", "gradients", "weights", "recovery"]
+TESTS = [*(f"tests/{room}" for room in ROOMS), "tests/test_bad_calls.py", "tests/test_docstrings.py"]
 MEMORY = 12 * 2**30  # bytes that one process may take: a mutant may ask for any amount
-PATIENCE, GRACE = 3.0, 20.0  # a mutant may take this many times as long as the tests, and some seconds
+PATIENCE, GRACE = 5.0, 30.0  # a test may take this many times as long as on the code as it is, and some seconds
+OUTCOMES = {0: "survived", 4: "by mypy"}  # by the status of the process that tried a mutant; else it was killed
 
 
 @dataclass(frozen=True)
@@ -59,45 +73,91 @@ class Mutant:
     becomes: str
     source: str
     key: str
+    stages: list[list[str]] = field(repr=False)  # the tests that try it, one after the other as long as they pass
 
     def __str__(self) -> str:
         return f"{self.module}:{self.line}\n    - {self.was}\n    + {self.becomes}"
 
 
-class InEveryFunction(MutationVisitor):
-    """mutmut's own passes over decorated functions, which its way to switch mutants cannot handle; ours can."""
+class Behaviour(MutationVisitor):
+    """mutmut's own passes over decorated functions, which its way to switch mutants cannot handle; ours can.
+
+    It leaves out what is not behaviour, as the opening words of this file say.
+    """
+
+    def __init__(self, path: Path, source: str, wrapper: MetadataWrapper) -> None:
+        super().__init__(mutation_operators, get_ignored_lines(str(path), source, wrapper))
+        self.left_out: set[libcst.CSTNode] = set()
 
     def _skip_node_and_children(self, node: libcst.CSTNode) -> bool:
+        self.left_out.update(no_behaviour(node))
+        if node in self.left_out:
+            return True
         if isinstance(node, libcst.FunctionDef) and node.decorators:
-            return any("overload" in libcst.Module([]).code_for_node(decorator) for decorator in node.decorators)
+            return any("overload" in code(decorator) for decorator in node.decorators)
         return super()._skip_node_and_children(node)
+
+    def _create_mutations(self, node: libcst.CSTNode) -> None:
+        before = len(self.mutations)
+        super()._create_mutations(node)
+        if isinstance(node, libcst.Float):  # 1e30 and one more is 1e30
+            value = node.evaluated_value
+            self.mutations[before:] = [m for m in self.mutations[before:] if m.mutated_node.evaluated_value != value]
+        if isinstance(node, libcst.Call):
+            kept = self.left_out.intersection(node.args)
+            made = [mutation for mutation in self.mutations[before:] if kept <= set(mutation.mutated_node.children)]
+            self.mutations[before:] = made
+
+
+def code(node: libcst.CSTNode) -> str:
+    """The code of a node."""
+    return libcst.Module([]).code_for_node(node)
+
+
+def no_behaviour(node: libcst.CSTNode) -> Iterator[libcst.CSTNode]:
+    """What in a node is not behaviour, by the rules in the opening words of this file."""
+    if isinstance(node, libcst.SimpleString) and " " in node.value:
+        yield node
+    elif isinstance(node, libcst.Call):
+        called = code(node.func).split(".")[-1]
+        for at, arg in enumerate(node.args):
+            name, value = arg.keyword.value if arg.keyword else at, code(arg.value)
+            moves = called == "to" and (name == "non_blocking" or value == "home" or value.endswith("device"))
+            if moves or (called, name) in (("zip", "strict"), ("cast", 0)):
+                yield arg
+    elif isinstance(node, libcst.FunctionDef) and draws(node):
+        number = m.Integer() | m.Float()
+        yield from m.findall(node.body, number | m.SimpleString() | m.Arg(keyword=m.Name()))
+        yield from m.findall(node.body, m.Arg(value=number | m.SimpleString()))
+
+
+def draws(function: libcst.FunctionDef) -> bool:
+    """Whether a function takes or returns matplotlib's Figure or Axes."""
+    annotations = [function.returns, *(parameter.annotation for parameter in function.params.params)]
+    return any(code(found.annotation).split(".")[-1] in ("Figure", "Axes") for found in annotations if found)
 
 
 class Mutations:
     """The mutations of one module: known by number at once, written out one by one, which takes most of the time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.source = path, path.read_text(encoding="utf-8")
+    def __init__(self, path: Path, covering: "Covering") -> None:
+        self.path, self.source, self.covering = path, path.read_text(encoding="utf-8"), covering
         wrapper = MetadataWrapper(libcst.parse_module(self.source))
-        visitor = InEveryFunction(mutation_operators, get_ignored_lines(str(path), self.source, wrapper))
+        visitor = Behaviour(path, self.source, wrapper)
         self.tree = wrapper.visit(visitor)
-        inside = [found for found in visitor.mutations if found.contained_by_top_level_function is not None]
-        self.found = [mutation for mutation in inside if not is_for_people(mutation.original_node)]
+        self.found = [found for found in visitor.mutations if found.contained_by_top_level_function is not None]
 
-    def written(self, number: int, tests: str) -> Mutant | None:
-        """Write out one mutant; None where the code is the same. `tests` is a hash of what it is tried by."""
+    def written(self, number: int) -> Mutant | None:
+        """Write out one mutant; None where the code is the same."""
         mutation = self.found[number]
         changed = deep_replace(self.tree, mutation.original_node, mutation.mutated_node).code
         removed, added, line = difference(self.source, changed)
-        key = hashlib.sha256(f"{self.path.name}\0{changed}\0{tests}".encode()).hexdigest()[:16]
+        if removed == added:
+            return None
         module = str(self.path.relative_to(PACKAGE))
-        return None if removed == added else Mutant(module, line, removed, added, changed, key)
-
-
-def is_for_people(node: libcst.CSTNode) -> bool:
-    """Whether this is a text with a space, such as an error's: of these, tests assert the part that helps."""
-    text = libcst.Module([]).code_for_node(node) if isinstance(node, libcst.BaseString) else ""
-    return " " in text
+        stages = self.covering.stages(self.path, self.source, line)
+        key = hashlib.sha256(f"{module}\0{changed}\0{self.covering.digest(stages)}".encode()).hexdigest()[:16]
+        return Mutant(module, line, removed, added, changed, key, stages)
 
 
 def difference(source: str, changed: str) -> tuple[str, str, int]:
@@ -135,16 +195,77 @@ class InPlaceOf:
         return importlib.util.spec_from_file_location(name, self.path, loader=Changed(name, self.path, self.source))
 
 
-def tests_for(module: str) -> list[list[str]]:
-    """The tests of a module in stages, one after the other as long as they pass: those of its own name come first."""
-    room = Path(module).parts[0]
-    own = Path("tests") / room / f"test_{Path(module).stem}.py"
-    stages = [[f"tests/{folder}"] for folder in TESTS[room]]
-    return [[str(own)], *stages] if (ROOT / own).exists() else stages
+@dataclass
+class Covering:
+    """Which tests pass through which lines, and the seconds that each takes."""
+
+    took: dict[str, float]
+    lines: dict[str, dict[int, list[str]]]
+
+    def stages(self, path: Path, source: str, line: int) -> list[list[str]]:
+        """The tests of a line, in the order in which a mutant of it meets them."""
+        lines, through = self.lines.get(str(path.relative_to(ROOT)), {}), set()
+        for span in spans(source, line):
+            through = through or {test for number in span for test in lines.get(number, [])}
+        own = {test for test in through if test.startswith(f"tests/{path.parent.name}/test_{path.stem}.py::")}
+        return [sorted(group, key=lambda test: (self.took[test], test)) for group in (own, through - own) if group]
+
+    def digest(self, stages: list[list[str]]) -> str:
+        """A hash of the files that hold some tests."""
+        files = sorted({test.split("::")[0] for stage in stages for test in stage})
+        return hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in files)).hexdigest()
 
 
-def run_tests(stages: list[list[str]], mutant: Mutant | None, log: Path) -> int:
-    """Fork, run the tests in the child, stage by stage until one fails, and return its process id."""
+def spans(source: str, line: int) -> Iterator[range]:
+    """The lines of the statement that holds a line, without those inside it; of its function, its class, its module.
+
+    A default is not passed through when a function is called, nor is a class's field.
+    """
+    module = ast.parse(source)
+    holding = [n for n in ast.walk(module) if isinstance(n, ast.stmt) and n.lineno <= line <= n.end_lineno]
+    holding.sort(key=lambda node: (node.lineno, -node.end_lineno))
+    outer = [node for node in holding if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    if holding[-1] not in outer:
+        body = getattr(holding[-1], "body", None)
+        yield range(holding[-1].lineno, body[0].lineno if body else holding[-1].end_lineno + 1)
+    for node in [*reversed(outer), module]:
+        yield range(node.body[0].lineno, node.body[-1].end_lineno + 1)
+
+
+class Watch:
+    """A plugin of pytest: runs tests in an order, ends the process where one takes too long, notes what is covered."""
+
+    def __init__(self, took: dict[str, float], order: list[str] | None = None, cover: coverage.Coverage | None = None):
+        self.took, self.order, self.cover = took, order, cover
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keep the tests that are wanted, in their order."""
+        if self.order is not None:
+            rank = {test: at for at, test in enumerate(self.order)}
+            items[:] = sorted((item for item in items if item.nodeid in rank), key=lambda item: rank[item.nodeid])
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Run one test, with an alarm that ends the process."""
+        began = time.monotonic()
+        if self.cover is not None:
+            self.cover.switch_context(item.nodeid)
+            yield
+            self.took[item.nodeid] = time.monotonic() - began
+        else:
+            signal.alarm(int(GRACE + PATIENCE * self.took[item.nodeid]))
+            yield
+            signal.alarm(int(GRACE))
+
+
+def run_pytest(tests: list[str], watch: Watch) -> int:
+    """Run tests until one fails; return pytest's status."""
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
+    return int(pytest.main([*options, *tests], plugins=[watch]))
+
+
+def forked(work: Callable[[], int], log: Path) -> int:
+    """Fork, let the child do the work and end with the status that it returns, and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -157,57 +278,92 @@ def run_tests(stages: list[list[str]], mutant: Mutant | None, log: Path) -> int:
         os.dup2(out, 1)
         os.dup2(out, 2)
         os.chdir(ROOT)
-        if mutant is not None:
-            sys.meta_path.insert(0, InPlaceOf(mutant))
-        import pytest
-
-        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-profile=quick"]
-        status = next((failed for tests in stages if (failed := int(pytest.main([*options, *tests])))), 0)
+        status = work()
     except BaseException:  # a mutant may raise anything, also while it is imported
         status = 3
     finally:
         os._exit(status)
 
 
-def wait(children: dict[int, tuple[Mutant | None, float]]) -> tuple[int, int | None]:
-    """Wait for a child to end, or kill one whose time is up; return it and its status, None for the latter."""
-    while True:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child in children:
-            return child, os.waitstatus_to_exitcode(status)
-        for child, (_, end) in children.items():
-            if time.monotonic() > end:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return child, None
-        time.sleep(0.05)
+def try_one(mutant: Mutant, took: dict[str, float]) -> int:
+    """Run the tests of a mutant, stage by stage until one fails, then mypy; return 0 where nothing noticed."""
+    signal.alarm(int(GRACE))
+    sys.meta_path.insert(0, InPlaceOf(mutant))
+    for tests in mutant.stages:
+        status = run_pytest(sorted({test.split("::")[0] for test in tests}), Watch(took, tests))
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return 1
+    signal.alarm(0)
+    return 4 if refused(mutant) else 0
 
 
-def baselines(rooms: set[str], folder: Path) -> dict[str, float]:
-    """Run the tests of each room on the code as it is; return how long they took. Exits where one fails."""
-    took = {}
-    for room in sorted(rooms):
-        began, log = time.monotonic(), folder / "baseline"
-        child = run_tests([[f"tests/{name}" for name in TESTS[room]]], None, log)
-        _, status = os.waitpid(child, 0)
+def refused(mutant: Mutant) -> bool:
+    """Whether mypy refuses a mutant."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as changed:
+        changed.write(mutant.source)
+        changed.flush()
+        shadow = ["--shadow-file", str((PACKAGE / mutant.module).relative_to(ROOT)), changed.name]
+        cache = ["--cache-dir", str(KEPT / "mypy")]
+        return subprocess.run([sys.executable, "-m", "mypy", *cache, *shadow], cwd=ROOT, check=False).returncode == 1
+
+
+def covering() -> Covering:
+    """Run the tests on the code as it is and see where they pass; kept for as long as no file changes."""
+    files = [Path(__file__), *PACKAGE.rglob("*.py"), *(path for tests in TESTS for path in found(ROOT / tests))]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+    kept = KEPT / "covering.json"
+    log = KEPT / "baseline.log"
+    if not kept.exists() or json.loads(kept.read_text())["key"] != key:
+        print("the tests are run on the code as it is, to see which pass through what", flush=True)
+        child = forked(lambda: note_covering(kept, key), log)
+        try:
+            _, status = os.waitpid(child, 0)
+        except KeyboardInterrupt:
+            os.killpg(child, signal.SIGKILL)
+            sys.exit("stopped")
         if status:
-            sys.exit(f"the tests of {room} fail on the code as it is:\n{log.read_text()[-2000:]}")
-        took[room] = time.monotonic() - began
-        print(f"{room}: its tests take {took[room]:.0f} s", flush=True)
-    return took
+            sys.exit(f"the tests fail on the code as it is:\n{log.read_text()[-2000:]}")
+    noted = json.loads(kept.read_text())
+    tests = list(noted["took"])
+    lines = {file: {int(n): [tests[at] for at in ats] for n, ats in of.items()} for file, of in noted["lines"].items()}
+    return Covering(noted["took"], lines)
 
 
-def digest(folders: list[str]) -> str:
-    """A hash of the tests in some folders."""
-    total = hashlib.sha256()
-    for folder in folders:
-        for path in sorted((ROOT / "tests" / folder).rglob("*.py")):
-            total.update(path.read_bytes())
-    return total.hexdigest()
+def note_covering(path: Path, key: str) -> int:
+    """Run the tests and write where they pass."""
+    cover = coverage.Coverage(data_file=None, source=[str(PACKAGE)], config_file=False)
+    watch = Watch({}, cover=cover)
+    cover.start()
+    status = run_pytest(TESTS, watch)
+    cover.stop()
+    data, at = cover.get_data(), {test: number for number, test in enumerate(watch.took)}
+    lines = {
+        str(Path(file).relative_to(ROOT)): {
+            line: [at[test] for test in tests if test in at] for line, tests in data.contexts_by_lineno(file).items()
+        }
+        for file in data.measured_files()
+    }
+    if not status:
+        path.write_text(json.dumps({"key": key, "took": watch.took, "lines": lines}))
+    return status
+
+
+def found(path: Path) -> list[Path]:
+    """The Python files in a folder, or the one that this is."""
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def ended(children: dict[int, Mutant]) -> tuple[Mutant, str]:
+    """Wait for a child to end, end what it has started, and return its mutant and the outcome."""
+    child, status = os.waitpid(-1, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(status)
+    return children.pop(child), "too slow" if code == -signal.SIGALRM else OUTCOMES.get(code, "killed")
 
 
 def tried() -> dict[str, str]:
-    """What is known by the mutants' keys: "killed", "too slow" or "survived"."""
+    """What is known by the mutants' keys: one of the outcomes."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     return {found["key"]: found["outcome"] for found in map(json.loads, lines)}
 
@@ -223,59 +379,51 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(wanted: argparse.Namespace) -> list[Mutant]:
-    """The mutants to try, in the order of the sample."""
+def chosen(wanted: argparse.Namespace, tests: Covering) -> Iterator[Mutant]:
+    """The mutants to try, in the order of the sample, each written out when its turn comes."""
     modules = [
         path
-        for room in TESTS
+        for room in ROOMS
         for path in sorted((PACKAGE / room).glob("*.py"))
         if not wanted.modules or {room, str(path.relative_to(PACKAGE))} & set(wanted.modules)
     ]
     if not modules:
-        sys.exit(f"no module of {', '.join(TESTS)} is called {' or '.join(wanted.modules)}")
-    tests = {room: digest(folders) for room, folders in TESTS.items()}
-    mutations = [Mutations(path) for path in modules]
+        sys.exit(f"no module of {', '.join(ROOMS)} is called {' or '.join(wanted.modules)}")
+    mutations = [Mutations(path, tests) for path in modules]
     made = [(of, number) for of in mutations for number in range(len(of.found))]
     order = random.Random(wanted.seed).sample(made, len(made))
-    written = (of.written(number, tests[of.path.parent.name]) for of, number in order)
-    sample = list(islice(filter(None, written), wanted.sample or None))
-    print(f"{len(made)} mutants of {len(modules)} modules; {len(sample)} in the sample", flush=True)
-    return sample
+    print(f"{len(made)} mutants of {len(modules)} modules", flush=True)
+    return islice(filter(None, (of.written(number) for of, number in order)), wanted.sample or None)
 
 
-def try_all(waiting: list[Mutant], wanted: argparse.Namespace, known: dict[str, str]) -> None:
-    """Try the mutants, some at a time, and note each outcome in the file as it comes."""
-    if not waiting:
-        return
-    RESULTS.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, RESULTS.open("a", encoding="utf-8") as results:
-        os.environ["TMPDIR"] = tempfile.tempdir = folder
-        took = baselines({Path(mutant.module).parts[0] for mutant in waiting}, Path(folder))
-        children: dict[int, tuple[Mutant | None, float]] = {}
-        began, left = time.monotonic(), list(reversed(waiting))
+def try_all(sample: Iterator[Mutant], wanted: argparse.Namespace, known: dict[str, str], tests: Covering) -> None:
+    """Try the mutants, some at a time, until the time is up, and note each outcome in the file as it comes."""
+    children: dict[int, Mutant] = {}
+    began, done, ahead = time.monotonic(), 0, next(sample, None)
+    with RESULTS.open("a", encoding="utf-8") as results:
         try:
-            while left or children:
-                while left and len(children) < wanted.workers and time.monotonic() < began + 60 * wanted.minutes:
-                    mutant = left.pop()
-                    child = run_tests(tests_for(mutant.module), mutant, Path(folder) / mutant.key)
-                    limit = PATIENCE * wanted.workers * took[Path(mutant.module).parts[0]] + GRACE
-                    children[child] = mutant, time.monotonic() + limit
-                if not children:
-                    print(f"time is up: {len(left)} are left; run it again to go on")
-                    break
-                child, status = wait(children)
-                mutant, _ = children.pop(child)
-                outcome = "too slow" if status is None else "killed" if status else "survived"
+            while ahead or children:
+                while ahead and len(children) < wanted.workers:
+                    children[forked(partial(try_one, ahead, tests.took), KEPT / "last.log")] = ahead
+                    ahead = next(sample, None) if time.monotonic() < began + 60 * wanted.minutes else None
+                mutant, outcome = ended(children)
                 known[mutant.key] = outcome
                 results.write(json.dumps({"key": mutant.key, "outcome": outcome, "mutant": str(mutant)}) + "\n")
                 results.flush()
-                (Path(folder) / mutant.key).unlink(missing_ok=True)
-                done = len(waiting) - len(left) - len(children)
+                done += 1
                 minutes = (time.monotonic() - began) / 60
-                print(f"{done} of {len(waiting)}, {done / minutes:.0f} a minute: {outcome}, {mutant}", flush=True)
+                print(f"{done} after {minutes:.0f} minutes: {outcome}, {mutant}", flush=True)
         finally:
             for child in children:
                 os.killpg(child, signal.SIGKILL)
+
+
+def untried(sample: Iterator[Mutant], known: dict[str, str], met: list[Mutant]) -> Iterator[Mutant]:
+    """Those of the sample of which nothing is known; all that come by are added to `met`."""
+    for mutant in sample:
+        met.append(mutant)
+        if mutant.key not in known:
+            yield mutant
 
 
 def report(sample: list[Mutant], known: dict[str, str]) -> int:
@@ -285,19 +433,23 @@ def report(sample: list[Mutant], known: dict[str, str]) -> int:
     outcomes: dict[str, Counter[str]] = {}
     survivors = []
     for mutant in sample:
-        outcome = known.get(mutant.key, "not tried")
+        outcome = known[mutant.key]
         if outcome == "survived" and (mutant.module, mutant.was, mutant.becomes) in reasons:
             outcome = "equivalent"
         if outcome == "survived":
             survivors.append(mutant)
-        outcomes.setdefault(mutant.module, Counter())[outcome] += 1
-    heads = ["killed", "too slow", "survived", "equivalent", "not tried"]
+        for name in (mutant.module, mutant.module.split("/")[0] + ", in all", "in all"):
+            outcomes.setdefault(name, Counter())[outcome] += 1
+    heads = ["killed", "too slow", "by mypy", "survived", "equivalent"]
     print(f"\n{'module':28}" + "".join(f"{head:>12}" for head in heads))
-    total = sum(outcomes.values(), Counter())
-    for module, counts in [*sorted(outcomes.items()), ("in all", total)]:
-        print(f"{module:28}" + "".join(f"{counts[head]:>12}" for head in heads))
-    caught, decided = total["killed"] + total["too slow"], total.total() - total["not tried"] - total["equivalent"]
-    print(f"\n{caught} of {decided} were noticed" + (f" ({caught / decided:.1%})" if decided else ""))
+    for name, counts in sorted(outcomes.items(), key=lambda row: (row[0] == "in all", ", in all" in row[0], row[0])):
+        print(f"{name:28}" + "".join(f"{counts[head]:>12}" for head in heads))
+    total = outcomes["in all"]
+    tests, decided = total["killed"] + total["too slow"], sum(total[head] for head in heads[:4])
+    if decided:
+        both = tests + total["by mypy"]
+        print(f"\n{tests} of {decided} were noticed by tests ({tests / decided:.1%}), ", end="")
+        print(f"{both} by tests or mypy ({both / decided:.1%})")
     for mutant in survivors:
         print(f"survived: {mutant}")
     return len(survivors)
@@ -306,18 +458,23 @@ def report(sample: list[Mutant], known: dict[str, str]) -> int:
 def main() -> int:
     """Try a sample of mutants; return 1 where one survived without a reason, else 0."""
     wanted = arguments()
-    sample, known = chosen(wanted), tried()
+    KEPT.mkdir(exist_ok=True)
     # Imported once, before the processes fork: most of what each of them would wait for.
-    for module in ("numpy", "torch", "pytest", "hypothesis"):
+    for module in ("numpy", "torch"):
         __import__(module)
+    searches = [phase for phase in hypothesis.Phase if phase.name in ("explicit", "generate")]  # no smaller example
+    hypothesis.settings.register_profile("mutants", deadline=None, max_examples=30, database=None, phases=searches)
     sys.path.insert(0, str(ROOT / "src"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no test goes on when this is stopped
-    waiting = [mutant for mutant in sample if mutant.key not in known]
-    try:
-        try_all(waiting, wanted, known)
-    except KeyboardInterrupt:
-        print("stopped; run it again to go on")
-    return int(report(sample, known) > 0)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        tests = covering()
+        known, met = tried(), list[Mutant]()
+        try:
+            try_all(untried(chosen(wanted, tests), known, met), wanted, known, tests)
+        except KeyboardInterrupt:
+            print("stopped; run it again to go on")
+    return int(report([mutant for mutant in met if mutant.key in known], known) > 0)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def test_weight_rewinding_starts_from_the_weights_of_that_step_with_the_new_mask
     watch, model = Watch(), network()
     gp.iterate(model, watch, THREE, steps=10, rewind="weights", rewind_to=start)
     assert watch.steps == ([range(4)] if start else []) + [range(start, 10)] * 4
+    assert [work.number for work in watch.rounds] == ([0] if start else []) + [0, 1, 2, 3]
     early = network()
     train(early, Round(0, range(start), gp.Masks({}), None))
     for work, before in list(zip(watch.rounds, watch.before, strict=True))[-3:]:
@@ -129,6 +130,9 @@ def test_a_single_number_is_called_score_and_drawn() -> None:
     assert list(lines["after correction"]) == [e.corrected["score"] for e in history.entries[1:]]
     assert list(lines["after pruning"]) == [e.pruned["score"] for e in history.entries[1:]]
     assert list(lines["dense"]) == [history[0].corrected["score"]] * 2
+    shares = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
+    assert shares["after correction"] == shares["after pruning"] == [1 - e.sparsity for e in history.entries[1:]]
+    assert axes.xaxis_inverted()
 
 
 def test_drawing_without_numbers_or_an_unknown_one_says_what_there_is() -> None:
@@ -137,6 +141,11 @@ def test_drawing_without_numbers_or_an_unknown_one_says_what_there_is() -> None:
     both = gp.iterate(network(), train, THREE, steps=2, evaluate=lambda m: {"a": 1.0, "b": 2.0})
     with pytest.raises(ValueError, match=r"one of \['a', 'b'\], got None"):
         both.plot()
+    with pytest.raises(ValueError, match=r"one of \['a', 'b'\], got 'c'"):
+        both.plot("c")
+    assert [line.get_ydata()[0] for line in both.plot("b").axes[0].get_lines()] == [2.0] * 3
+    with pytest.raises(ValueError, match="give `evaluate`"):
+        History([], gp.Masks({})).plot()
 
 
 def test_the_loop_stops_where_it_is_told_to() -> None:
@@ -350,7 +359,8 @@ def test_the_network_that_comes_back_is_that_of_the_last_round_that_did_not_fail
     assert history[-1].failed
     assert history[-1].sparsity > 0.8
     assert [row["failed"] for row in history.rows()] == [False, False, False, True]
-    assert "failed" in [line.get_label() for line in history.plot().axes[0].get_lines()]
+    (failed,) = (line for line in history.plot().axes[0].get_lines() if line.get_label() == "failed")
+    assert (failed.get_xdata()[0], failed.get_ydata()[0]) == (1 - history[-1].sparsity, history[-1].corrected["score"])
     with history.masks.hold(torch.optim.SGD(model.parameters(), 0.1)):
         pass  # they belong to the model
 
@@ -725,6 +735,28 @@ def test_a_damaged_checkpoint_is_refused_with_the_model_as_it_was(damage: str, t
     assert (tmp_path / "c").read_bytes() == data
 
 
+SAID = {
+    "no call": "the state lacks 'call': it is not one of iterate",
+    "call is text": "'call' in the state of iterate must be dict, got 'x'",
+    "entries are text": "a state of iterate must be a dict",
+    "an entry lacks a key": "the state lacks 'steps': it is not one of iterate",
+    "steps of text": "a step must be a whole number, got 'a'",
+    "a sparsity of text": "'sparsity' in the state of iterate must be float, got '0.5'",
+    "a sparsity beyond 1": r"the sparsity of an entry must be in \[0, 1\], got 1.5",
+    "values of text": "entry 1 has values that are no numbers",
+    "rounds in disorder": "entry 0 of the checkpoint is of round 2",
+    "a mask of no tensor": "the checkpoint 'c' has damaged masks: '4.bias'",
+}
+
+
+@pytest.mark.parametrize("damage", SAID)
+def test_what_is_damaged_in_a_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
+    run(tmp_path / "c")
+    rewritten(tmp_path / "c", DAMAGE[damage])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=SAID[damage]):
+        run(tmp_path / "c")
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 30, 1000, -1])
 def test_a_checkpoint_that_is_cut_off_is_refused(size: int, tmp_path: Path) -> None:
     run(tmp_path / "c", retrain=3)
@@ -811,3 +843,21 @@ def test_a_checkpoint_holds_complex_weights_bit_for_bit(tmp_path: Path) -> None:
     assert again == whole
     assert weights.is_complex()
     assert torch.equal(after, weights)
+
+
+def test_a_set_or_a_tensor_among_the_arguments_is_the_same_call_from_its_file(tmp_path: Path) -> None:
+    path, options = tmp_path / "loop", {"exclude": frozenset({"4.*"}), "min_keep": torch.tensor(1)}
+    first, bits = run(path, **options)
+    again, same = run(path, **options)
+    assert first == again
+    assert all(torch.equal(bits[name], same[name]) for name in bits)
+    with pytest.raises(ValueError, match="its min_keep are 1, this call's 2"):
+        run(path, **options | {"min_keep": torch.tensor(2)})
+    with pytest.raises(ValueError, match=r"its exclude are \['4.\*'\], this call's \['4.\*', '4.weight'\]"):
+        run(path, **options | {"exclude": {"4.weight", "4.*"}})
+
+
+def test_without_tqdm_the_rounds_run_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = run(None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    assert run(None)[0] == wanted[0]

@@ -162,3 +162,133 @@ def test_inputs_of_zero_score_zero():
     score = gp.activation(nn.Linear(4, 3), [x])["weight"]
     assert score.dtype == torch.float32
     assert (score == 0).any(dim=0).tolist() == [False, True, False, False]
+
+
+def test_a_weight_may_stand_on_either_side_of_a_product():
+    class Left(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return self.weight @ x.T
+
+    model = Left()
+    assert_scored(gp.activation(model, [X]), "weight", model.weight, norms(X))
+
+
+class Experts(nn.Module):
+    """Rows go to experts in groups, each up to its offset; those after the last to none."""
+
+    def __init__(self, of_weight, dtype=torch.float32):
+        super().__init__()
+        self.of_weight = of_weight
+        self.weight = nn.Parameter(torch.randn(2, 4, 8, dtype=dtype))
+        self.offsets = torch.tensor([2, 5], dtype=torch.int32)
+
+    def forward(self, x):
+        return self.of_weight(self.weight, x, self.offsets)
+
+
+GROUPED = {
+    "rows": lambda w, x, offsets: torch._grouped_mm(x, w, offs=offsets),
+    "rows, by position": lambda w, x, offsets: torch._grouped_mm(x, w, offsets),
+    "columns": lambda w, x, offsets: torch._grouped_mm(w.transpose(1, 2).contiguous(), x.T, offs=offsets),
+    "one after the other": lambda w, x, offsets: torch.cat([x[:2] @ w[0], x[2:5] @ w[1]]),
+}
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no product in groups")
+@pytest.mark.parametrize("of_weight", GROUPED.values(), ids=GROUPED)
+def test_each_expert_is_scored_by_the_rows_that_go_to_it(of_weight):
+    model = Experts(of_weight)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    seen = torch.stack([norms(x[:2]), norms(x[2:5])]).unsqueeze(-1)
+    assert_scored(gp.activation(model, [x]), "weight", model.weight, seen)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no product in groups")
+def test_experts_that_all_get_the_same_number_of_rows_are_scored():
+    model = Experts(lambda w, x, _: torch._grouped_mm(x, w))
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    assert_scored(gp.activation(model, [x]), "weight", model.weight, norms(x, dim=1).unsqueeze(-1))
+
+
+PICKED = {
+    "by an index": lambda w: w[torch.tensor([2, 0, 2])],
+    "by an index of the second axis": lambda w: w.T[:, torch.tensor([2, 0, 2])].T,
+    "by an index of all entries": lambda w: (
+        w.view(-1).index_select(-1, torch.tensor([8, 9, 10, 11, 0, 1, 2, 3, 8, 9, 10, 11])).view(3, 4)
+    ),
+    "by index_select": lambda w: w.index_select(0, torch.tensor([2, 0, 2])),
+    "by index_select of the last axis": lambda w: w.T.index_select(-1, torch.tensor([2, 0, 2])).T,
+}
+
+
+@pytest.mark.parametrize("pick", PICKED.values(), ids=PICKED)
+def test_rows_that_are_picked_get_what_they_multiply_as_often_as_they_are_picked(pick):
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return x @ pick(self.weight).T
+
+    model = Picks()
+    times = torch.tensor([1.0, 0.0, 2.0])[:, None]
+    assert_scored(gp.activation(model, [X]), "weight", model.weight, norms(X) * times.sqrt())
+
+
+def test_a_weight_written_into_a_part_of_a_table_is_not_taken_for_the_table():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.weight = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            table = torch.zeros(6, 4)
+            table[:3].copy_(self.weight)
+            return self.layer(x), x @ table.T
+
+    assert list(gp.activation(Table(), [X])) == ["layer.weight"]
+
+
+def test_what_a_model_does_in_inference_mode_is_seen():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            with torch.inference_mode():
+                return self.layer(x.clone())
+
+    model = Inner()
+    assert_scored(gp.activation(model, [X]), "layer.weight", model.layer.weight, norms(X))
+
+
+def test_a_sparse_input_counts_as_the_dense_one_that_it_stands_for():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    model, x = Product(), X.where(X > 0, 0.0)
+    assert_scored(gp.activation(model, [x.to_sparse()]), "weight", model.weight, norms(x)[:, None])
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64])
+def test_torchs_default_dtype_does_not_leak_in(default):
+    layer = nn.Linear(4, 3)
+    wanted = gp.activation(layer, [X])["weight"]
+    torch.set_default_dtype(default)
+    try:
+        found = gp.activation(layer, [X])["weight"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)

@@ -100,3 +100,10 @@ def test_a_stack_of_matrices_has_the_density_of_one_of_them():
     apart = allocate.erk([(8, 16)] * 5, 100, low=[0] * 5, high=[128] * 5)
     together = allocate.erk([(8, 16), (8, 16)], 100, low=[0, 0], high=[128, 512], stacked=[1, 4])
     assert together == [apart[0], sum(apart[1:])]
+
+
+def test_shares_add_up_exactly_where_floats_no_longer_tell_numbers_apart():
+    total = 3 * 2**60 + 1
+    counts = allocate.share_out([1.0, 1.0, 1.0], total, low=[0, 0, 0], high=[2**62] * 3)
+    assert sum(counts) == total
+    assert all(abs(count - 2**60) <= 2**12 for count in counts)

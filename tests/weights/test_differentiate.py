@@ -345,3 +345,30 @@ def test_sparse_and_eight_bit_weights_are_sized_and_frozen_unreadable_ones_left_
     scores = gp.magnitude(held)
     assert set(scores) == {"sparse", "eight"}
     assert all(torch.equal(score, torch.eye(2)) for score in scores.values())
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no product in groups")
+@pytest.mark.parametrize("offsets", [[2, 5], [2, 8], [0, 8]])
+def test_the_flow_through_experts_is_that_of_their_products_one_by_one(offsets):
+    class Experts(nn.Module):
+        def __init__(self, grouped):
+            super().__init__()
+            self.grouped, self.weight = grouped, nn.Parameter(torch.linspace(-1, 1, 2 * 4 * 8).view(2, 4, 8))
+
+        def forward(self, x):
+            if self.grouped:
+                return torch._grouped_mm(x, self.weight, offs=torch.tensor(offsets, dtype=torch.int32))
+            ends = [0, *offsets]
+            return torch.cat([x[ends[at] : ends[at + 1]] @ w for at, w in enumerate(self.weight)])
+
+    example = torch.ones(8, 4)
+    found, wanted = (gp.synflow(Experts(grouped), example)["weight"] for grouped in (True, False))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_reentrant_checkpoints_are_left_as_they_were_found(monkeypatch):
+    """Also where somebody has put another way to run them in torch's place."""
+    kind = torch.utils.checkpoint.CheckpointFunction
+    monkeypatch.setattr(kind, "apply", mine := staticmethod(lambda *_: None), raising=False)
+    gp.gradient(nn.Linear(2, 1), [(torch.ones(1, 2), None)], lambda outputs, _: outputs.sum())
+    assert vars(kind)["apply"] is mine

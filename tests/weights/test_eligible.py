@@ -334,3 +334,28 @@ def test_scripted_exported_and_sharded_models_are_refused_and_compiled_ones_take
 def test_what_is_no_model_is_a_type_error_that_says_what_it_is(given, hint):
     with pytest.raises(TypeError, match=f"model must be a torch.nn.Module.*{hint}"):
         gp.prune(given, sparsity=0.5)
+
+
+def test_of_many_names_twenty_are_told_and_how_many_more_there_are():
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(23)))
+    with pytest.raises(ValueError, match=r"matches none of \['0.weight', .*'19.weight', ... 3 more\]$"):
+        gp.prune(model, sparsity=0.5, include="layer")
+    with pytest.raises(ValueError, match=r"none of \['0.weight', .*'19.weight'\]$"):
+        gp.prune(model[:20], sparsity=0.5, include="layer")
+    with pytest.raises(ValueError, match=r"none of its 2 parameters .* nor a normalisation's$"):
+        gp.prune(nn.LayerNorm(2), sparsity=0.5)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"none of its 23 parameters .*; \['0.weight', .*, ... 3 more\] are frozen"):
+        gp.prune(model, sparsity=0.5)
+
+
+def test_what_a_pattern_nearly_matched_is_told():
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
+    for pattern, told in [
+        ("encoder", r"none of \[.*\]; did you mean 'encoder\.\*'\?$"),
+        ("code", r"none of \[.*\]; did you mean '\*code\*'\?$"),
+        ("", r"pattern '' matches none of \[.*\]$"),
+        ("norm.*", r"only \['norm.weight', 'norm.bias'\], not eligible: 'norm.weight' has 1 dimension"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            gp.prune(model, sparsity=0.5, include=pattern)

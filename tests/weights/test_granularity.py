@@ -113,7 +113,7 @@ def test_single_weights_need_no_axes():
         (3, TypeError, "axes must be a dict"),
         ({3: (0, 1)}, TypeError, "axes must be a glob pattern"),
         ({"x": (0, 1)}, ValueError, "axes pattern 'x' matches none of"),
-        ({"w": 1}, ValueError, "a pair of ints"),
+        ({"w": 1}, ValueError, r"the axes of 'w' must be a pair of ints, \(output, input\), got 1"),
         ({"w": (0, 2)}, ValueError, r"two different ones of its 2, got \(0, 2\)"),
     ],
 )

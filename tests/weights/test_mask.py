@@ -904,3 +904,11 @@ def test_masks_of_any_layout_are_applied(how):
     model(torch.randn(2, 4)).sum().backward()
     optimizer.step()
     assert masks.mask_gradients_(model).holds(model)
+
+
+def test_a_parameter_that_can_no_longer_be_written_is_named_when_it_is_to_be_held():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    masks = gp.prune(model, sparsity=0.5)
+    model[1].weight.data = torch.ones(1).expand(4, 4)
+    with pytest.raises(ValueError, match=r"entries of the parameter '1.weight' share memory"):
+        masks.hold(torch.optim.SGD(model.parameters(), lr=0.1))

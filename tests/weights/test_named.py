@@ -135,3 +135,13 @@ def test_a_model_pruned_by_torch_is_told_to_be_taken_over():
     torch_prune.l1_unstructured(model[0], "weight", 0.5)
     with pytest.raises(ValueError, match=r"no parameter '0.weight'.*take its masks over by Masks.from_torch_\(model\)"):
         masks.apply_(model)
+
+
+def test_a_model_s_parameters_are_told_where_none_is_meant():
+    mask = {"w": torch.ones(2, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"the model has no parameter 'w'; it has none$"):
+        parameters_of(nn.Identity(), mask)
+    with pytest.raises(ValueError, match=r"it has 'weight', 'bias'$"):
+        parameters_of(nn.Linear(2, 2), mask)
+    with pytest.raises(ValueError, match=r"it has '0.weight', '0.bias', '1.weight', '1.bias', '2.weight' and 1 more$"):
+        parameters_of(nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), mask)

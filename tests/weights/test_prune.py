@@ -665,3 +665,20 @@ def test_ten_lines_prune_ones_own_training_loop_on_digits(capsys):
     kept = sum(int((p != 0).sum()) for n, p in model.named_parameters() if n in pruner.masks)
     assert kept <= 64 * 128 + 1280 - round(0.9 * (64 * 128 + 1280))
     assert accuracy > 0.93
+
+
+def test_erk_shares_by_the_layers_shapes():
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, bias=False), nn.Linear(40, 20, bias=False))
+    masks = gp.prune(model, sparsity=0.8, scope="erk")
+    kept = [int(mask.sum()) for mask in masks.values()]
+    assert sum(kept) == round(0.2 * 944)
+    assert kept[0] / kept[1] == pytest.approx((2 + 8 + 3 + 3) / (40 + 20), rel=0.05)
+
+
+def test_where_one_weight_is_left_for_two_layers_that_is_said_and_where_none_is_left_it_is_meant():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    with pytest.warns(UserWarning, match="the sparsity leaves 1 weights for 2 layers: some layers become empty"):
+        gp.prune(model, sparsity=31 / 32, scope="layer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.prune(model, sparsity=1.0, scope="layer")

@@ -523,7 +523,7 @@ def test_a_model_that_is_none_is_named(wrong):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"by": "gradient"}, "by must be a function"),
+        ({"by": "gradient"}, "by must be a function, got 'gradient'; a score such as gp.gradient or gp.random$"),
         ({"by": gp.random, "every": 1.5}, "every must be a whole number"),
         ({"by": gp.random, "every": 0}, "every must be at least 1"),
         ({"by": gp.random, "fraction": 2}, r"fraction must be in \[0, 1\]"),
@@ -629,8 +629,8 @@ def test_the_warning_of_what_is_not_held_names_at_most_five(others):
     masks = gp.prune(model, sparsity=0.5)
     with pytest.warns(UserWarning, match="what is pruned there is not held") as caught:
         masks.hold(torch.optim.SGD(model[0].parameters(), lr=0.1))
-    assert ("and others" in str(caught[0].message)) == (others == 6)
-    assert "'5.weight'" in str(caught[0].message)
+    named = "'1.weight', '2.weight', '3.weight', '4.weight', '5.weight'" + (" and others" if others == 6 else "")
+    assert str(caught[0].message).startswith(f"the optimizer does not have {named}: what is pruned there is not held")
 
 
 def test_weights_that_stay_in_a_swap_were_there_before_whatever_their_score():
@@ -657,3 +657,36 @@ def test_torchs_own_optimizers_forget_all_that_they_know_of_pruned_entries_of_sq
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         assert not state[key][~masks["weight"]].any(), key
         assert state[key][masks["weight"]].all(), key
+
+
+def test_within_of_anything_but_bool_masks_is_refused():
+    model = two_layers()
+    for within, message in [
+        ([1], "`within` must be masks by name, as prune returns them, got list"),
+        ({"1.weight": torch.ones(8, 8)}, "`within` must hold bool tensors; that of '1.weight' is Tensor"),
+        ({"1.weight": True}, "that of '1.weight' is bool"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            gp.Pruner(model, sgd(model), gp.OneShot(0.5), within=within)
+
+
+def test_a_layer_that_is_gone_is_warned_of():
+    model = two_layers()
+    pruner = gp.Pruner(model, sgd(model), gp.OneShot(0.5))
+    del model[1]
+    with pytest.warns(UserWarning, match="'1.weight' is another parameter than the one that is pruned"):
+        pruner.state_dict()
+
+
+def test_where_the_second_of_two_optimizers_cannot_be_ridden_on_nothing_hangs_on_the_first(monkeypatch):
+    model = two_layers()
+    first, second = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model)
+    before = hooks_of(first)
+
+    def refuse(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(second, "register_step_post_hook", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        gp.Pruner(model, [first, second], gp.OneShot(0.5))
+    assert hooks_of(first) == before

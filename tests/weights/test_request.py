@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -129,6 +129,10 @@ def test_a_threshold_is_compared_exactly_whatever_the_dtype(threshold, dtype):
 
 
 @given(threshold=st.floats(allow_nan=False))
+@example(threshold=-1e19)  # beyond the 64 bits that hold whole scores, on either side
+@example(threshold=-(2.0**63))
+@example(threshold=2.0**63)
+@example(threshold=1e19)
 def test_whole_scores_are_compared_exactly_too(threshold):
     for dtype in (torch.int8, torch.int64, torch.uint8):
         limits = torch.iinfo(dtype)
@@ -263,3 +267,26 @@ def test_torch_s_defaults_do_not_leak_in(how):
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(found[name], mask) for name, mask in wanted.items())
+
+
+def test_scores_of_eight_bits_are_compared_with_a_threshold():
+    layer = nn.Linear(4, 2)
+    score = torch.tensor([[0.5, 1.0, 1.5, 2.0]] * 2)
+    masks = gp.prune(layer, lambda model: {"weight": score.to(torch.float8_e4m3fn)}, threshold=1.25)
+    assert masks["weight"].tolist() == [[False, False, True, True]] * 2
+
+
+@pytest.mark.parametrize("layout", [lambda w: w, torch.t], ids=["contiguous", "transposed"])
+def test_zeros_that_would_come_back_are_counted_in_layers_of_any_size(layout):
+    """Large ones are looked at by a sample first; what is said is exact."""
+    layer = nn.Linear(600, 600, bias=False)
+    layer.weight = nn.Parameter(layout(torch.randn(600, 600, generator=torch.Generator().manual_seed(0))))
+    zeros = 360_000 // 10 + 7
+    gone = torch.randperm(360_000, generator=torch.Generator().manual_seed(1))[:zeros]
+    with torch.no_grad():
+        layer.weight.masked_fill_(torch.zeros(360_000, dtype=torch.bool).index_fill_(0, gone, True).view(600, 600), 0.0)
+    with pytest.warns(UserWarning, match="^36,007 of the 360,000 weights are zero already and yet stay"):
+        gp.prune(layer, gp.random, sparsity=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.prune(layer, sparsity=0.2)

@@ -292,3 +292,9 @@ def test_every_score_prunes():
         model = small_model()
         masks = gp.prune(model, score, sparsity=0.5)
         assert int((~masks["0.weight"]).sum() + (~masks["4.weight"]).sum()) == 21
+
+
+def test_where_no_weight_matters_snip_is_zero_everywhere():
+    layer = nn.Linear(3, 2)
+    scores = gp.snip(layer, [(torch.zeros(1, 3), None)], lambda outputs, _: outputs.sum())
+    assert scores["weight"].tolist() == [[0.0] * 3] * 2

@@ -146,3 +146,10 @@ def test_what_torch_prunes_is_warned_of_and_its_name_explained_afterwards():
         warnings.simplefilter("error")
         both = gp.prune(model, sparsity=0.5, within={**own, "1.weight": torch.ones(8, 8) > 0})
     assert list(both) == ["0.weight", "1.weight"]
+
+
+def test_a_mask_of_the_model_s_own_is_none_of_torchs():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_buffer("pad_mask", torch.ones(4))
+    torch_prune.l1_unstructured(model[1], "weight", 0.5)
+    assert list(gp.Masks.from_torch(model)) == ["1.weight"]

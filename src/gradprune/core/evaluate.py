@@ -26,8 +26,9 @@ def evaluated(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), _no_cached_casts():
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}  # pragma: no mutate: needs CUDA
+    restored = torch.random.fork_rng(devices=devices)  # pragma: no mutate: needs CUDA
+    with restored, torch.inference_mode(False), _no_cached_casts():
         try:
             with suppress(NotImplementedError):  # an exported graph has one mode only
                 model.eval()

@@ -80,6 +80,4 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    if isinstance(tensor, nn.UninitializedParameter) or type(tensor) not in (Tensor, nn.Parameter):
-        return False
-    return tensor.layout == torch.strided and not tensor.is_meta
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta

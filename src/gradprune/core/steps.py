@@ -136,8 +136,8 @@ def hook(
     optimizer: Optimizer,
     *,
     begins: Callable[[Optimizer], object] | None = None,
-    gradients: Callable[[Optimizer], object] | None = None,
-    ends: Callable[[Optimizer, bool], object] | None = None,
+    gradients: Callable[[Optimizer], object],
+    ends: Callable[[Optimizer, bool], object],
     first: bool = False,
 ) -> Hooks:
     """Watch the step of one optimizer.
@@ -156,8 +156,6 @@ def hook(
         pretended = _is_pretence(optimizer)
         if begins is not None:
             begins(optimizer)
-        if gradients is None:
-            return None
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": _followed(kwargs["closure"], gradients, optimizer)}
         if len(args) > 1 and callable(args[1]):  # args begins with the optimizer itself
@@ -166,8 +164,7 @@ def hook(
         return None
 
     def after(optimizer: Optimizer, *_: Any) -> None:
-        if ends is not None:
-            ends(optimizer, not pretended and not _was_skipped(optimizer))
+        ends(optimizer, not pretended and not _was_skipped(optimizer))
 
     hooks = Hooks()
     try:
@@ -223,8 +220,8 @@ class Steps:
         optimizers: Iterable[Any],
         *,
         begins: Callable[[], object] | None = None,
-        gradients: Callable[[], object] | None = None,
-        taken: Callable[[], object] | None = None,
+        gradients: Callable[[], object],
+        taken: Callable[[], object],
     ) -> None:
         *_, counting = optimizers
         self._chain = [weakref.ref(optimizer) for optimizer in ridden(counting)]
@@ -262,7 +259,7 @@ class Steps:
         self._open.append(optimizer)
 
     def _look(self, optimizer: Optimizer) -> None:
-        if not self._seen_gradients and self._gradients is not None:
+        if not self._seen_gradients:
             self._gradients()
         self._seen_gradients = True
 
@@ -271,7 +268,7 @@ class Steps:
             del self._open[self._open.index(optimizer) :]
         wraps = self._chain[-1]() is not optimizer
         self._innermost_took = self._innermost_took if wraps else taken
-        if not self._open and self._innermost_took and self._taken is not None:
+        if not self._open and self._innermost_took:
             self._taken()
 
     def _outermost(self, optimizer: Optimizer) -> bool:

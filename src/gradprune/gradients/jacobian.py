@@ -152,7 +152,8 @@ class _Products:
 
 
 def _largest_singular_values(products: _Products, k: int, tolerance: float, max_rounds: int) -> Tensor:
-    n, width = products.x.numel(), min(k + 4, products.x.numel(), products.y.numel())
+    spare = 4  # pragma: no mutate: directions beside those wanted, which save rounds
+    n, width = products.x.numel(), min(k + spare, products.x.numel(), products.y.numel())
     values: Tensor
     generator = torch.Generator("cpu").manual_seed(0)  # of its own: a probe leaves the global one alone
     start = torch.randn(n, width, generator=generator, dtype=products.dtype, device="cpu").to(products.x.device)

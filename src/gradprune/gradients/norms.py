@@ -50,8 +50,7 @@ def norm_of(values: Sequence[Tensor], p: float) -> float:
     """Return the p-norm of all entries, nan or inf where an entry is: one pass, or two where powers leave the range."""
     if p == math.inf:
         return most_of(largest_of(values))
-    norms = [_plain_norm(here, p) for here in grouped_by_device(values).values()]
-    norm = norms[0] if len(norms) == 1 else combined_norm(norms, p)
+    norm = combined_norm([_plain_norm(here, p) for here in grouped_by_device(values).values()], p)
     return norm if _in_range(norm, p) else _scaled_norm(values, p)
 
 

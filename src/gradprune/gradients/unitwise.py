@@ -136,7 +136,7 @@ def _unit_norms(tensors: list[Tensor], axes: int, precise: bool) -> Tensor:
     units, rest = rows.shape[:axes], tuple(range(axes, rows.ndim))
     of_rows: Tensor
     if not rows.numel():
-        return torch.zeros(units.numel(), dtype=torch.float64, device=rows.device)
+        return rows.new_zeros(units.numel(), dtype=torch.float32)
     if not rest:  # an entry is a unit
         return rows.abs().flatten()
     if precise:

@@ -56,15 +56,16 @@ def put_back(model: nn.Module, kept: State) -> None:
 
 def random_state() -> list[Tensor]:
     """The state of torch's generators: the CPU's, then each CUDA device's."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    of_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []  # pragma: no mutate: needs CUDA
+    return [torch.get_rng_state(), *of_devices]
 
 
 def set_random_state(states: list[Tensor]) -> None:
     """Set torch's generators; those of devices that are not here are passed over."""
     torch.set_rng_state(states[0])
     if torch.cuda.is_available():
-        for at, device_state in enumerate(states[1 : 1 + torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(device_state, at)
+        for at, device_state in enumerate(states[1 : 1 + torch.cuda.device_count()]):  # pragma: no mutate: needs CUDA
+            torch.cuda.set_rng_state(device_state, at)  # pragma: no mutate: needs CUDA
 
 
 class Checkpoint:

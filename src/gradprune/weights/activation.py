@@ -181,7 +181,8 @@ class _InputNorms(Owners):
             back = total.as_strided(copy.result.size, copy.result.stride, copy.result.offset)
             if copy.indices is not None:
                 gathered = torch.zeros(copy.source.size, dtype=back.dtype, device=back.device)
-                back = gathered.index_put_(copy.indices, back, accumulate=True)
+                # as an operator it takes None, for an axis that was taken whole; as a method it does not
+                back = aten.index_put_(gathered, list(copy.indices), back, True)
             self._add_at(owner, copy.source, back)
         elif at.memory in self.parameters:
             key = (at.memory, at.entries, owner)

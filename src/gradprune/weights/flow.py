@@ -79,19 +79,18 @@ def _output(output: Any) -> Tensor:
 
 
 class _GroupsInFloat64(TorchFunctionMode):
-    """Products in groups (of experts), whose kernel knows float32 at most, as one product after the other."""
+    """Products in groups (of experts), whose kernel knows float32 at most and no bias, as one after the other."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is getattr(torch, "_grouped_mm", None) and args[0].element_size() > 4 and args[0].dim() == 2:
-            return _one_after_the_other(args[0], args[1], kwargs.get("offs"), kwargs.get("bias"))
+            return _one_after_the_other(args[0], args[1], kwargs.get("offs"))
         return func(*args, **kwargs)
 
 
-def _one_after_the_other(rows: Tensor, matrices: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:
+def _one_after_the_other(rows: Tensor, matrices: Tensor, offs: Tensor | None) -> Tensor:
     assert offs is not None
     parts = rows.tensor_split(offs.cpu().long())  # what follows the last offset belongs to no group
     products = [part @ matrix for part, matrix in zip(parts, matrices, strict=False)]
     products += [part.new_zeros(len(part), matrices.shape[-1]) for part in parts[len(products) :]]
-    joined = torch.cat(products)
-    return joined if bias is None else joined + bias
+    return torch.cat(products)

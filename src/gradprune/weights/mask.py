@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -78,7 +77,7 @@ class Masks(Mapping[str, Tensor]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Masks:
         # A copied model has parameters of its own: the copy belongs to none until it is applied to one.
-        return Masks(copy.deepcopy(self._masks, memo))
+        return Masks({name: mask.clone() for name, mask in self.items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Masks, (self._masks,)

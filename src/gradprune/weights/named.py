@@ -7,6 +7,7 @@ DataParallel and AveragedModel put ``module.`` before the names, torch.compile `
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import dropwhile
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def parameters_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn
     every = dict(module(model).named_parameters(remove_duplicate=False))
     found: dict[str, nn.Parameter] = {}
     first_name: dict[nn.Parameter, str] = {}
-    bare: dict[str, list[str]] = {}
+    bare: dict[tuple[str, ...], list[str]] = {}
     if any(name not in every for name in masks):
         for name in every:
             bare.setdefault(_bare(name), []).append(name)
@@ -46,7 +47,7 @@ def some(names: Collection[str], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
 
 
-def _own_name(name: str, every: Mapping[str, nn.Parameter], bare: Mapping[str, list[str]]) -> str:
+def _own_name(name: str, every: Mapping[str, nn.Parameter], bare: Mapping[tuple[str, ...], list[str]]) -> str:
     if name in every:
         return name
     meant = bare.get(_bare(name), [])
@@ -64,7 +65,6 @@ def _own_name(name: str, every: Mapping[str, nn.Parameter], bare: Mapping[str, l
     raise ValueError(f"the model has no parameter {name!r}; it has {some(every)}{hint}")
 
 
-def _bare(name: str) -> str:
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")  # a part of a model may be compiled too
+def _bare(name: str) -> tuple[str, ...]:
+    parts = [part for part in name.split(".") if part != "_orig_mod"]  # a part of a model may be compiled too
+    return tuple(dropwhile(lambda part: part == "module", parts))

@@ -16,7 +16,7 @@ AT_A_TIME = 2**17  # entries, which stay in cache
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which numbers of a dtype are summed: float32 (complex64) for the narrower ones."""
-    return torch.promote_types(dtype, torch.complex64 if dtype.is_complex else torch.float32)
+    return torch.promote_types(dtype, torch.float32)
 
 
 def product(name: str, w: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:

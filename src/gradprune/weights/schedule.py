@@ -198,7 +198,7 @@ def _check_ramp(ramp: Linear | Cubic) -> None:
         final=fraction("final", ramp.final),
         initial=fraction("initial", ramp.initial),
         begin=_at_least("begin", ramp.begin, 0),
-        end=_at_least("end", ramp.end, whole("begin", ramp.begin)),
+        end=_at_least("end", ramp.end, int(ramp.begin)),
         every=_at_least("every", ramp.every, 1),
     )
     if ramp.initial > ramp.final:
