@@ -1,0 +1,107 @@
+"""Do the live figures work in Firefox, opened from disk, as in Chromium and in Python?"""
+
+import json
+import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page import chosen, opened, settled, slide, write_page
+from playwright.sync_api import Browser, Locator
+from vendor import install, node
+
+from gradprune.lab.live import _FIGURES
+
+HERE = Path(__file__).resolve().parent
+FIREFOX = ("firefox-esr", "firefox")
+MOVES: list[dict[str, Any]] = [{"key": "ArrowRight"}, {"key": "End"}, {"share": 0.5}, {"button": "Reset"}]
+# What is shown, in numbers and words, and how much is drawn: shapes of the charts, coloured pixels of the canvases.
+LOOK = """(root) => {
+  const { frame, step, drawn, ...facts } = root.dataset;
+  const opaque = (canvas) => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height)
+    .data.filter((value, i) => i % 4 === 3 && value > 0).length;
+  const shapes = String(root.querySelectorAll("svg *").length);
+  const pixels = String([...root.querySelectorAll("canvas")].map(opaque));
+  return { ...facts, words: root.querySelector(".gp-live-words").textContent, shapes, pixels };
+}"""
+
+Visits = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    return {name: write_page(figure(), folder / f"{name}.html") for name, figure in _FIGURES.items()}
+
+
+@pytest.fixture(scope="module")
+def in_firefox(pages: dict[str, Path]) -> Visits:
+    """What Firefox shows of each page at first and after each move, and what went wrong; one browser for all."""
+    found = next(filter(None, map(shutil.which, FIREFOX)), None)
+    if not found:
+        pytest.fail(f"no Firefox found ({', '.join(FIREFOX)}): on Debian, `apt-get install firefox-esr`")
+    install()
+    addresses = {name: path.as_uri() for name, path in pages.items()}
+    asked = json.dumps({"firefox": found, "pages": addresses, "look": LOOK, "moves": MOVES})
+    done = subprocess.run(
+        [node(), str(HERE / "firefox.js")], input=asked, capture_output=True, encoding="utf-8", check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["version"].lower().startswith("firefox/")
+    visits: Visits = answer["visits"]
+    return visits
+
+
+@pytest.mark.parametrize("name", _FIGURES)
+def test_the_figure_draws_and_follows_its_slider_and_no_script_fails(name: str, in_firefox: Visits) -> None:
+    visit = in_firefox[name]
+    assert visit["wrong"] == []
+    first, *moved, last = visit["seen"]
+    assert int(first["shapes"]) > 10, "no chart is drawn"
+    shown = [chosen(name, seen) for seen in [first, *moved]]
+    assert all(before != after for before, after in pairwise(shown)), "a move changed nothing"
+    assert chosen(name, last) == chosen(name, first)
+
+
+@pytest.mark.parametrize("name", [name for name, figure in _FIGURES.items() if hasattr(figure, "masks")])
+def test_firefox_and_gradprune_keep_the_same_weights(name: str, in_firefox: Visits) -> None:
+    for facts in in_firefox[name]["seen"]:
+        masks = _FIGURES[name](**chosen(name, facts)).masks
+        assert int(facts["kept"]) == sum(int(mask.sum()) for mask in masks.values()), facts
+
+
+@pytest.mark.parametrize("name", _FIGURES)
+def test_firefox_and_chromium_show_the_same(
+    name: str, in_firefox: Visits, pages: dict[str, Path], browser: Browser
+) -> None:
+    with opened(browser, pages[name]) as root:
+        seen = [root.evaluate(LOOK)]
+        for move in MOVES:
+            settled(root, lambda move=move: make(root, **move))
+            seen.append(root.evaluate(LOOK))
+    for firefox, chromium in zip(in_firefox[name]["seen"], seen, strict=True):
+        assert firefox.keys() == chromium.keys()
+        for fact, value in firefox.items():
+            assert same(value, chromium[fact]), f"{fact}: {value} in Firefox, {chromium[fact]} in Chromium"
+
+
+def make(root: Locator, *, key: str = "", share: float = 0.0, button: str = "") -> None:
+    """Make a move in Chromium, as firefox.js does in Firefox."""
+    slider = root.locator("input[type=range]").first
+    if button:
+        root.get_by_role("button", name=button).press("Enter")
+    elif key:
+        slider.press(key)
+    else:
+        slide(slider, share)
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two facts are equal: as numbers to a millionth, since browsers may round exp differently."""
+    try:
+        return float(one) == pytest.approx(float(other), rel=1e-6)
+    except ValueError:
+        return one == other
