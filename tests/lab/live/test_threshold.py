@@ -1,6 +1,6 @@
 """Do the page's three trainings send and keep what gradprune sends and keeps?"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn import functional
 import gradprune as gp
 from gradprune import lab
 from gradprune.lab.live import Threshold, perceptron
-from gradprune.lab.live.threshold import BATCH, RATE, STEPS
+from gradprune.lab.live.threshold import BATCH, RATE, STEPS, comparison
 
 DENSITIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -34,46 +34,114 @@ def numbers(root: Locator, kind: str) -> np.ndarray:
     return np.array(root.evaluate("(root, kind) => [...root.numbers(kind)]", kind), dtype=np.float32)
 
 
-def by_gradprune(density: float, kind: str) -> tuple[nn.Module, int, float]:
-    """The network, the entries sent, and the norm of what waits or is lost, on the page's batches."""
+def reached(root: Locator, density: float) -> float:
+    """Move the slider to the density nearest on its scale, and return that."""
+    if density == float(facts(root)["density"]):
+        return density
+    return float(set_slider(root, "entries of the gradient that are sent", np.log10(density))["density"])
+
+
+def above_the_kth_largest(model: nn.Module, density: float) -> float:
+    """Threshold the gradient at its k-th largest magnitude, which a sort finds."""
+    magnitudes = nn.utils.parameters_to_vector(parameter.grad for parameter in model.parameters()).abs()
+    kth = magnitudes.sort(descending=True).values[round(density * len(magnitudes)) - 1]
+    return gp.threshold_gradients_(model, float(kth))
+
+
+def by_gradprune(
+    density: float, kind: str, steps: int = STEPS, lose: Callable[..., float] = gp.keep_top_gradients_
+) -> tuple[nn.Module, int, torch.Tensor]:
+    """The network, the entries sent, and what waits or is lost, after `steps` steps on the page's batches."""
     model, data = perceptron.untrained(), perceptron.digits()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     feedback = gp.ErrorFeedback(model, density=density)
     entries = sum(parameter.numel() for parameter in model.parameters())
-    lost = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    rest = torch.zeros(entries)
     sent = 0.0
-    for rows in page_batches(0, len(data.train), BATCH, STEPS):
+    rules = {"all": lambda: 1.0, "lost": lambda: lose(model, density), "kept": feedback.step}
+    for rows in page_batches(0, len(data.train), BATCH, steps):
         optimizer.zero_grad()
         functional.cross_entropy(model(data.train.x[rows]), data.train.y[rows]).backward()
-        before = [parameter.grad.clone() for parameter in model.parameters()]
-        kept = {"all": lambda: 1.0, "lost": lambda: gp.keep_top_gradients_(model, density), "kept": feedback.step}[
-            kind
-        ]()
-        sent += entries * kept
-        for total, grad, parameter in zip(lost, before, model.parameters(), strict=True):
-            total += grad - parameter.grad
+        before = gradient(model)
+        sent += entries * rules[kind]()
+        rest += before - gradient(model)
         optimizer.step()
-    rest = [tensor.flatten() for tensor in lost]
-    return model, round(sent), float(torch.cat(rest).norm())
+    return model, round(sent), rest
+
+
+def gradient(model: nn.Module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(parameter.grad for parameter in model.parameters()).clone()
+
+
+def weights(model: nn.Module) -> np.ndarray:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_what_is_sent_and_waits_or_is_lost_is_gradprunes(root: Locator, density: float) -> None:
-    if density != float(facts(root)["density"]):
-        density = float(set_slider(root, "entries of the gradient that are sent", np.log10(density))["density"])
+def test_first_steps_send_the_same_entries_and_leave_the_same_rest(root: Locator, density: float) -> None:
+    density = reached(root, density)
+    for steps, more in ((1, 1), (10, 9)):
+        seen = settled(root, lambda more=more: root.evaluate("(root, more) => root.advance(more)", more))
+        assert int(seen["steps"]) == steps
+        for kind in ("all", "lost", "kept"):
+            model, sent, rest = by_gradprune(density, kind, steps)
+            assert int(seen[f"{kind}Sent"]) == sent
+            np.testing.assert_allclose(numbers(root, kind), weights(model), rtol=0, atol=1e-5)
+            if kind != "all":
+                found = np.array(root.evaluate("(root, kind) => root.rest(kind)", kind))
+                np.testing.assert_allclose(found, rest, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.1])  # above, entries are equal: a threshold keeps all of them
+def test_the_largest_entries_are_those_of_a_hard_threshold(root: Locator, density: float) -> None:
+    density = reached(root, density)
+    seen = settled(root, lambda: root.evaluate("(root) => root.advance(10)"))
+    model, sent, _ = by_gradprune(density, "lost", 10, above_the_kth_largest)
+    assert int(seen["lostSent"]) == sent
+    np.testing.assert_allclose(numbers(root, "lost"), weights(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_a_whole_training_sends_and_reads_what_gradprunes_does(root: Locator, density: float) -> None:
+    density = reached(root, density)
     seen = train(root)
     assert int(seen["steps"]) == STEPS
     for kind in ("all", "lost", "kept"):
         model, sent, rest = by_gradprune(density, kind)
         assert int(seen[f"{kind}Sent"]) == sent
+        # In single precision two entries near the cut may change places once, in 270 steps: seen in 2 of 30 trainings.
         accuracy = lab.train.accuracy(model, perceptron.digits().test)
-        # Single precision: after 270 steps an entry near the cut may go in one and wait in the other.
-        assert float(seen[kind]) == pytest.approx(accuracy, abs=4 / 359)
-        if kind != "all":
-            assert float(seen[f"{kind}Waiting"]) == pytest.approx(rest, rel=0.05, abs=1e-3)
+        assert float(seen[kind]) == pytest.approx(accuracy, abs=1.5 / 359)
         if kind == "all":
-            expected = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
-            np.testing.assert_allclose(numbers(root, kind), expected, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(numbers(root, kind), weights(model), rtol=0, atol=1e-5)
+        else:
+            assert float(seen[f"{kind}Waiting"]) == pytest.approx(float(rest.norm()), rel=0.05, abs=1e-4)
+
+
+def test_what_single_precision_changes_is_less_than_what_another_order_of_the_batches_does(root: Locator) -> None:
+    seen = train(root)
+    model, *_ = by_gradprune(0.01, "kept")
+    change = abs(float(seen["kept"]) - lab.train.accuracy(model, perceptron.digits().test))
+    orders = comparison(0.01, "waits")
+    assert change < max(orders) - min(orders)
+
+
+def test_paused_and_gone_on_it_ends_as_if_it_had_not_been(browser: Browser, tmp_path: Path) -> None:
+    path = write_page(Threshold(), tmp_path / "page.html")
+    with opened(browser, path, reduced_motion="no-preference") as root:
+        root.get_by_role("button", name="Train").click()
+        root.page.wait_for_function("(root) => root.dataset.steps > 0", arg=root.element_handle())
+        settled(root, lambda: root.get_by_role("button", name="Pause").click())
+        paused = facts(root)
+        assert 0 < int(paused["steps"]) < STEPS
+        root.page.wait_for_timeout(100)
+        assert facts(root)["steps"] == paused["steps"]
+        last = train(root)
+        ends = [numbers(root, kind) for kind in ("all", "lost", "kept")]
+    with opened(browser, path) as root:
+        assert train(root)["kept"] == last["kept"]
+        for kind, end in zip(("all", "lost", "kept"), ends, strict=True):
+            np.testing.assert_array_equal(numbers(root, kind), end)
 
 
 def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Locator) -> None:
@@ -83,7 +151,7 @@ def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Loca
     assert settled(root, lambda: keyboard.press("Home"))["density"] == "0.001"
     keyboard.press("Tab")
     assert settled(root, lambda: keyboard.press("Enter"))["steps"] == str(STEPS)
-    root.get_by_role("button", name="Reset").focus()
+    keyboard.press("Tab")
     last = settled(root, lambda: keyboard.press("Enter"))
     for name in ("density", "steps", "all", "lost", "kept", "allSent", "keptSent", "lostSent"):
         assert last[name] == first[name]
@@ -97,6 +165,7 @@ def test_the_sentence_says_what_was_sent_and_read(root: Locator) -> None:
     assert f"{int(seen['keptSent']):,} entries sent instead of {int(seen['allSent']):,}" in words
     assert f"{100 * float(seen['lost']):.1f} % of the test digits if the rest is lost" in words
     assert f"{100 * float(seen['kept']):.1f} % if it waits" in words
+    assert f"norm {float(seen['lostWaiting']):.1f}, what waits {float(seen['keptWaiting']):.1f}" in words
 
 
 def test_the_setting_goes_on_without_a_page() -> None:

@@ -12,7 +12,7 @@ const STEPS = 270;
 const OPTIMIZER = { rate: 0.3, momentum: 0, decay: 0 };
 const BATCH = 64;
 const MEMORY = 0.9; // of the running loss that is drawn
-const SLOWEST = 8; // steps a frame at most, so that a frame stays short
+const MOST = 8; // steps a frame, so that they are seen
 const KINDS = { all: "gp-dense", lost: "gp-pruned", kept: "gp-corrected" };
 const LEGEND = [
   ["all entries", "gp-dense"],
@@ -27,24 +27,25 @@ export function render({ model, el }) {
   const train = readSplit(model.get("_train"));
   const read = createReader(untrained, test);
   const entries = parameterCount(untrained.sizes);
+  const fewest = Math.round(0.001 * entries); // that a step sends
   const first = model.get("density");
 
   // A training of which each step gets all of the gradient, or the largest entries; the others are lost or wait.
   function createRun(kind, density) {
     const net = copyNetwork(untrained);
-    const run = { net, sent: 0, loss: Math.log(10), seen: [], residuals: null, gone: null };
+    const run = { net, sent: 0, loss: Number.NaN, seen: [], residuals: null, gone: null };
     run.training = createTraining({
       ...{ net, inputs: train.inputs, labels: train.labels, classes: untrained.sizes.at(-1) },
       ...{ batch: BATCH, seed: 0, optimizer: OPTIMIZER },
       change: ({ all }) => change(run, kind, density, all),
     });
     run.step = () => {
-      run.loss = MEMORY * run.loss + (1 - MEMORY) * trainSteps(run.training, 1);
+      const loss = trainSteps(run.training, 1);
+      run.loss = run.training.steps === 1 ? loss : MEMORY * run.loss + (1 - MEMORY) * loss;
     };
     run.note = () => {
       const { accuracy } = read(net);
-      const rest = run.residuals ?? run.gone;
-      const waiting = rest ? norm(rest) : 0;
+      const waiting = norm(restOf(run));
       const { loss, sent, training } = run;
       run.seen.push({ steps: training.steps, sent, loss, accuracy, waiting });
     };
@@ -65,6 +66,9 @@ export function render({ model, el }) {
     run.sent += Math.round(topFraction(all, density, run.residuals) * entries);
     if (kind === "lost") addTo(run.gone, all, -1);
   }
+
+  // What is not sent, as one vector: its sum over the steps so far where it is lost, what is left of it where it waits.
+  const restOf = (run) => run.residuals ?? run.gone ?? [];
 
   let runs = {};
   function start() {
@@ -104,8 +108,8 @@ export function render({ model, el }) {
     }),
     loss: createChart({
       title: "The loss, for what was sent",
-      x: { label: "entries sent", from: 5, to: entries * STEPS, log: true },
-      y: { label: "training loss", from: 0, to: 2.6 },
+      x: { label: "entries sent", from: fewest, to: entries * STEPS, log: true },
+      y: { label: "training loss, running mean", from: 0, to: 2.6 },
     }),
     waiting: createChart({
       title: "What was not sent: waits, or is lost",
@@ -151,14 +155,19 @@ export function render({ model, el }) {
   };
   const request = drawer(stage, draw);
 
+  // Take up to `count` steps of each, as many as `milliseconds` allow.
+  function advance(count, milliseconds = 5) {
+    const began = performance.now();
+    const end = Math.min(runs.all.training.steps + count, STEPS);
+    while (runs.all.training.steps < end && performance.now() - began < milliseconds) {
+      for (const run of Object.values(runs)) run.step();
+    }
+    for (const run of Object.values(runs)) run.note();
+  }
+
   const walk = animator(stage, {
     step() {
-      const began = performance.now();
-      for (let i = 0; i < SLOWEST && runs.all.training.steps < STEPS; i++) {
-        for (const run of Object.values(runs)) run.step();
-        if (performance.now() - began > 5) break;
-      }
-      for (const run of Object.values(runs)) run.note();
+      advance(MOST);
       return runs.all.training.steps < STEPS;
     },
     draw,
@@ -172,6 +181,11 @@ export function render({ model, el }) {
   model.on("change:density", follow);
   stage.ends.push(() => model.off("change:density", follow));
   stage.root.numbers = (kind) => flatten(runs[kind].net);
+  stage.root.rest = (kind) => restOf(runs[kind]).flatMap((array) => [...array]);
+  stage.root.advance = (count) => {
+    advance(count, Number.POSITIVE_INFINITY);
+    request();
+  };
   follow();
   return closing(stage);
 }
@@ -182,10 +196,12 @@ function addTo(sums, arrays, sign) {
   });
 }
 
-function sentence({ density, steps, all, lost, kept, allSent, keptSent }) {
+function sentence(facts) {
+  const { density, steps, all, lost, kept, allSent, keptSent, lostWaiting, keptWaiting } = facts;
   if (steps === 0)
     return `${written(density)} of each gradient's entries will be sent. Press Train.`;
   const saved = `${keptSent.toLocaleString("en")} entries sent instead of ${allSent.toLocaleString("en")}`;
   const results = `the network reads ${percent(lost)} of the test digits if the rest is lost, ${percent(kept)} if it waits`;
-  return `After ${steps} steps, with ${saved}, ${results}, and ${percent(all)} if all is sent.`;
+  const rest = `What was lost has a sum of norm ${lostWaiting.toFixed(1)}, what waits ${keptWaiting.toFixed(1)}`;
+  return `After ${steps} steps, with ${saved}, ${results}, and ${percent(all)} if all is sent. ${rest}.`;
 }

@@ -11,6 +11,7 @@ import traitlets
 from torch import nn
 
 import gradprune as gp
+from gradprune.gradients.params import Params
 from gradprune.lab import figures, train
 from gradprune.lab.live import perceptron
 from gradprune.lab.live.esm import joined
@@ -48,32 +49,33 @@ class Threshold(Live):
         """The network that all three start from: a copy."""
         return perceptron.untrained()
 
-    def feedback(self, params: Any) -> gp.ErrorFeedback:
+    def feedback(self, params: Params) -> gp.ErrorFeedback:
         """Return the error feedback of the setting, for a training of one's own."""
         return gp.ErrorFeedback(params, density=float(self.density))
 
     def still(self) -> Still:
-        """Return the accuracies for three shares, with the rest lost and waiting, over five orders of batches."""
-        levels = (0.001, 0.01, 0.1)
-        rows, curves = [], {"lost": [], "waits": []}  # type: ignore[var-annotated]
-        for level in levels:
-            lost, waits = (comparison(level, kind) for kind in ("lost", "waits"))
+        """Return the accuracies by share, with the rest lost and waiting, over five orders of the batches."""
+        density = float(self.density)
+        levels = sorted({0.001, 0.01, 0.1, 1.0, density})
+        runs = {level: (comparison(level, "lost"), comparison(level, "waits")) for level in levels}
+        means = {level: [float(np.mean(found)) for found in pair] for level, pair in runs.items()}
+        rows = []
+        for level, (lost, waits) in runs.items():
             mean, low, high = train.interval([b - a for a, b in zip(lost, waits, strict=True)])
-            curves["lost"].append(float(np.mean(lost)))
-            curves["waits"].append(float(np.mean(waits)))
-            rows.append([f"{level:.1%}", f"{np.mean(lost):.2f}", f"{np.mean(waits):.2f}", f"{mean:+.2f}"])
-            rows[-1].append(f"{low:+.2f} to {high:+.2f}")
+            accuracies = [f"{accuracy:.2f}" for accuracy in means[level]]
+            rows.append([f"{level:.1%}", *accuracies, f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}"])
         drawing, axes = figures.new()
-        for name, colour in (("lost", "pruned"), ("waits", "corrected")):
-            axes.plot(levels, curves[name], "o-", label=f"the rest {name}".replace("lost", "is lost"))
-            axes.lines[-1].set_color(figures.COLOURS[colour])
+        lines = zip(("the rest is lost", "the rest waits"), ("pruned", "corrected"), strict=True)
+        for at, (name, colour) in enumerate(lines):
+            axes.plot(levels, [means[level][at] for level in levels], "o-", label=name, color=figures.COLOURS[colour])
         axes.set(xscale="log", xlabel="share of the entries sent", ylabel="test digits read correctly", ylim=(0, 1))
-        axes.set_title("The largest entries of each gradient, 270 steps")
+        axes.set_title(f"The largest entries of each gradient, {STEPS} steps")
         axes.legend()
+        lost_mean, waits_mean = means[density]
         words = (
-            f"A perceptron trained for {STEPS} steps by one in a hundred entries of each gradient reads "
-            f"{curves['lost'][1]:.2f} of the test digits if the other entries are lost, {curves['waits'][1]:.2f} if "
-            "they wait until their sum is large, on average over five orders of the batches."
+            f"A perceptron trained for {STEPS} steps by the largest {density:.1%} of each gradient's entries reads "
+            f"{lost_mean:.2f} of the test digits if the other entries are lost, {waits_mean:.2f} if they wait until "
+            f"their sum is large, and {means[1.0][0]:.2f} if all are sent, on average over five orders of the batches."
         )
         return Still(drawing, words, ["sent", "rest lost", "rest waits", "difference", "95 % interval"], rows)
 
