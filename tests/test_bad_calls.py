@@ -255,6 +255,8 @@ def test_a_wrong_argument_is_refused_in_words_and_changes_nothing(name):
             except Exception as error:
                 if not (refused_by_us(error) or users_own(error, oddity)):
                     wrong.append(f"{argument}={oddity}: {type(error).__name__}: {str(error)[:90]}")
+                elif "NoneType" in str(error) and "None" not in oddity:
+                    wrong.append(f"{argument}={oddity}: speaks of None, which was not given: {str(error)[:90]}")
                 elif not unchanged(before, case.state()):
                     wrong.append(f"{argument}={oddity}: refused, but something changed")
     assert not wrong, "\n".join(wrong)

@@ -153,3 +153,20 @@ def test_strided_tensors_are_not_copied_whole():
         mask = keep_largest(values, 1000)[0]
     assert traffic.largest <= 2**16 * 4
     assert torch.equal(mask.reshape(-1), expected)
+
+
+@pytest.mark.parametrize("make", [torch.randn, lambda *shape: torch.randint(-9, 9, shape)], ids=["floats", "integers"])
+def test_torchs_defaults_do_not_leak_in(make):
+    values = [make(300, 40), make(2**11), make(40, 300).t()]
+    k, few = 9_000, {"CHUNK": 2**11, "GATHER_ALL": 100}
+    with mock.patch.multiple(select_device, **few):
+        wanted, number = keep_and_count(values, k).masks, kth_smallest(values, k)
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        try:
+            found, same = keep_and_count(values, k).masks, kth_smallest(values, k)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+            assert torch.equal(same, number)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)

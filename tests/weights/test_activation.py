@@ -282,13 +282,23 @@ def test_a_sparse_input_counts_as_the_dense_one_that_it_stands_for():
 
 
 @pytest.mark.parametrize("default", [torch.float16, torch.float64])
-def test_torchs_default_dtype_does_not_leak_in(default):
-    layer = nn.Linear(4, 3)
-    wanted = gp.activation(layer, [X])["weight"]
+def test_torchs_defaults_do_not_leak_in(default):
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.rows = nn.Parameter(torch.randn(3, 4)), torch.tensor([2, 0, 2])
+
+        def forward(self, x):
+            return x @ self.weight.T, x @ self.weight[self.rows].T
+
+    model = Picks()
+    wanted = gp.activation(model, [X])["weight"]
     torch.set_default_dtype(default)
+    torch.set_default_device("meta")
     try:
-        found = gp.activation(layer, [X])["weight"]
+        found = gp.activation(model, [X])["weight"]
+        assert torch.equal(found, wanted)
     finally:
+        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
-    assert torch.equal(found, wanted)

@@ -18,7 +18,11 @@ WRONG_STATES = {
     "None": (None, TypeError, "a state of Masks must be a dict"),
     "a list": ([], TypeError, "a state of Masks must be a dict"),
     "a model": (nn.Linear(2, 2), TypeError, "a state of Masks must be a dict"),
-    "a model's state": (nn.Linear(2, 2).state_dict(), TypeError, "mask of 'weight' must be a dict of bits and shape"),
+    "a model's state": (
+        nn.Linear(2, 2).state_dict(),
+        TypeError,
+        "mask of 'weight' must be a dict of bits and shape, got Tensor",
+    ),
     "masks": ({"a": torch.ones(2, dtype=torch.bool)}, TypeError, "mask of 'a' must be a dict of bits and shape"),
     "an empty entry": ({"a": {}}, ValueError, "lacks 'bits', 'shape'"),
     "no shape": ({"a": {"bits": byte()}}, ValueError, "lacks 'shape'"),

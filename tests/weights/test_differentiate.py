@@ -372,3 +372,17 @@ def test_reentrant_checkpoints_are_left_as_they_were_found(monkeypatch):
     monkeypatch.setattr(kind, "apply", mine := staticmethod(lambda *_: None), raising=False)
     gp.gradient(nn.Linear(2, 1), [(torch.ones(1, 2), None)], lambda outputs, _: outputs.sum())
     assert vars(kind)["apply"] is mine
+
+
+def test_what_stands_for_a_pair_is_said_with_what_was_meant():
+    x, model = torch.ones(2, 3), nn.Linear(3, 1)
+    for batches, told in [
+        ([x], r"batch 0 must be a pair \(inputs, targets\), got a tensor of shape \(2, 3\)$"),
+        ([(x, None), x, x], r"batch 1 must be a pair .*, got a tensor of shape \(2, 3\)$"),
+        ((x, x), r"got a tensor of shape .*, and batches, if it is one pair, \[\(inputs, targets\)\]$"),
+        ([{"x": x}], r"got a dict; of dicts make pairs: \[\(d, d\['labels'\]\) for d in loader\]$"),
+        ([(x, x, x)], r"got a tuple of 3$"),
+        (["text"], r"got 'text'$"),
+    ]:
+        with pytest.raises(TypeError, match=told):
+            gp.taylor(model, batches, lambda outputs, _: outputs.sum())
