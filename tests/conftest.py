@@ -56,8 +56,14 @@ def soup(path: Path) -> BeautifulSoup:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A Chromium of the machine. It ends with the file: while it runs, no other event loop can, as notebooks need."""
+    found = chromium()
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+
+
+def chromium() -> str:
+    """Return where a Chromium of the machine is; fail with what to install where there is none."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not found:
         pytest.fail(f"no browser found ({', '.join(BROWSERS)}): on Debian and Ubuntu, `apt-get install chromium`")
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+    return found

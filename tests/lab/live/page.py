@@ -31,11 +31,17 @@ def write_page(figure: Live, path: Path) -> Path:
 
 
 @contextmanager
-def opened(browser: Browser, path: Path, *, reduced_motion: str = "reduce", **options: Any) -> Iterator[Locator]:
-    """Open a page without a network and give the root of its figure, drawn; a script's error is one of the test."""
+def opened(
+    browser: Browser, path: Path, *, reduced_motion: str = "reduce", watch: str = "", **options: Any
+) -> Iterator[Locator]:
+    """Open a page without a network and give the root of its figure, drawn; a script's error is one of the test.
+
+    `watch` is a script that runs before the page's own.
+    """
     wrong: list[str] = []
     with browser.new_context(offline=True, reduced_motion=reduced_motion, **options) as context:
         page = context.new_page()
+        page.add_init_script(watch)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.goto(path.as_uri())
