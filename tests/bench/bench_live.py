@@ -29,9 +29,11 @@ MOVE = """async (root, share) => {
   await frame(); // laid out and painted
   return root.dataset.drawn === drawn ? null : Number(root.dataset.frame);
 }"""
-# Press the button that trains, where there is one, and note how long each step took until it rests, a minute at most.
-TRAIN = """async (root) => {
-  const button = [...root.querySelectorAll('button')].find((one) => /train/i.test(one.textContent) && !one.disabled);
+# Press the button that sets the figure going, where there is one, and note how long each step took until it rests, a
+# minute at most.
+GO = """async (root) => {
+  const buttons = [...root.querySelectorAll('.gp-live-controls button')];
+  const button = buttons.find((one) => one.textContent !== 'Reset');
   if (!button) return [];
   const steps = [];
   const watcher = new MutationObserver(() => steps.push(Number(root.dataset.step)));
@@ -91,7 +93,7 @@ def measured(browser, name, folder, arguments):
             first.append(root.page.evaluate("firstDrawing"))
             for kept, more in zip((drawing, whole), dragged(root, arguments.moves), strict=True):
                 kept += more
-            steps += root.evaluate(TRAIN)
+            steps += root.evaluate(GO)
     shared = sum((VENDOR / "widgets" / part).stat().st_size for part in ("embed.js", "embed.css"))
     return {
         "figure": name,
