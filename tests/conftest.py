@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from bs4 import BeautifulSoup
 from hypothesis import settings
 from playwright.sync_api import Browser, sync_playwright
@@ -67,3 +68,19 @@ def chromium() -> str:
     if not found:
         pytest.fail(f"no browser found ({', '.join(BROWSERS)}): on Debian and Ubuntu, `apt-get install chromium`")
     return found
+
+
+class _OnCuda(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: torch.device("cuda"))
+    is_cpu = property(lambda self: False)
+
+
+class _OnMps(_OnCuda):
+    device = property(lambda self: torch.device("mps"))
+
+
+@pytest.fixture(params=[_OnCuda, _OnMps])
+def on_accelerator(request):
+    """Returns a tensor as one that says that it lies on an accelerator; what is done with it is done on the CPU."""
+    return lambda tensor: tensor.as_subclass(request.param)

@@ -1,5 +1,6 @@
-"""What a live figure costs its reader: bytes, milliseconds to the first drawing, milliseconds a frame and a step."""
+"""What a live figure costs its reader: bytes, milliseconds to the first drawing, milliseconds a move and a frame."""
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -29,19 +30,21 @@ MOVE = """async (root, share) => {
   await frame(); // laid out and painted
   return root.dataset.drawn === drawn ? null : Number(root.dataset.frame);
 }"""
-# Press the button that trains, where there is one, and note how long each step took until it rests, a minute at most.
-TRAIN = """async (root) => {
-  const button = [...root.querySelectorAll('button')].find((one) => /train/i.test(one.textContent) && !one.disabled);
-  if (!button) return [];
+# Press the button that sets the figure going, where there is one, and note how long each step took by the clock until
+# it rests, a minute at most.
+GO = """(root) => new Promise((end) => {
+  const buttons = [...root.querySelectorAll('.gp-live-controls button')];
+  const button = buttons.find((one) => one.textContent !== 'Reset');
   const steps = [];
-  const watcher = new MutationObserver(() => steps.push(Number(root.dataset.step)));
-  watcher.observe(root, { attributeFilter: ['data-step'] });
-  const end = performance.now() + 60_000;
-  button.click();
-  do await new Promise(requestAnimationFrame); while (root.dataset.running === 'true' && performance.now() < end);
-  watcher.disconnect();
-  return steps;
-}"""
+  const watcher = new MutationObserver((seen) => {
+    if (seen.some((one) => one.attributeName === 'data-step')) steps.push(Number(root.dataset.step));
+    if (root.dataset.running === 'false') end(steps);
+  });
+  watcher.observe(root, { attributeFilter: ['data-step', 'data-running'] });
+  setTimeout(() => end(steps), 60_000);
+  if (button) button.click();
+  else end(steps);
+})"""
 # When the figure is drawn for the first time, in milliseconds since the page was asked for.
 WATCH = """new MutationObserver((_, watcher) => {
   if (!document.querySelector('.gp-live[data-drawn]')) return;
@@ -75,6 +78,22 @@ def dragged(root, moves):
     return drawing, whole
 
 
+def stepped(browser, root):
+    """Milliseconds of each frame of a figure that was set going: its steps by the clock, the whole in processor time."""
+    browser.start_tracing(page=root.page, categories=["devtools.timeline", "disabled-by-default-devtools.timeline"])
+    steps = root.evaluate(GO)
+    events = json.loads(browser.stop_tracing())["traceEvents"]
+    callbacks = [event for event in events if event["name"] == "FireAnimationFrame" and "tdur" in event]
+    tasks = [event for event in events if event["name"] == "RunTask" and "tdur" in event]
+    whole = [task["tdur"] / 1000 for task in tasks if any(_within(callback, task) for callback in callbacks)]
+    return steps, whole if steps else []
+
+
+def _within(event, task):
+    same = (event["pid"], event["tid"]) == (task["pid"], task["tid"])
+    return same and task["ts"] <= event["ts"] <= task["ts"] + task["dur"]
+
+
 def spread(name, milliseconds):
     """Median, 95th percentile and maximum, each in a column of its own."""
     quantiles = {"median": 0.5, "95 %": 0.95, "longest": 1.0}
@@ -85,13 +104,14 @@ def measured(browser, name, folder, arguments):
     """The row of one figure; each round is a fresh page."""
     figure = _FIGURES[name]()
     path = write_page(figure, folder / f"{name}.html")
-    first, drawing, whole, steps = [], [], [], []
+    first, drawing, whole, steps, frames = [], [], [], [], []
     for _ in range(arguments.rounds):
         with opened(browser, path, reduced_motion="no-preference", watch=WATCH) as root:
             first.append(root.page.evaluate("firstDrawing"))
             for kept, more in zip((drawing, whole), dragged(root, arguments.moves), strict=True):
                 kept += more
-            steps += root.evaluate(TRAIN)
+            for kept, more in zip((steps, frames), stepped(browser, root), strict=True):
+                kept += more
     shared = sum((VENDOR / "widgets" / part).stat().st_size for part in ("embed.js", "embed.css"))
     return {
         "figure": name,
@@ -102,7 +122,7 @@ def measured(browser, name, folder, arguments):
         "moves": len(drawing),
         **spread("move", whole),
         **spread("drawing", drawing),
-        **({"steps": len(steps), **spread("step", steps)} if steps else {}),
+        **({"frames": len(frames), **spread("frame", frames), **spread("step", steps)} if steps else {}),
     }
 
 

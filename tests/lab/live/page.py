@@ -1,18 +1,16 @@
 """A live figure on a page of its own, opened from disk by the widget manager that the book ships."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import traitlets
 from ipywidgets.embed import dependency_state, embed_data
 from playwright.sync_api import Browser, Locator
 from vendor import VENDOR, vendor
 
-from gradprune.lab.live import _FIGURES, Live
+from gradprune.lab.live import Live
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>a live figure</title>
 <script src="{manager}"></script>
@@ -21,12 +19,16 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>a live fig
 SLOW = 20_000  # milliseconds
 
 
-def write_page(figure: Live, path: Path) -> Path:
-    """Write a page that shows `figure`, as the book does, and return its path."""
+def write_page(figure: Live, path: Path, *, manager: str = "") -> Path:
+    """Write a page that shows `figure`, as the book does, and return its path.
+
+    `manager` is where the page finds the widget manager; by default, where the book's build keeps it.
+    """
     vendor()
     data = embed_data(views=[figure], state=dependency_state([figure], drop_defaults=False))
     state, view = json.dumps(data["manager_state"]).replace("</", "<\\/"), json.dumps(data["view_specs"][0])
-    path.write_text(PAGE.format(manager=(VENDOR / "widgets" / "embed.js").as_uri(), state=state, view=view))
+    manager = manager or (VENDOR / "widgets" / "embed.js").as_uri()
+    path.write_text(PAGE.format(manager=manager, state=state, view=view))
     return path
 
 
@@ -67,23 +69,6 @@ def facts(root: Locator) -> dict[str, str]:
     """Return the data- attributes of a figure."""
     found: dict[str, str] = root.evaluate("(root) => ({ ...root.dataset })")
     return found
-
-
-def chosen(name: str, facts: dict[str, str]) -> dict[str, Any]:
-    """Return what the reader chose, of what the figure `name` says: the traits that its Python object takes."""
-    read = {traitlets.Float: float, traitlets.Int: int, traitlets.Bool: "true".__eq__}
-    said = {re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", fact): value for fact, value in facts.items()}
-    return {
-        trait: next((how for of, how in read.items() if isinstance(kind, of)), str)(said[trait])
-        for trait, kind in _FIGURES[name].class_traits(sync=True).items()
-        if trait in said and trait not in Live.class_trait_names()
-    }
-
-
-def slide(slider: Locator, share: float) -> None:
-    """Move a slider, as a reader's hand does, to a share of its range."""
-    to = "(input, share) => { input.value = Number(input.min) + share * (input.max - input.min);"
-    slider.evaluate(f"{to} input.dispatchEvent(new Event('input', {{ bubbles: true }})); }}", share)
 
 
 def set_slider(root: Locator, label: str, value: float) -> dict[str, str]:

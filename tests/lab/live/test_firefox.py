@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page import chosen, opened, settled, slide, write_page
+from moves import chosen, slide
+from page import opened, settled, write_page
 from playwright.sync_api import Browser, Locator
 from vendor import install, node
 
