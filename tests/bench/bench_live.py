@@ -79,7 +79,7 @@ def dragged(root, moves):
 
 
 def stepped(browser, root):
-    """Milliseconds of each frame of a figure that was set going: its steps by the clock, the whole in processor time."""
+    """Milliseconds of each frame of a figure that was set going: steps by the clock, the whole in processor time."""
     browser.start_tracing(page=root.page, categories=["devtools.timeline", "disabled-by-default-devtools.timeline"])
     steps = root.evaluate(GO)
     events = json.loads(browser.stop_tracing())["traceEvents"]
