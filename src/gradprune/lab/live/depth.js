@@ -51,6 +51,8 @@ export function render({ model, el }) {
   let accuracy = Number.NaN;
   let losses = [];
   let broken = false; // the loss is no number any more
+  let work = null; // for the gradient of what is shown
+  let norms = []; // of that gradient, layer by layer
 
   function start() {
     walk.stop();
@@ -61,12 +63,12 @@ export function render({ model, el }) {
       ...{ batch: ROWS, seed: 0, optimizer: OPTIMIZER },
     });
     [losses, broken, accuracy] = [[], false, Number.NaN];
+    work = createWorkspace(net, ROWS);
     request();
   }
 
   // The norm of the loss gradient at the input of each layer's activation, and at the output, first layer first.
   function gradientNorms() {
-    const work = createWorkspace(net, ROWS);
     const gradient = new Float32Array(ROWS * classes);
     crossEntropy(forward(net, shown.inputs, ROWS, work), shown.labels, classes, gradient);
     backward(net, shown.inputs, ROWS, work, gradient);
@@ -128,7 +130,8 @@ export function render({ model, el }) {
 
   const draw = () => {
     const setting = chosen();
-    const norms = gradientNorms();
+    // Of a running training every fourth frame looks at all gradients: that costs as much as a step.
+    if (!walk.isRunning() || training.steps % 4 === 0) norms = gradientNorms();
     const predicted = predictedNorms(setting, norms, square);
     const moved = net.weights.map((weights, l) => movement(weights, fresh.weights[l]));
     const at = norms.map((_, l) => l + 1);
