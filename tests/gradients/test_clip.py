@@ -1005,3 +1005,11 @@ def test_sparse_gradients_of_vectors_that_hold_equally_much_are_bounded_each_by_
     gp.clip_adaptive_([small, large], 0.1)
     for weight, norm in ((small, 4.0), (large, 8.0)):
         assert float(weight.grad.to_dense().norm()) == pytest.approx(0.1 * norm)
+
+
+def test_autoclip_takes_the_tenth_percentile_of_the_last_thousand_unless_told_otherwise():
+    clip_, parameter = gp.AutoClip(), nn.Parameter(torch.zeros(1))
+    for norm in range(1, 1202):
+        parameter.grad = torch.full((1,), float(norm))
+        clip_(parameter)
+    assert clip_.threshold == pytest.approx(np.percentile(np.arange(202, 1202), 10))

@@ -278,3 +278,12 @@ def test_arguments_of_another_kind_are_named():
         with pytest.raises(ValueError, match=message):
             call()
     assert gp.jacobian_singular_values(torch.sin, torch.ones(1).expand(4), k=np.int64(2)).shape == (2,)
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5])
+@pytest.mark.parametrize("k", [3, 8])
+def test_where_values_follow_each_other_closely_it_goes_on_until_they_are_as_near_as_the_tolerance_says(seed, k):
+    values = np.linspace(1, 0.5, 400)
+    a = matrix_with(values, 400, 400, seed=seed)
+    found = gp.jacobian_singular_values(lambda x: a @ x, torch.zeros(400, dtype=torch.float64), k=k, tolerance=1e-2)
+    assert np.allclose(found, values[:k], rtol=0, atol=1e-2)
