@@ -209,7 +209,7 @@ class _Chunks:
         threads = min(torch.get_num_threads(), MAX_THREADS) if self.values.total >= PARALLEL else 1
         share = max(1, -(-len(self.pieces) // threads))
         shares = [self.pieces[i : i + share] for i in range(0, len(self.pieces), share)]
-        longest = max((t.numel() for t in self.values.tensors), default=0)
+        longest = max(t.numel() for t in self.values.tensors)
         buffers = [_Buffers(self.order.integer, min(CHUNK, longest)) for _ in shares]
         if len(shares) == 1:
             return [work(shares[0], buffers[0])]
