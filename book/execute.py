@@ -8,6 +8,7 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 CELL_TIMEOUT = 300  # seconds
+STATE, VIEW = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("state", "view"))
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, *, widget_state: bool) -> None:
@@ -27,3 +28,14 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, *, widget_state: bool
             resources={"metadata": {"path": str(folder)}},
             config=Config({"KernelManager": {"transport": "ipc", "ip": str(Path(private) / "kernel")}}),
         ).execute()
+    leave_out_unseen(notebook)
+
+
+def leave_out_unseen(notebook: nbformat.NotebookNode) -> None:
+    """Drop the state of live figures that the notebook made and did not show: a page would carry it for nothing."""
+    models = notebook.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    shown = {output.data[VIEW]["model_id"] for output in outputs if VIEW in output.get("data", {})}
+    for name in [name for name, model in models.items() if model["model_module"] == "anywidget"]:
+        if name not in shown:
+            del models[name]

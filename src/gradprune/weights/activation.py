@@ -180,7 +180,7 @@ class _InputNorms(Owners):
             total = _added(None, at, squares)
             back = total.as_strided(copy.result.size, copy.result.stride, copy.result.offset)
             if copy.indices is not None:
-                gathered = torch.zeros(copy.source.size, dtype=back.dtype, device=back.device)
+                gathered = back.new_zeros(copy.source.size)
                 # as an operator it takes None, for an axis that was taken whole; as a method it does not
                 back = aten.index_put_(gathered, list(copy.indices), back, True)
             self._add_at(owner, copy.source, back)
