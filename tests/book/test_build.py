@@ -21,6 +21,7 @@ import pytest
 import tomllib
 import vendor
 import yaml
+from execute import STATE, VIEW, leave_out_unseen
 from jupyter_cache import get_cache
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -545,3 +546,20 @@ def test_the_script_for_a_bare_machine_is_executable_bash() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", script], check=True)
+
+
+# --- execute.py ---
+
+
+def test_a_page_carries_the_figures_that_it_shows_and_all_other_widgets() -> None:
+    make = nbformat.v4
+    view = make.new_output("display_data", {VIEW: {"model_id": "shown"}})
+    notebook = make.new_notebook(cells=[make.new_code_cell("figure", outputs=[view])])
+    models = {"shown": "anywidget", "unseen": "anywidget", "link": "@jupyter-widgets/controls"}
+    state = {name: {"model_module": module} for name, module in models.items()}
+    notebook.metadata["widgets"] = {STATE: {"state": state}}
+    leave_out_unseen(notebook)
+    assert list(notebook.metadata["widgets"][STATE]["state"]) == ["shown", "link"]
+    bare = make.new_notebook()
+    leave_out_unseen(bare)
+    assert "widgets" not in bare.metadata
