@@ -23,7 +23,7 @@ SETTINGS = [
     ("tanh", 1, 1.0),
     ("tanh", 20, 1.0),
     ("tanh", 60, 0.8),
-    ("tanh", 40, 1.6),
+    ("tanh", 40, 1.2),  # not larger: so deep, what rounding changed grows from layer to layer, in torch too
     ("relu", 20, 1.4),
     ("relu", 60, 1.4),
     ("relu", 10, 0.5),
@@ -66,33 +66,68 @@ def test_network_gradients_and_prediction_are_torchs_and_the_formulas(root: Loca
         norms = root.evaluate("(root) => root.gradients()")
         exact = np.array(figure.gradient_norms)
         inside = exact > 1e-30  # single precision ends at 1e-38, and its digits before
-        np.testing.assert_allclose(np.array(norms)[inside], exact[inside], rtol=2e-4)
+        np.testing.assert_allclose(np.array(norms)[inside], exact[inside], rtol=1e-5)
         predicted = math.sqrt(math.prod(figure.factors[:-1])) * exact[-2] / exact[-1]
         assert float(seen["predicted"]) == pytest.approx(predicted, rel=2e-3)
 
 
-def test_single_layers_gradients_agree_to_the_last_digits(root: Locator) -> None:
-    choose(root, "tanh", 1, 1.0)
-    norms = root.evaluate("(root) => root.gradients()")
-    np.testing.assert_allclose(norms, Depth(activation="tanh", depth=1).gradient_norms, rtol=1e-5)
+def test_beyond_single_precision_the_page_and_torch_lose_the_same_layers(root: Locator) -> None:
+    choose(root, "sigmoid", 60, 0.2)
+    norms = np.array(root.evaluate("(root) => root.gradients()"))
+    exact = np.array(Depth(activation="sigmoid", depth=60, scale=0.2).gradient_norms)
+    assert (exact == 0).sum() > 20
+    assert ((norms == 0) == (exact == 0)).all()
+    assert facts(root)["ratio"] == "0"
 
 
-@pytest.mark.parametrize(("activation", "depth", "scale"), [("tanh", 5, 1.0), ("relu", 10, 1.4)])
-def test_training_takes_torchs_steps(root: Locator, activation: str, depth: int, scale: float) -> None:
-    choose(root, activation, depth, scale)
-    seen = train(root)
-    model, data = Depth(activation=activation, depth=depth, scale=scale).network, perceptron.digits()
-    first = model[0].weight.detach().clone()
+def torch_trained(figure: Depth, steps: int) -> nn.Sequential:
+    """The figure's network after torch's steps on the page's batches."""
+    model, data = figure.network, perceptron.digits()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for rows in page_batches(0, len(data.train), 64, 200):
+    for rows in page_batches(0, len(data.train), 64, steps):
         optimizer.zero_grad()
         functional.cross_entropy(model(data.train.x[rows]), data.train.y[rows]).backward()
         optimizer.step()
+    return model
+
+
+def vector(model: nn.Module) -> np.ndarray:
+    flat: np.ndarray = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+    return flat
+
+
+def test_one_training_step_is_torchs(root: Locator) -> None:
+    for activation, depth, scale in SETTINGS:
+        choose(root, activation, depth, scale)
+        figure = Depth(activation=activation, depth=depth, scale=scale)
+        before = numbers(root)
+        root.evaluate("(root) => root.train(1)")
+        stepped = vector(torch_trained(figure, 1))
+        largest = np.abs(stepped - before).max()
+        assert largest > 1e-4  # so that a step left out is seen
+        # A hundred-thousandth of the step, and what single precision rounds of a weight.
+        np.testing.assert_allclose(numbers(root), stepped, rtol=2.5e-7, atol=1e-5 * largest)
+        settled(root, lambda: root.get_by_role("button", name="Reset").click())
+
+
+@pytest.mark.parametrize(("activation", "depth"), [("tanh", 5), ("tanh", 20), ("sigmoid", 20)])
+def test_training_takes_torchs_steps(root: Locator, activation: str, depth: int) -> None:
+    choose(root, activation, depth, 1.0)
+    seen = train(root)
+    figure = Depth(activation=activation, depth=depth)
+    model, first = torch_trained(figure, 200), figure.network[0].weight.detach()
     assert int(seen["steps"]) == 200
     moved = float((model[0].weight.detach() - first).norm() / first.norm())
-    assert float(seen["moved"]) == pytest.approx(moved, rel=1e-2)
-    assert float(seen["accuracy"]) == pytest.approx(lab.train.accuracy(model, data.test), abs=4 / 359)
-    assert float(seen["accuracy"]) > 0.7
+    assert float(seen["moved"]) == pytest.approx(moved, rel=1e-4)
+    assert float(seen["accuracy"]) == pytest.approx(lab.train.accuracy(model, perceptron.digits().test), abs=1.5 / 359)
+
+
+def test_relu_takes_torchs_steps_before_rounding_parts_them(root: Locator) -> None:
+    # In 200 steps at a rate this high for relu, torch in single and in double precision come apart too.
+    choose(root, "relu", 10, 1.4)
+    root.evaluate("(root) => root.train(10)")
+    expected = vector(torch_trained(Depth(activation="relu", depth=10, scale=1.4), 10))
+    np.testing.assert_allclose(numbers(root), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_first_layer_without_gradient_does_not_move_and_the_sentence_says_so(root: Locator) -> None:

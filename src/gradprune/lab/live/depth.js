@@ -184,7 +184,9 @@ export function render({ model, el }) {
       accuracy = Number.NaN;
       losses.push(trainSteps(training, 1));
       broken = !Number.isFinite(losses.at(-1));
-      return training.steps < STEPS && !broken;
+      const more = training.steps < STEPS && !broken;
+      if (!more) accuracy = createReader(net, test)(net).accuracy; // so that the last frame has it
+      return more;
     },
     draw,
     done: () => request(),
@@ -203,6 +205,7 @@ export function render({ model, el }) {
   });
   stage.root.numbers = () => flatten(net);
   stage.root.gradients = gradientNorms;
+  stage.root.train = (steps) => trainSteps(training, steps);
   follow();
   return closing(stage);
 }
