@@ -14,6 +14,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from gradprune.lab.data import Dataset, Split
+from gradprune.lab.models import mlp
 from gradprune.lab.setup import progress_wanted
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,6 +80,25 @@ def fit(
     for group, lr in zip(optimizer.param_groups, full, strict=True):
         group["lr"] = lr
     return history
+
+
+def perceptron(
+    data: Dataset,
+    widths: Sequence[int] = (64, 128, 64, 10),
+    *,
+    seed: int = 0,
+    order: int | None = None,
+    steps: int = 400,
+) -> nn.Sequential:
+    """Return a perceptron trained on `data` by SGD at a rate of 0.1 with momentum 0.9.
+
+    `seed` decides the first weights, `order` (left out, `seed` too) the order of the batches.
+    """
+    torch.manual_seed(seed)
+    model = mlp(list(widths))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fit(model, data, steps=steps, optimizer=optimizer, seed=seed if order is None else order, watch=False)
+    return model
 
 
 @torch.no_grad()
