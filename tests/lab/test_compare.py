@@ -33,6 +33,7 @@ def test_gaps_without_spread_are_better_unless_they_are_zero():
 
 def test_a_difference_is_written_with_signs_and_no_negative_zero():
     assert str(Difference(0.004, -0.001, 0.126, 0.1)) == "+0.00 (+0.00 to +0.13)"
+    assert Difference(-0.071, -0.101, -0.041, 0.1).short == "-0.07 ±0.03"
 
 
 @pytest.mark.parametrize("pairs", [([0.1, 0.2], [0.1]), ([0.1], [0.2])])

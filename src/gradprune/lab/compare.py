@@ -25,6 +25,11 @@ class Difference:
         """Return "better", "worse" or "not shown": whether the interval leaves out zero, and on which side."""
         return _outcome(self.mean, self.low > 0 or self.high < 0)
 
+    @property
+    def short(self) -> str:
+        """Return the mean and half of the interval, for a narrow table."""
+        return f"{_signed(self.mean)} ±{self.high - self.mean:.2f}"
+
     def __str__(self) -> str:
         """Return the mean and the interval, with signs and two decimals."""
         return f"{_signed(self.mean)} ({_signed(self.low)} to {_signed(self.high)})"
