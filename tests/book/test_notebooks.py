@@ -185,15 +185,17 @@ def verdicts(pages: list[NotebookNode], chapter: int) -> list[str]:
 
 
 def verdicts_not_computed(notebook: NotebookNode) -> list[str]:
-    """A verdict's condition is made from what the page computed; only "has no meaning" is a literal None."""
+    """The conditions of a verdict, and the reason of one that has none, are made from what the page computed."""
     faults = []
     for cell in code(notebook):
-        for call in calls(cell, "verdict"):
-            given = {keyword.arg: keyword.value for keyword in call.keywords}
-            holds = given.get("holds")
-            no_meaning = isinstance(holds, ast.Constant) and holds.value is None
-            if holds is None or not (no_meaning or computed(holds)):
-                faults.append(f"line {call.lineno} of {cell.source[:60]!r}: holds= is not computed")
+        for name, needed in {"verdict": "holds", "as_defined": "because", "no_meaning": "because"}.items():
+            for call in calls(cell, name):
+                given = {keyword.arg: keyword.value for keyword in call.keywords}
+                wanted = {needed} | ({"fails"} & set(given))
+                bare = [
+                    argument for argument in sorted(wanted) if argument not in given or not computed(given[argument])
+                ]
+                faults += [f"line {call.lineno} of {cell.source[:60]!r}: {part}= is not computed" for part in bare]
     return faults
 
 
@@ -456,6 +458,16 @@ def drop_open_exercise(notebook: NotebookNode) -> None:
     del notebook.cells[12]
 
 
+def fail_by_hand(notebook: NotebookNode) -> None:
+    notebook.cells[VERDICT].source = notebook.cells[VERDICT].source.replace(
+        "holds=shrinks", "holds=shrinks, fails=False"
+    )
+
+
+def define_by_hand(notebook: NotebookNode) -> None:
+    notebook.cells[VERDICT].source = "lab.claims.as_defined('D0-4', because='3 stays 3')"
+
+
 def decide_by_hand(notebook: NotebookNode) -> None:
     notebook.cells[VERDICT].source = notebook.cells[VERDICT].source.replace("holds=shrinks", "holds=1 < 2")
 
@@ -488,6 +500,8 @@ def decide_by_hand(notebook: NotebookNode) -> None:
         (drop_easy_solution, exercises),
         (drop_open_exercise, exercises),
         (decide_by_hand, verdicts_not_computed),
+        (fail_by_hand, verdicts_not_computed),
+        (define_by_hand, verdicts_not_computed),
     ],
     ids=lambda function: function.__name__,
 )
