@@ -103,8 +103,10 @@ def run_chapter(cache: JupyterCacheAbstract, path: Path) -> str:
             str(error),
             f"run `jupyter lab chapters/{path.name}`, mend the cell that raised, then run `make book`",
         ) from error
-    cache.cache_notebook_bundle(CacheBundleIn(notebook, str(path)), overwrite=True, check_validity=False)
-    return f"{time.perf_counter() - began:.0f} s"
+    took = time.perf_counter() - began
+    bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": took})  # the page prints it
+    cache.cache_notebook_bundle(bundle, overwrite=True, check_validity=False)
+    return f"{took:.0f} s"
 
 
 def write_pages() -> bool:
@@ -133,7 +135,9 @@ def write_pages() -> bool:
 def notebooks() -> list[Path]:
     """Return the notebooks of the table of contents, in its order."""
     contents = yaml.safe_load((BOOK / "_toc.yml").read_text())
-    files = [chapter["file"] for part in contents["parts"] for chapter in part["chapters"] if "file" in chapter]
+    chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
+    entries = [entry for chapter in chapters for entry in (chapter, *chapter.get("sections", []))]
+    files = [entry["file"] for entry in entries if "file" in entry]
     return [path for path in (ROOT / f"{file}.ipynb" for file in files) if path.exists()]
 
 

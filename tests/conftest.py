@@ -38,6 +38,11 @@ def built_pages() -> list[Path]:
     return [path for path in pages if not is_redirect(path)] or [HTML / "index.html"]
 
 
+def is_deeper(notebook: Path) -> bool:
+    """Whether a notebook is a deeper page of its chapter, as 04b_name is, and not its main page."""
+    return bool(re.match(r"\d\d[a-z]_", notebook.name))
+
+
 def is_redirect(path: Path) -> bool:
     return bool(re.match(r"\s*<meta http-equiv=\"refresh\"", path.read_text(encoding="utf-8"), re.IGNORECASE))
 

@@ -1,7 +1,8 @@
 """What this book adds to Sphinx.
 
-Tables of claims and of results, what the names of types stand for, live figures on pages that are no notebooks, a still
-picture where no scripts run, paper that is always light, and the repository's address on the pages.
+Tables of results, what the names of types stand for, live figures on pages that are no notebooks, a still picture where
+no scripts run, paper that is always light, and the repository's address on the pages. Tables of claims are made by
+claims_pages.py.
 """
 
 import ast
@@ -12,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import nbformat
 from docutils import nodes
 from docutils.parsers.rst import directives
 from ipywidgets.embed import dependency_state, embed_data, escape_script
@@ -23,93 +23,9 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
-from gradprune.lab import claims, experiment, live
+from gradprune.lab import experiment, live
 
-DOCUMENTS = (
-    "pruning by “gradient clipping”",
-    "vanishing gradients and gradient pruning",
-    "compressing a trained network by a threshold",
-    "bounding gradients",
-    "pruning in general",
-)
-
-
-OUTCOMES = {
-    "holds": "holds",
-    "when": "holds when",
-    "fails": "fails",
-    "none": "no meaning",
-    "open": "open",
-}
 STATE, WIDGET = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("state", "view"))
-KINDS = ("formula", "procedure", "snippet", "effect", "scope", "next")
-
-
-class ClaimsTable(SphinxDirective):
-    """All claims, counted and then one table for each document, with a filter where scripts run.
-
-    A settled claim has its verdict, linked to the cell that computed it.
-    """
-
-    def run(self) -> list[nodes.Node]:
-        """Return the tables."""
-        found = verdicts(Path(self.env.srcdir))
-        for chapter in {chapter for chapter, _, _ in found.values()}:
-            self.env.note_dependency(str(Path(self.env.srcdir) / f"{chapter}.ipynb"))
-        rows = list(claims.all_claims().values())
-        settled = sum(claim.id in found for claim in rows)
-        out: list[nodes.Node] = [
-            nodes.paragraph(text=f"{settled} of {len(rows)} statements are settled so far."),
-            self.counts(rows, found),
-            nodes.raw("", filter_form(len(rows)), format="html"),
-        ]
-        for number, title in enumerate(DOCUMENTS):
-            section = nodes.section(ids=[f"document-{number}"])
-            section += nodes.title(text=f"Document {number}: {title}")
-            section += self.table([claim for claim in rows if claim.document == number], found)
-            out.append(section)
-        return out
-
-    def counts(self, rows: list[claims.Claim], found: dict[str, tuple[str, str, claims.Verdict]]) -> nodes.table:
-        """Return how many claims of each document came out in which way, and the share of the settled that hold."""
-        lines = []
-        for number in (*range(len(DOCUMENTS)), None):
-            outcomes = [outcome(claim, found) for claim in rows if number in (None, claim.document)]
-            counted = [outcomes.count(key) for key in OUTCOMES]
-            known = len(outcomes) - outcomes.count("open")
-            share = f"{(counted[0] + counted[1]) / known:.0%} of {known}" if known else "–"
-            lines.append(["all" if number is None else str(number), *map(str, counted), share])
-        return plain_table(["document", *OUTCOMES.values(), "of settled, hold"], lines)
-
-    def table(self, rows: list[claims.Claim], found: dict[str, tuple[str, str, claims.Verdict]]) -> nodes.table:
-        """Return one document's claims: id, kind, statement, verdict."""
-        table = nodes.table(classes=["gp-claims"])
-        group = nodes.tgroup(cols=4)
-        group += [nodes.colspec(colwidth=width) for width in (8, 10, 38, 44)]
-        head = nodes.row()
-        head += [nodes.entry("", nodes.paragraph(text=text)) for text in ("id", "kind", "statement", "verdict")]
-        group += nodes.thead("", head)
-        body = nodes.tbody()
-        for claim in rows:
-            classes = [f"gp-{what}-{value}" for what, value in facets(claim, found).items()]
-            row = nodes.row(ids=[claim.id.lower()], classes=classes)
-            row += nodes.entry("", nodes.paragraph(text=claim.id))
-            row += nodes.entry("", nodes.paragraph(text=claim.kind))
-            row += nodes.entry("", nodes.paragraph(text=claim.says))
-            row += nodes.entry("", self.verdict(claim, found))
-            body += row
-        group += body
-        table += group
-        return table
-
-    def verdict(self, claim: claims.Claim, found: dict[str, tuple[str, str, claims.Verdict]]) -> nodes.paragraph:
-        """Return the verdict on one claim, or that it is open."""
-        if claim.id not in found:
-            return nodes.paragraph(text=f"open, chapter {claim.chapter}")
-        chapter, anchor, verdict = found[claim.id]
-        target = self.env.app.builder.get_relative_uri(self.env.docname, chapter) + anchor
-        link = nodes.reference("", verdict.outcome, refuri=target)
-        return nodes.paragraph("", "", nodes.strong("", "", link), nodes.Text(f". {verdict.because}"))
 
 
 class LiveFigure(SphinxDirective):
@@ -140,33 +56,6 @@ def where_no_script_runs(still: str) -> nodes.raw:
     """Return what stands there: a live figure's still, which is a box of its own, or an explorer's frame in its box."""
     boxed = still if still.lstrip().startswith('<div class="gp-live') else f'<div class="gp-explore">{still}</div>'
     return nodes.raw("", f"<noscript>{boxed}</noscript>", format="html")
-
-
-def outcome(claim: claims.Claim, found: dict[str, tuple[str, str, claims.Verdict]]) -> str:
-    """Return the key of OUTCOMES that a claim came out with."""
-    if claim.id not in found:
-        return "open"
-    said = found[claim.id][2].outcome
-    return {"holds": "holds", "fails": "fails", "has no meaning": "none"}.get(said, "when")
-
-
-def facets(claim: claims.Claim, found: dict[str, tuple[str, str, claims.Verdict]]) -> dict[str, str]:
-    """Return what a claim can be filtered by."""
-    return {"document": str(claim.document), "kind": claim.kind, "verdict": outcome(claim, found)}
-
-
-def filter_form(total: int) -> str:
-    """Return the form that narrows the tables down; gradprune.js shows it and does the narrowing."""
-    choices = {
-        "document": {str(number): f"{number}: {title}" for number, title in enumerate(DOCUMENTS)},
-        "kind": {kind: kind for kind in KINDS},
-        "verdict": OUTCOMES,
-    }
-    fields = []
-    for name, options in choices.items():
-        listed = "".join(f'<option value="{value}">{text}</option>' for value, text in options.items())
-        fields.append(f'<label>{name} <select name="{name}"><option value="">any</option>{listed}</select></label>')
-    return f'<form class="gp-filter" hidden>{" ".join(fields)} <output>{total} shown</output></form>'
 
 
 class ResultsTable(SphinxDirective):
@@ -249,24 +138,6 @@ class TypeNames(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-def verdicts(root: Path) -> dict[str, tuple[str, str, claims.Verdict]]:
-    """Return by claim: the chapter, the anchor of the cell, and the verdict in the cell's output."""
-    found: dict[str, tuple[str, str, claims.Verdict]] = {}
-    for path in sorted((root / "chapters").glob("[0-9]*.ipynb")):
-        for cell in nbformat.read(path, as_version=4).cells:
-            for output in cell.get("outputs", []):
-                for verdict in claims.found_in(output.get("text", "")):
-                    found[verdict.id] = (f"chapters/{path.stem}", "#" + anchor_of(verdict.id), verdict)
-    return found
-
-
-def mark_verdicts(app: Sphinx, doctree: nodes.document) -> None:
-    """Give each cell whose output holds a verdict the anchor that the claims page links to."""
-    for cell in doctree.findall(lambda node: isinstance(node, nodes.container) and "cell_output" in node["classes"]):
-        for verdict in claims.found_in(cell.astext()):
-            cell["ids"].append(anchor_of(verdict.id))
-
-
 def keep_still_pictures(app: Sphinx, doctree: nodes.document) -> None:
     """Put the picture of one setting where no scripts run, which otherwise would show nothing there."""
     for bundle in doctree.findall(lambda node: isinstance(node, nodes.container) and "mime_type" not in node):
@@ -310,11 +181,6 @@ def dark_on_screens_only(sheet: str) -> str:
 
     without_comments = re.sub(r"/\*.*?\*/", "", sheet, flags=re.DOTALL)
     return re.sub(r"([^{};]*data-theme[^{};]*)\{([^{}]*)\}", rewrite, without_comments)
-
-
-def anchor_of(claim: str) -> str:
-    """Return the anchor of the cell that settles a claim."""
-    return f"verdict-{claim.lower()}"
 
 
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -395,12 +261,10 @@ def hide_lists_of_parameters(
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
-    app.add_directive("claims-table", ClaimsTable)
     app.add_directive("results-table", ResultsTable)
     app.add_directive("type-names", TypeNames)
     app.add_directive("live", LiveFigure)
     app.connect("source-read", fill_in)
-    app.connect("doctree-read", mark_verdicts)
     app.connect("doctree-read", keep_still_pictures)
     app.connect("autodoc-process-docstring", link_chapters)
     app.connect("autodoc-process-docstring", keep_results_whole, priority=400)  # before napoleon

@@ -89,3 +89,13 @@ document.addEventListener("DOMContentLoaded", () => {
   form.hidden = false;
   narrow(); // a browser keeps choices over a reload
 });
+
+// A link into something that is folded opens it.
+const unfold = () => {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let fold = target?.closest("details"); fold; fold = fold.parentElement.closest("details"))
+    fold.open = true;
+  if (target?.closest("details")) target.scrollIntoView();
+};
+document.addEventListener("DOMContentLoaded", unfold);
+window.addEventListener("hashchange", unfold);

@@ -19,7 +19,7 @@ from execute import execute
 from nbformat import NotebookNode
 from notebooks import WIDGET_VIEW, clean
 
-from conftest import CHAPTERS, ROOT
+from conftest import CHAPTERS, ROOT, is_deeper
 from gradprune.lab import claims
 
 # Cells whose output differs from run to run and machine to machine: (notebook, a part of the cell's code).
@@ -30,8 +30,10 @@ OUTPUT_MAY_DIFFER = {
 }
 IGNORED_AT_MOST = 0.05  # of a notebook's code cells
 DRAWERS = {"matplotlib", "pylab", "seaborn", "plotly", "bokeh", "altair", "PIL"}
-FIRST, LAST = ["Predict first", "The failure"], ["What the documents say", "What goes wrong in practice"]
-LAST += ["Exercises", "Summary"]
+FIRST, DOCUMENTS = ["Predict first", "The failure"], ["What the documents say"]
+MIDDLE = ["What goes wrong in practice", "Exercises", "Summary"]
+LAST = MIDDLE + DOCUMENTS  # the documents come last, but on pages of the first edition
+LAST_BEFORE = DOCUMENTS + MIDDLE
 TABLE_ROW = re.compile(r"^.*\S  +\S*\d\S*.*$", re.MULTILINE)
 EXERCISE = re.compile(r"^\*\*(\d+) \((easy|code|open)\)", re.MULTILINE)
 
@@ -124,12 +126,12 @@ def anatomy(notebook: NotebookNode) -> list[str]:
     faults = []
     if headings[: len(FIRST)] != FIRST:
         faults.append(f"the first headings are {headings[:2]}, not {FIRST}")
-    if headings[-len(LAST) :] != LAST:
+    if headings[-len(LAST) :] not in (LAST, LAST_BEFORE):
         faults.append(f"the last headings are {headings[-len(LAST) :]}, not {LAST}")
     if "From scratch" not in headings:
         faults.append("no heading 'From scratch'")
     opening = notebook.cells[0].source
-    for what, pattern in {"a title": r"^# ", "what you should know": r"should know", "a run time": r"minute"}.items():
+    for what, pattern in {"a title": r"^# ", "what you should know": r"should know"}.items():
         if not re.search(pattern, opening, re.MULTILINE):
             faults.append(f"the first cell does not give {what}")
     predict = [cell for cell in prose(notebook) if cell.source.startswith("## Predict first")]
@@ -141,12 +143,12 @@ def anatomy(notebook: NotebookNode) -> list[str]:
         faults.append("no derivation: no displayed formula")
     if not any("interval" in cell.source for cell in notebook.cells):
         faults.append("no experiment with intervals over seeds")
-    if not re.search(r"\*\*Further reading", notebook.cells[-1].source):
-        faults.append("the last cell does not say what to read further")
+    if not any("**Further reading" in cell.source for cell in section(notebook, "Summary")):
+        faults.append("the summary does not say what to read further")
     return faults
 
 
-def exercises(notebook: NotebookNode) -> list[str]:
+def exercises(notebook: NotebookNode, kinds: frozenset[str] = frozenset({"easy", "code", "open"})) -> list[str]:
     """An exercise begins with **n (easy)**, **n (code)** or **n (open)**; one in code is followed by its solution.
 
     The solution is an ordinary cell with the tag "hide-cell": folded away on the page, run and compared by nbval.
@@ -161,7 +163,7 @@ def exercises(notebook: NotebookNode) -> list[str]:
     faults = []
     if [number for number, *_ in found] != [str(number) for number in range(1, len(found) + 1)]:
         faults.append(f"the exercises are numbered {[number for number, *_ in found]}")
-    missing = {"easy", "code", "open"} - {kind for _, kind, *_ in found}
+    missing = kinds - {kind for _, kind, *_ in found}
     faults += [f"no exercise marked ({kind})" for kind in sorted(missing)]
     for number, kind, text, cells in found:
         if kind == "easy" and not folded(text):
@@ -173,23 +175,27 @@ def exercises(notebook: NotebookNode) -> list[str]:
     return faults
 
 
-def verdicts(notebook: NotebookNode, chapter: int) -> list[str]:
-    texts = [output.text for cell in code(notebook) for output in cell.outputs if output.get("name") == "stdout"]
+def verdicts(pages: list[NotebookNode], chapter: int) -> list[str]:
+    """What is missing or said twice on the pages of a chapter, its main page and its deeper ones."""
+    cells = [cell for notebook in pages for cell in code(notebook)]
+    texts = [output.text for cell in cells for output in cell.outputs if output.get("name") == "stdout"]
     found = sorted(verdict.id for text in texts for verdict in claims.found_in(text))
     wanted = sorted(claim.id for claim in claims.all_claims().values() if claim.chapter == chapter)
     return [] if found == wanted else [f"verdicts on {found}; chapter {chapter} has to settle {wanted}, once each"]
 
 
 def verdicts_not_computed(notebook: NotebookNode) -> list[str]:
-    """A verdict's condition is made from what the page computed; only "has no meaning" is a literal None."""
+    """The conditions of a verdict, and the reason of one that has none, are made from what the page computed."""
     faults = []
     for cell in code(notebook):
-        for call in calls(cell, "verdict"):
-            given = {keyword.arg: keyword.value for keyword in call.keywords}
-            holds = given.get("holds")
-            no_meaning = isinstance(holds, ast.Constant) and holds.value is None
-            if holds is None or not (no_meaning or computed(holds)):
-                faults.append(f"line {call.lineno} of {cell.source[:60]!r}: holds= is not computed")
+        for name, needed in {"verdict": "holds", "as_defined": "because", "no_meaning": "because"}.items():
+            for call in calls(cell, name):
+                given = {keyword.arg: keyword.value for keyword in call.keywords}
+                wanted = {needed} | ({"fails"} & set(given))
+                bare = [
+                    argument for argument in sorted(wanted) if argument not in given or not computed(given[argument])
+                ]
+                faults += [f"line {call.lineno} of {cell.source[:60]!r}: {part}= is not computed" for part in bare]
     return faults
 
 
@@ -240,6 +246,9 @@ def read(path: Path) -> NotebookNode:
 
 
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+every_main_page = pytest.mark.parametrize(
+    "path", [path for path in CHAPTERS if not is_deeper(path)], ids=lambda path: path.stem
+)
 
 
 @every_chapter
@@ -268,20 +277,26 @@ def test_every_picture_is_drawn_by_the_book_and_nothing_is_imported_twice(path: 
     assert figures_of_other_kinds(read(path)) + repeated_imports(read(path)) == []
 
 
-@every_chapter
+@every_main_page
 def test_a_chapter_has_all_its_parts_in_order(path: Path) -> None:
     assert anatomy(read(path)) == []
 
 
 @every_chapter
 def test_every_exercise_has_its_solution_folded_away(path: Path) -> None:
-    assert exercises(read(path)) == []
+    kinds = {} if is_deeper(path) else {"easy", "code", "open"}
+    assert exercises(read(path), frozenset(kinds)) == []
 
 
 @every_chapter
-def test_every_claim_of_a_chapter_has_one_verdict_that_was_computed(path: Path) -> None:
-    notebook = read(path)
-    assert verdicts(notebook, int(path.name[:2])) + verdicts_not_computed(notebook) == []
+def test_every_verdict_is_computed(path: Path) -> None:
+    assert verdicts_not_computed(read(path)) == []
+
+
+@pytest.mark.parametrize("chapter", sorted({int(path.name[:2]) for path in CHAPTERS}))
+def test_every_claim_of_a_chapter_has_one_verdict_on_its_pages(chapter: int) -> None:
+    pages = [read(path) for path in CHAPTERS if int(path.name[:2]) == chapter]
+    assert verdicts(pages, chapter) == []
 
 
 def test_the_list_of_cells_that_may_differ_names_only_cells_that_are_there() -> None:
@@ -292,7 +307,7 @@ def test_the_list_of_cells_that_may_differ_names_only_cells_that_are_there() -> 
 # --- the checks themselves: a small notebook made the way chapters are, whole, and spoiled in every way ---
 
 CELLS = [
-    "# A small chapter\n\nYou should know nothing. It takes a minute.",
+    "# A small chapter\n\nYou should know nothing.",
     "## Predict first\n\n<details>\n<summary>The answer</summary>\n\nNo.\n\n</details>",
     "## The failure",
     "from gradprune import lab\n\nlab.start(0)\nrates = [0.5, 0.7, 0.9]\nprint('smallest', min(rates))",
@@ -443,6 +458,16 @@ def drop_open_exercise(notebook: NotebookNode) -> None:
     del notebook.cells[12]
 
 
+def fail_by_hand(notebook: NotebookNode) -> None:
+    notebook.cells[VERDICT].source = notebook.cells[VERDICT].source.replace(
+        "holds=shrinks", "holds=shrinks, fails=False"
+    )
+
+
+def define_by_hand(notebook: NotebookNode) -> None:
+    notebook.cells[VERDICT].source = "lab.claims.as_defined('D0-4', because='3 stays 3')"
+
+
 def decide_by_hand(notebook: NotebookNode) -> None:
     notebook.cells[VERDICT].source = notebook.cells[VERDICT].source.replace("holds=shrinks", "holds=1 < 2")
 
@@ -475,6 +500,8 @@ def decide_by_hand(notebook: NotebookNode) -> None:
         (drop_easy_solution, exercises),
         (drop_open_exercise, exercises),
         (decide_by_hand, verdicts_not_computed),
+        (fail_by_hand, verdicts_not_computed),
+        (define_by_hand, verdicts_not_computed),
     ],
     ids=lambda function: function.__name__,
 )
@@ -487,11 +514,11 @@ def test_a_check_sees_what_it_is_for(
 
 
 def test_a_missing_and_a_second_verdict_are_seen(small: NotebookNode) -> None:
-    assert "D1-1" in verdicts(small, 1)[0]
+    assert "D1-1" in verdicts([small], 1)[0]
     path = CHAPTERS[0]
     notebook, number = read(path), int(path.name[:2])
     notebook.cells += [notebook.cells[-1], *(cell for cell in code(notebook) if calls(cell, "verdict"))]
-    assert len(verdicts(notebook, number)) == 1
+    assert len(verdicts([notebook], number)) == 1
 
 
 def alter_output(notebook: NotebookNode) -> int:

@@ -83,6 +83,22 @@ CONTRASTS = """(explorer) => {
   };
 }"""
 
+# The contrast of each sign with its square, by the colour; where the square is empty, with the page.
+SIGNS = """() => {
+  const luminance = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).map((part) => part / 255)
+      .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const page = getComputedStyle(document.body).backgroundColor;
+  return Object.fromEntries([...document.querySelectorAll('.gp-square')].map((square) => {
+    const { color, backgroundColor } = getComputedStyle(square);
+    const behind = backgroundColor === 'rgba(0, 0, 0, 0)' ? page : backgroundColor;
+    const [low, high] = [luminance(color), luminance(behind)].sort((a, b) => a - b);
+    return [`${square.tagName} ${square.className}`, (high + 0.05) / (low + 0.05)];
+  }));
+}"""
+
 # What each part of the page is drawn in, once no colour fades any more.
 COLOURS = """() => {
   document.getAnimations().forEach((fade) => fade.finish());
@@ -259,7 +275,7 @@ def test_the_statements_are_narrowed_down_by_document_kind_and_verdict(context: 
     seen = visit(context, HTML / "book" / "claims.html")
     form, rows = seen.page.locator("form.gp-filter"), seen.page.locator("table.gp-claims tbody tr:visible")
     everything = list(claims.all_claims().values())
-    assert rows.count() == len(everything) == 83
+    assert rows.count() == len(everything) == 86
     wanted = [claim.id for claim in everything if claim.document == 1 and claim.kind == "formula"]
     form.get_by_label("document").focus()
     seen.page.keyboard.press("ArrowDown")
@@ -273,15 +289,82 @@ def test_the_statements_are_narrowed_down_by_document_kind_and_verdict(context: 
     seen.page.close()
 
 
-def test_the_counts_of_the_statements_add_up(context: BrowserContext) -> None:
+def test_the_claims_page_opens_with_a_square_for_each_statement_that_leads_to_it(context: BrowserContext) -> None:
+    page = soup(HTML / "book" / "claims.html")
+    squares = page.select(".gp-squares a.gp-square")
+    everything = claims.all_claims()
+    assert [square["href"] for square in squares] == [f"#{claim.lower()}" for claim in everything]
+    signs: dict[str, set[str]] = {}
+    for square, claim in zip(squares, everything.values(), strict=True):
+        row = page.find(id=claim.id.lower())
+        verdict = row.find_all("td")[-1].get_text(" ", strip=True)
+        said = re.match(r"D\d-\d+, (.+?): ", square["aria-label"])[1]
+        assert square["title"] == square["aria-label"]
+        assert claim.says in square["title"]
+        assert verdict.startswith(f"{square.get_text()} {said.split(':')[0]}"), f"{claim.id}: {said!r} and {verdict!r}"
+        signs.setdefault(square["class"][-1], set()).add(square.get_text())
+    assert all(len(of_colour) == 1 for of_colour in signs.values())
+    assert len(set.union(*signs.values())) == len(signs), "two colours share a sign"
+    counts = [int(number) for number in re.findall(r"\((\d+)\)", page.select_one(".gp-squares figcaption").get_text())]
+    assert sum(counts) == len(everything)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_sign_is_read_on_the_colour_behind_it(context: BrowserContext, theme: str) -> None:
     seen = visit(context, HTML / "book" / "claims.html")
-    lines = [row.inner_text().split("\t") for row in seen.page.locator("table").first.locator("tbody tr").all()]
-    counts = [[int(cell) for cell in line[1:-1]] for line in lines]
-    assert [sum(column) for column in zip(*counts[:-1], strict=True)] == counts[-1]
-    for line, numbers in zip(lines[:-1], counts, strict=False):
-        assert sum(numbers) == sum(claim.document == int(line[0]) for claim in claims.all_claims().values())
-    open_rows = seen.page.locator("table.gp-claims tbody tr.gp-verdict-open").count()
-    assert counts[-1][-1] == open_rows
+    seen.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+    seen.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
+    found = seen.page.evaluate(SIGNS)
+    assert len(found) > 5
+    assert {name: round(contrast, 1) for name, contrast in found.items() if contrast < 4.5} == {}
+    seen.page.close()
+
+
+def closing_tables() -> list[Path]:
+    return [path for path in built_pages() if path.exists() and soup(path).select("table.gp-verdicts")]
+
+
+@pytest.mark.parametrize("path", closing_tables() or [HTML / "index.html"], ids=page_name)
+def test_a_closing_table_has_every_statement_of_its_chapter_with_the_verdict_of_its_cell(path: Path) -> None:
+    rows = soup(path).select("table.gp-verdicts tbody tr")
+    wanted = [claim for claim in claims.all_claims().values() if claim.chapter == int(path.name[:2])]
+    assert [row.find("strong").get_text() for row in rows] == [claim.id for claim in wanted]
+    for row, claim in zip(rows, wanted, strict=True):
+        said, verdict, line = row.find_all("td")
+        assert claim.zh == said.select_one("q[lang=zh-Hans]").get_text()
+        assert claim.en in said.get_text()
+        link = verdict.find("a")
+        if link is None:
+            assert "open" in verdict.get_text()
+            continue
+        target, _, anchor = link["href"].partition("#")
+        cell = soup((path.parent / target).resolve() if target else path).find(id=anchor)
+        cell = cell if cell.get_text() else cell.parent
+        printed = " ".join(cell.get_text().split())
+        assert f"Verdict on {claim.id}: {link.get_text()}. {line.get_text(strip=True)[:40]}" in printed
+        assert re.search(r"\d", line.get_text())
+
+
+def test_a_link_to_a_verdict_opens_what_its_cell_is_folded_in(context: BrowserContext) -> None:
+    path = closing_tables()[0]
+    page = context.new_page()
+    page.goto(path.as_uri())
+    link = page.locator("table.gp-verdicts strong a").first
+    cell = page.locator(f"[id={(link.get_attribute('href') or '').partition('#')[2]}]")
+    assert not cell.is_visible()
+    link.press("Enter")
+    cell.wait_for(state="visible")
+    page.close()
+
+
+def test_rows_are_cards_on_a_phone_and_a_table_elsewhere(context: BrowserContext) -> None:
+    seen = visit(context, HTML / "book" / "claims.html")
+    display = "(row) => getComputedStyle(row).display"
+    row = seen.page.locator("table.gp-cards tbody tr").first
+    assert row.evaluate(display) == "table-row"
+    seen.page.set_viewport_size({"width": 390, "height": 800})
+    assert row.evaluate(display) == "block"
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
     seen.page.close()
 
 

@@ -270,6 +270,14 @@ def test_it_works_where_magnitude_holds_at_80_percent_and_beats_chance_somewhere
     assert not made_up([0.96, 0.95, 0.5], [0.9, 0.7, 0.4], validation=0.94).works()  # never trained to its level
 
 
+def test_it_is_contradicted_where_the_loss_at_80_percent_is_above_the_tolerance_beyond_the_interval() -> None:
+    assert not made_up([0.96, 0.95, 0.5], [0.9, 0.7, 0.4]).contradicted()  # it works
+    assert made_up([0.96, 0.93, 0.5], [0.9, 0.7, 0.4]).contradicted()
+    assert not made_up([0.96, 0.939, 0.5], [0.9, 0.7, 0.4]).contradicted()  # the interval reaches into the tolerance
+    assert not made_up([0.96, 0.93, 0.5], [0.9, 0.7, 0.4], validation=0.94).contradicted()  # never trained
+    assert not made_up([0.96, 0.95, 0.5], [0.96, 0.95, 0.5]).contradicted()  # no better than chance: not shown
+
+
 def test_a_rows_summary_is_of_its_own_cells() -> None:
     row = made_up([0.96, 0.95, 0.5], [0.9, 0.95, 0.6])
     assert row.largest("magnitude", "global") == 0.8

@@ -12,17 +12,25 @@ import yaml
 from gradprune.lab.setup import repository
 
 _INDENT = "    "  # of the lines after a verdict's first
-_LINE = re.compile(r"^Verdict on (D\d+-\d+): (holds when .+?|holds|fails|has no meaning)\. (.+)$", re.MULTILINE)
+OUTCOMES = ("holds", "holds when ...", "fails", "not shown", "as defined", "has no meaning")
+_LINE = re.compile(
+    r"^Verdict on (D\d+-\d+): (holds when .+?|holds|fails|not shown|as defined|has no meaning)\. (.+)$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of one document that can be shown true, false or meaningless."""
+    """One statement of one document that can be shown true, false or meaningless.
+
+    `says` has it in our words; `zh` quotes a few words of the document, which `en` translates.
+    """
 
     id: str
     kind: str
     chapter: int
     says: str
+    zh: str
+    en: str
 
     @property
     def document(self) -> int:
@@ -32,7 +40,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a chapter found about one claim: `outcome` is "holds", "holds when ...", "fails" or "has no meaning"."""
+    """What a chapter found about one claim: `outcome` is one of OUTCOMES, with its condition after "holds when"."""
 
     id: str
     outcome: str
@@ -43,37 +51,71 @@ class Verdict:
 def all_claims() -> dict[str, Claim]:
     """Return the statements of `book/claims.yml` by id, in the file's order."""
     rows = yaml.safe_load((repository() / "book" / "claims.yml").read_text(encoding="utf-8"))
-    return {row["id"]: Claim(row["id"], row["kind"], row["chapter"], row["says"]) for row in rows}
+    return {row["id"]: Claim(**row) for row in rows}
 
 
-def verdict(claim: str, *, holds: bool | None, because: str, when: str | None = None) -> None:
-    """Print the verdict on `claim` as one sentence and its reason, which the claims page collects.
+def verdict(claim: str, *, holds: bool, because: str, fails: bool = False, when: str | None = None) -> None:
+    """Print the verdict on `claim` as one sentence and its reason, which the book collects.
 
-    `holds` is a condition computed on the page, or None for a statement without a meaning that could be tested; `when`
-    says under which circumstances it holds, where it holds only under some; `because` gives the numbers it follows
-    from. Line breaks in either become spaces.
+    "holds" where `holds` is true, "fails" where `fails` is, "not shown" where neither is. Both are conditions on what
+    the page computed, such as ``holds=low > 0, fails=high < 0`` with the interval of a paired difference: that a claim
+    was not seen to hold does not contradict it.
 
-    Raises ValueError for an id that is not in `book/claims.yml`, for a reason without a number in it, for a `when` that
-    is empty or more than one sentence, and for a `when` beside a verdict other than "holds".
+    Args:
+        claim: The claim's id in `book/claims.yml`.
+        holds: Whether the numbers show it.
+        because: The numbers, in a sentence or more; line breaks become spaces.
+        fails: Whether the numbers contradict it, beyond their interval.
+        when: Under which circumstances it holds, where it holds only under some: "holds when ...".
+
+    Raises:
+        ValueError: For an unknown id; where both `holds` and `fails` are true; for a reason without a number in it; for
+            a `when` that is empty, more than one sentence, or beside a verdict other than that the claim holds.
     """
-    if claim not in all_claims():
-        raise ValueError(f"unknown claim {claim!r}; book/claims.yml has {', '.join(list(all_claims())[:3])} and so on")
-    if not re.search(r"\d", because):
-        raise ValueError(f"the verdict on {claim} needs a number that supports it, computed on the page")
-    because = " ".join(because.split())
+    if holds and fails:
+        raise ValueError(f"{claim} cannot both hold and fail: the two conditions contradict each other")
     if when is not None:
         when = " ".join(when.split())
         if not when or ". " in when:
             raise ValueError(f"`when` is one phrase that follows 'holds when', not {when!r}")
         if not holds:
             raise ValueError(f"the verdict on {claim} is not that it holds, so there is no `when` of it")
-    if holds is None:
-        outcome = "has no meaning"
-    elif holds:
-        outcome = f"holds when {when}" if when else "holds"
-    else:
-        outcome = "fails"
-    line = f"Verdict on {claim}: {outcome}. {because}"
+    shown = f"holds when {when}" if when else "holds"
+    _print(claim, shown if holds else "fails" if fails else "not shown", because)
+
+
+def as_defined(claim: str, *, because: str) -> None:
+    """Print that `claim` defines something, so that nothing was there to be shown, and what the definition gives.
+
+    Args:
+        claim: The claim's id in `book/claims.yml`.
+        because: What the definition gives, with a number that the page computed.
+
+    Raises:
+        ValueError: For an unknown id, and for a reason without a number in it.
+    """
+    _print(claim, "as defined", because)
+
+
+def no_meaning(claim: str, *, because: str) -> None:
+    """Print that `claim` says nothing that a measurement could show or contradict, and why.
+
+    Args:
+        claim: The claim's id in `book/claims.yml`.
+        because: What there is instead, with a number that the page computed.
+
+    Raises:
+        ValueError: For an unknown id, and for a reason without a number in it.
+    """
+    _print(claim, "has no meaning", because)
+
+
+def _print(claim: str, outcome: str, because: str) -> None:
+    if claim not in all_claims():
+        raise ValueError(f"unknown claim {claim!r}; book/claims.yml has {', '.join(list(all_claims())[:3])} and so on")
+    if not re.search(r"\d", because):
+        raise ValueError(f"the verdict on {claim} needs a number that supports it, computed on the page")
+    line = f"Verdict on {claim}: {outcome}. {' '.join(because.split())}"
     print(textwrap.fill(line, 80, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False))
 
 

@@ -3,7 +3,7 @@
 What counts was fixed before the runs. "It works on this network" needs two things in one scope, over the whole network
 or layer by layer: pruned by magnitude to at least 80 % and corrected, the mean stays within the row's tolerance of the
 dense mean; and at one sparsity at least it is better than random pruning beyond the interval. A row whose dense network
-misses its stated level is no evidence either way.
+misses its stated level is no evidence either way; neither is a loss at 80 % whose interval reaches into the tolerance.
 """
 
 from __future__ import annotations
@@ -78,6 +78,17 @@ class Row:
         if scope is None:
             return any(self.works(scope) for scope in base.SCOPES)
         return self.reached and (self.largest("magnitude", scope) or 0.0) >= NEEDED and any(self.ahead(scope))
+
+    def contradicted(self) -> bool:
+        """Whether it does not work: at 80 % more than the tolerance is lost, in either scope, beyond the interval.
+
+        The interval is that of the difference to the dense network, seed by seed.
+        """
+        at = self.sparsities.index(NEEDED)
+        allowed = self.architecture.tolerance * (abs(self.dense_mean) if self.architecture.relative else 1.0)
+        corrected = [self.cells["magnitude", scope]["corrected"][at] for scope in base.SCOPES]
+        lost = [base.advantage(self.architecture, self.dense["test"], values) for values in corrected]
+        return self.reached and all(low > allowed for _, low, _ in lost)
 
 
 def rows(architectures: Sequence[Architecture], result: Mapping[str, Any] | None = None) -> dict[str, Row]:
