@@ -101,14 +101,14 @@ def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Loca
         assert last[name] == first[name]
     for digit in range(10):
         keyboard.press("Tab")
-        if digit:
-            settled(root, lambda: keyboard.press("Enter"))
+        settled(root, lambda: keyboard.press("Enter"))
+        assert root.locator(":focus").get_attribute("aria-pressed") == "true"
         assert root.locator(":focus").inner_text() == str(digit)
 
 
 def test_each_example_and_what_a_reader_draws_gets_the_networks_answer(root: Locator) -> None:
     x, y = perceptron.digits().test.x, perceptron.digits().test.y
-    for digit in range(1, 10):
+    for digit in range(10):
         seen = settled(root, root.get_by_role("button", name=f"show a {digit}").click)
         example = x[int((y == digit).nonzero()[0])]
         assert int(seen["digit"]) == int(perceptron.trained()(example).argmax())
@@ -121,6 +121,64 @@ def test_each_example_and_what_a_reader_draws_gets_the_networks_answer(root: Loc
     mouse.up()
     root.page.wait_for_function("(root) => root.dataset.digit === '1'", arg=root.element_handle())
     assert root.locator("canvas.gp-live-pad").get_attribute("aria-label") == "what you drew, 8 by 8 pixels"
+
+
+def draw(root: Locator, *corners: tuple[float, float]) -> None:
+    """A stroke over the pad, its corners as shares of its width and height."""
+    box = root.locator("canvas.gp-live-pad").bounding_box()
+    assert box is not None
+    places = [(box["x"] + across * box["width"], box["y"] + down * box["height"]) for across, down in corners]
+    root.page.mouse.move(*places[0])
+    root.page.mouse.down()
+    for place in places[1:]:
+        root.page.mouse.move(*place, steps=10)
+    root.page.mouse.up()
+
+
+def ink(root: Locator) -> list[int]:
+    pixels = "(c) => [...c.getContext('2d').getImageData(0, 0, 8, 8).data].filter((_, i) => i % 4 === 3)"
+    found: list[int] = root.locator("canvas.gp-live-pad").evaluate(pixels)
+    return found
+
+
+def test_strokes_add_up_until_the_pad_is_cleared_or_a_digit_picked(root: Locator) -> None:
+    draw(root, (0.3, 0.1), (0.3, 0.5))
+    first = ink(root)
+    draw(root, (0.7, 0.1), (0.7, 0.9))
+    both = ink(root)
+    assert all(after >= before for before, after in zip(first, both, strict=True))
+    assert sum(both) > 1.5 * sum(first)
+    assert "What you drew is read as a" in root.locator(".gp-live-words").inner_text()
+    settled(root, root.get_by_role("button", name="Clear").click)
+    assert not any(ink(root))
+    settled(root, root.get_by_role("button", name="show a 3").click)
+    draw(root, (0.3, 0.1), (0.3, 0.5))
+    assert ink(root) == first
+
+
+def test_the_first_digit_is_lost_with_nine_tenths_of_the_weights_and_comes_back(root: Locator) -> None:
+    assert facts(root)["digit"] == "8"
+    assert set_slider(root, "weights removed", 90)["digit"] != "8"
+    assert ", wrongly" in root.locator(".gp-live-words").inner_text()
+    assert train_again(root)["digit"] == "8"
+    assert ", wrongly" not in root.locator(".gp-live-words").inner_text()
+
+
+def test_the_words_say_which_network_is_shown(root: Locator) -> None:
+    set_slider(root, "weights removed", 80)
+    train_again(root)
+    set_slider(root, "weights removed", 95)
+    assert "trained again at 80.0 %, and has lost more since" in root.locator(".gp-live-words").inner_text()
+    set_slider(root, "weights removed", 80)
+    assert "before it was trained again" in root.locator(".gp-live-words").inner_text()
+    set_slider(root, "weights removed", 70)
+    assert "trained again" not in root.locator(".gp-live-words").inner_text()
+
+
+def test_there_is_nothing_to_train_while_no_weight_is_gone(root: Locator) -> None:
+    assert root.get_by_role("button", name="Train again").is_disabled()
+    set_slider(root, "weights removed", 10)
+    assert root.get_by_role("button", name="Train again").is_enabled()
 
 
 def test_without_reduced_motion_the_steps_are_seen(browser: Browser, tmp_path: Path) -> None:

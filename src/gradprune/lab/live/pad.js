@@ -19,7 +19,12 @@ export function createPad({ examples, levels, change }) {
   const bits = new Uint8Array((SIDE * FINE) ** 2);
   const shown = new Float32Array(SIDE * SIDE);
 
-  const show = (inputs, words) => {
+  let digit = null; // the one that was picked; null where the reader draws
+  const show = (inputs, words, picked = null) => {
+    digit = picked;
+    buttons.forEach((press, i) => {
+      press.setAttribute("aria-pressed", String(i === picked));
+    });
     shown.set(inputs);
     const span = levels.at(-1) - levels[0];
     shown.forEach((value, i) => {
@@ -29,7 +34,12 @@ export function createPad({ examples, levels, change }) {
     canvas.setAttribute("aria-label", words);
     change();
   };
-  const pick = (digit) => show(examples[digit], `a ${digit} from the test digits, 8 by 8 pixels`);
+  const pick = (picked) =>
+    show(examples[picked], `a ${picked} from the test digits, 8 by 8 pixels`, picked);
+  const clear = () => {
+    bits.fill(0);
+    show(inkOf(bits, levels), "an empty pad, 8 by 8 pixels");
+  };
 
   // Strokes are made of bits; the network sees how many there are in each pixel, as in its training data.
   let last = null;
@@ -49,7 +59,7 @@ export function createPad({ examples, levels, change }) {
   };
   canvas.addEventListener("pointerdown", (event) => {
     canvas.setPointerCapture(event.pointerId);
-    bits.fill(0);
+    if (digit !== null) bits.fill(0); // else the stroke joins those that are there
     last = null;
     stroke(place(event));
   });
@@ -57,19 +67,22 @@ export function createPad({ examples, levels, change }) {
     if (canvas.hasPointerCapture(event.pointerId)) stroke(place(event));
   });
 
-  const buttons = examples.map((_, digit) => {
-    const press = element(
-      "button",
-      { type: "button", "aria-label": `show a ${digit}` },
-      String(digit),
-    );
-    press.addEventListener("click", () => pick(digit));
+  const buttons = examples.map((_, i) => {
+    const attributes = { type: "button", "aria-label": `show a ${i}`, "aria-pressed": "false" };
+    const press = element("button", attributes, String(i));
+    press.addEventListener("click", () => pick(i));
     return press;
   });
-  const caption = element("figcaption", {}, "Pick a digit, or draw one with pointer or finger");
-  const row = element("div", { class: "gp-live-picks" }, ...buttons);
+  const empty = element("button", { type: "button" }, "Clear");
+  empty.addEventListener("click", clear);
+  const caption = element(
+    "figcaption",
+    {},
+    "Pick a digit, or draw one, in as many strokes as it takes",
+  );
+  const row = element("div", { class: "gp-live-picks" }, ...buttons, empty);
   const root = element("figure", { class: "gp-live-chart" }, caption, row, canvas);
-  return { root, pick, input: () => shown };
+  return { root, pick, input: () => shown, digit: () => digit };
 }
 
 function blacken(bits, x, y) {

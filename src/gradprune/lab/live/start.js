@@ -13,6 +13,7 @@ import { createTraining, epochSteps, trainSteps } from "./training.js";
 const EPOCHS = 5;
 const OPTIMIZER = { rate: 0.1, momentum: 0.9, decay: 1e-4 };
 const BATCH = 64;
+const FIRST = 8; // is lost when nine tenths of the weights go, and comes back
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 export function render({ model, el }) {
@@ -30,7 +31,7 @@ export function render({ model, el }) {
   let masks = [];
   let trainedAt = 0; // the sparsity at which it was trained again, after which no weight comes back
   let training = null;
-  let before = null; // the accuracy when training again began
+  let before = null; // the accuracy when training again first began, of what is ranked
   const work = createWorkspace(net, test.rows);
   const single = createWorkspace(net, 1);
 
@@ -49,11 +50,20 @@ export function render({ model, el }) {
     trainedAt = 0;
     traces.clear();
     publish(model, { sparsity: 0 });
-    pad.pick(0);
+    pad.pick(FIRST);
     follow();
   });
   stage.controls.append(removed.root, again, reset);
 
+  const curve = createChart({
+    title: "Digits it reads",
+    legend: [
+      ["weights removed", "gp-pruned"],
+      ["trained again", "gp-corrected"],
+    ],
+    x: { label: "weights removed, %", from: 0, to: 100 },
+    y: { label: "share read correctly", from: 0, to: 1 },
+  });
   const pad = createPad({
     examples: firstOfEach(test, classes),
     levels,
@@ -69,11 +79,6 @@ export function render({ model, el }) {
     },
     y: { label: "probability", from: 0, to: 1 },
   });
-  const curve = createChart({
-    title: "Digits it reads, before and after training again",
-    x: { label: "weights removed, %", from: 0, to: 100 },
-    y: { label: "share read correctly", from: 0, to: 1 },
-  });
   const traces = createTraces(6);
   const pixels = createPixels({
     label: "The weights of the first layer",
@@ -84,21 +89,21 @@ export function render({ model, el }) {
   const caption = element(
     "figcaption",
     {},
-    "Its weights: blue for, orange against, blank where gone",
+    "The weights from the pixels to 48 units: blue is positive, orange negative, blank is gone",
   );
   const picture = element("figure", { class: "gp-live-chart" }, caption, pixels.root);
-  stage.panels.append(pad.root, bars.root, curve.root, picture);
+  stage.panels.append(curve.root, pad.root, bars.root, picture);
 
   function prune(sparsity) {
     walk.stop();
     if (sparsity < trainedAt || trainedAt === 0) {
       ranked = dense;
       trainedAt = 0;
+      before = null;
     }
     net = copyNetwork(ranked);
     masks = pruneMasks(magnitudeScores(ranked.weights), sparsity, "global");
     applyMasks(net.weights, masks);
-    before = null;
     training = null;
   }
 
@@ -129,9 +134,9 @@ export function render({ model, el }) {
     say(
       stage,
       facts,
-      sentence({ rows: test.rows, accuracy, digit, sureness: answer[digit], kept, total, before }),
+      `${state({ rows: test.rows, accuracy, kept, total, before, trainedAt, sparsity })} ${reading(pad.digit(), digit, answer[digit])}`,
     );
-    again.disabled = walk.isRunning();
+    again.disabled = walk.isRunning() || sparsity === 0;
     publish(model, { accuracy });
   };
   const request = drawer(stage, draw);
@@ -150,7 +155,7 @@ export function render({ model, el }) {
   });
 
   function startTraining() {
-    before = read();
+    before ??= read();
     training = createTraining({
       ...{ net, inputs: train.inputs, labels: train.labels, classes, masks },
       ...{ batch: BATCH, seed: 0, optimizer: OPTIMIZER },
@@ -165,18 +170,27 @@ export function render({ model, el }) {
   }
   model.on("change:sparsity", follow);
   stage.ends.push(() => model.off("change:sparsity", follow));
-  pad.pick(0);
+  pad.pick(FIRST);
   follow();
   stage.root.numbers = () => flatten(net);
   return closing(stage);
 }
 
-function sentence({ rows, accuracy, digit, sureness, kept, total, before }) {
-  const state =
-    kept === total ? `with all its ${total} weights` : `with ${kept} of its ${total} weights`;
-  const whole = `This network, ${state}, reads ${percent(accuracy)} of ${rows} digits that it has not seen before`;
-  const trained = before === null ? "" : ` (${percent(before)} before it was trained again)`;
-  return `${whole}${trained}. It takes this one for a ${digit}, with probability ${sureness.toFixed(2)}.`;
+function state({ rows, accuracy, kept, total, before, trainedAt, sparsity }) {
+  const weights = kept === total ? `all its ${total} weights` : `${kept} of its ${total} weights`;
+  const has = `With ${weights} the network reads ${percent(accuracy)} of ${rows} digits that it has not seen before`;
+  if (before === null) return `${has}.`;
+  if (trainedAt > 0 && sparsity > trainedAt)
+    return `${has}; it was trained again at ${percent(trainedAt)}, and has lost more since.`;
+  return `${has} (${percent(before)} before it was trained again).`;
+}
+
+function reading(digit, answer, sureness) {
+  const article = answer === 8 ? "an" : "a";
+  const read = `is read as ${article} ${answer}`;
+  const sure = `with probability ${sureness.toFixed(2)}`;
+  if (digit === null) return `What you drew ${read}, ${sure}.`;
+  return `The ${digit} shown ${read}${answer === digit ? "" : ", wrongly"}, ${sure}.`;
 }
 
 function softmax(scores) {
