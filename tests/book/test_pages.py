@@ -338,7 +338,7 @@ def test_a_closing_table_has_every_statement_of_its_chapter_with_the_verdict_of_
     for row, claim in zip(rows, wanted, strict=True):
         said, verdict, line = row.find_all("td")
         assert claim.zh == said.select_one("q[lang=zh-Hans]").get_text()
-        assert claim.en in said.get_text()
+        assert plain(claim.en) in plain(said.get_text())
         link = verdict.find("a")
         if link is None:
             assert "open" in verdict.get_text()
