@@ -3,11 +3,12 @@
 Nothing in gradprune imports it.
 """
 
-from gradprune.lab import claims, data, documents, experiment, figures, live, models, sliders, train, zoo
+from gradprune.lab import claims, compare, data, documents, experiment, figures, live, models, sliders, train, zoo
 from gradprune.lab.setup import device, start
 
 __all__ = [
     "claims",
+    "compare",
     "data",
     "device",
     "documents",

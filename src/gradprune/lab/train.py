@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from gradprune.lab.data import Dataset, Split
+from gradprune.lab.models import mlp
 from gradprune.lab.setup import progress_wanted
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,6 +81,35 @@ def fit(
     for group, lr in zip(optimizer.param_groups, full, strict=True):
         group["lr"] = lr
     return history
+
+
+def cosine(steps: int, warmup: int = 50) -> Callable[[int], float]:
+    """Return a `rate` for :func:`fit`: up to 1 on a line in `warmup` steps, down to 0 on half a cosine at `steps`.
+
+    Example: ``lab.train.fit(model, data, steps=800, optimizer=adamw, rate=lab.train.cosine(800))``
+
+    Source: Loshchilov and Hutter (2017), equation 5, without restarts.
+    """
+    return lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def perceptron(
+    data: Dataset,
+    widths: Sequence[int] = (64, 128, 64, 10),
+    *,
+    seed: int = 0,
+    order: int | None = None,
+    steps: int = 400,
+) -> nn.Sequential:
+    """Return a perceptron trained on `data` by SGD at a rate of 0.1 with momentum 0.9.
+
+    `seed` decides the first weights, `order` (left out, `seed` too) the order of the batches.
+    """
+    torch.manual_seed(seed)
+    model = mlp(list(widths))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fit(model, data, steps=steps, optimizer=optimizer, seed=seed if order is None else order, watch=False)
+    return model
 
 
 @torch.no_grad()

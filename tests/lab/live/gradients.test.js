@@ -4,6 +4,7 @@ import {
   clipByNorm,
   clipByValue,
   createFeedback,
+  distance,
   hardThreshold,
   norm,
   ratioThreshold,
@@ -19,6 +20,12 @@ test("the norm is that of all entries as one vector", () => {
   forEachCase(reference.clipByNorm, 6, ({ given, before }) => {
     assertClose([norm(arraysOf(given))], [before], "norm");
   });
+});
+
+test("the distance is the norm of the difference, without a copy of it", () => {
+  const [a, b] = [Float64Array.of(1, 2, -3), Float64Array.of(1, -2, 0)];
+  assert.equal(distance(a, b), 5);
+  assert.equal(distance(a, a), 0);
 });
 
 test("clipping by norm is that of clip_by_norm_", () => {

@@ -13,6 +13,7 @@ from page import opened, settled, write_page
 from playwright.sync_api import Browser, Locator
 from vendor import install, node
 
+from conftest import HTML, NOT_BUILT, built_pages, page_name
 from gradprune.lab.live import _FIGURES
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +45,9 @@ def in_firefox(pages: dict[str, Path]) -> Visits:
     if not found:
         pytest.fail(f"no Firefox found ({', '.join(FIREFOX)}): on Debian, `apt-get install firefox-esr`")
     install()
-    addresses = {name: path.as_uri() for name, path in pages.items()}
+    addresses = {name: path.as_uri() for name, path in pages.items()} | {
+        page_name(path): path.as_uri() for path in built_pages() if '"_esm"' in path.read_text(encoding="utf-8")
+    }
     asked = json.dumps({"firefox": found, "pages": addresses, "look": LOOK, "moves": MOVES})
     done = subprocess.run(
         [node(), str(HERE / "firefox.js")], input=asked, capture_output=True, encoding="utf-8", check=False, timeout=300
@@ -65,6 +68,19 @@ def test_the_figure_draws_and_follows_its_slider_and_no_script_fails(name: str, 
     shown = [chosen(name, seen) for seen in [first, *moved]]
     assert all(before != after for before, after in pairwise(shown)), "a move changed nothing"
     assert chosen(name, last) == chosen(name, first)
+
+
+def test_the_figures_of_the_built_book_work_from_disk_without_a_network(in_firefox: Visits) -> None:
+    if not (HTML / "index.html").exists():
+        pytest.fail(NOT_BUILT)
+    visits = {page: visit for page, visit in in_firefox.items() if page not in _FIGURES}
+    assert [(page, visit["wrong"]) for page, visit in visits.items() if visit["wrong"]] == []
+    names = {page: visit["seen"][0]["figure"] for page, visit in visits.items()}
+    assert set(names.values()) == set(_FIGURES), "a figure stands on no page of the book"
+    for page, name in names.items():
+        first, *moved, last = (chosen(name, seen) for seen in visits[page]["seen"])
+        assert all(before != after for before, after in pairwise([first, *moved])), f"{page}: a move changed nothing"
+        assert last == first
 
 
 @pytest.mark.parametrize("name", [name for name, figure in _FIGURES.items() if hasattr(figure, "masks")])

@@ -2,7 +2,7 @@
 import { createChart } from "./chart.js";
 import { button, choice, slider } from "./controls.js";
 import { readFloats, readSplit } from "./examples.js";
-import { norm } from "./gradients.js";
+import { distance, norm } from "./gradients.js";
 import { crossEntropy } from "./losses.js";
 import { gradientFactors } from "./meanfield.js";
 import {
@@ -130,8 +130,9 @@ export function render({ model, el }) {
 
   const draw = () => {
     const setting = chosen();
-    // Of a running training every fourth frame looks at all gradients: that costs as much as a step.
-    if (!walk.isRunning() || training.steps % 4 === 0) norms = gradientNorms();
+    // Of a running training every fourth frame looks at all gradients: that costs as much as a step. Not the last one,
+    // which reads the test digits.
+    if (!walk.isRunning() || training.steps % 4 === 2) norms = gradientNorms();
     const predicted = predictedNorms(setting, norms, square);
     const moved = net.weights.map((weights, l) => movement(weights, fresh.weights[l]));
     const at = norms.map((_, l) => l + 1);
@@ -238,11 +239,11 @@ function predictedNorms({ activation, scale, depth }, norms, square) {
   return predicted;
 }
 
-const movement = (now, before) => norm([now.map((value, i) => value - before[i])]) / norm([before]);
+const movement = (now, before) => distance(now, before) / norm([before]);
 
 function sentence({ ratio, predicted, steps, moved }, accuracy, broken) {
   const arrives = `At the first layer the gradient is ${power(ratio)} of what it is at the output`;
-  const start = `${arrives}; predicted ${power(predicted)}.`;
+  const start = `${arrives}; predicted${steps > 0 ? ", before training," : ""} ${power(predicted)}.`;
   if (broken)
     return `${start} After ${steps} steps the loss is no number any more: the network exploded.`;
   if (steps === 0) return start;

@@ -12,6 +12,13 @@ export function norm(arrays) {
   return Math.sqrt(sum);
 }
 
+/** Returns the Euclidean distance of two arrays of one length. */
+export function distance(a, b) {
+  let sum = 0;
+  for (let i = 0; i < a.length; i++) sum += (a[i] - b[i]) ** 2;
+  return Math.sqrt(sum);
+}
+
 /** Bounds every entry to [-limit, limit]. Twin: gp.clip_by_value_. */
 export function clipByValue(arrays, limit) {
   requireAmount("limit", limit, limit > 0);

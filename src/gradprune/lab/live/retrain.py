@@ -66,7 +66,7 @@ class Retrain(Live):
         return gp.Masks({name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)})
 
     def still(self) -> Still:
-        """Return the accuracies of one shot and of five rounds, at three sparsities, over five orders of batches."""
+        """Return the accuracies of one shot and of five rounds, at three sparsities, over ten orders of batches."""
         levels = (0.9, 0.95, 0.98)
         rows, means = [], {}
         for level in levels:
@@ -84,14 +84,14 @@ class Retrain(Live):
         at_once, in_rounds = means[0.98]
         words = (
             f"Two copies of a network of 3,552 weights lose 98 % of them and train for about {STEPS} steps: pruned at "
-            f"once it reads {at_once:.2f} of the test digits, in five rounds {in_rounds:.2f}, on average over five "
+            f"once it reads {at_once:.2f} of the test digits, in five rounds {in_rounds:.2f}, on average over ten "
             "orders of the batches."
         )
         return Still(drawing, words, ["removed", "at once", "in rounds", "difference", "95 % interval"], rows)
 
 
 @lru_cache(maxsize=32)
-def comparison(sparsity: float, rounds: int, after: str, orders: int = 5) -> tuple[list[float], list[float]]:
+def comparison(sparsity: float, rounds: int, after: str, orders: int = 10) -> tuple[list[float], list[float]]:
     """Return the test accuracies of one shot and of rounds, paired, one an order of the batches."""
     each = round(STEPS / rounds)
     once = [_run(sparsity, 1, rounds * each, after, order) for order in range(orders)]
