@@ -84,14 +84,22 @@ class VerdictsTable(ClaimTables):
         return [table(["the document says", "verdict", "by what was measured"], (34, 22, 44), lines, "gp-verdicts")]
 
 
-class ClaimsTable(ClaimTables):
-    """All claims: a square each, coloured by its verdict, then one table for each document, with a filter."""
+class ClaimsPicture(ClaimTables):
+    """All claims: a square each, coloured by its verdict."""
 
     def run(self) -> list[nodes.Node]:
-        """Return the picture and the tables."""
+        """Return the picture."""
+        return [nodes.raw("", squares(list(claims.all_claims().values()), self.found()), format="html")]
+
+
+class ClaimsTable(ClaimTables):
+    """All claims: one table for each document, with a filter."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return the filter and the tables."""
         found = self.found()
         rows = list(claims.all_claims().values())
-        out: list[nodes.Node] = [nodes.raw("", squares(rows, found) + filter_form(len(rows)), format="html")]
+        out: list[nodes.Node] = [nodes.raw("", filter_form(len(rows)), format="html")]
         for number, title in enumerate(DOCUMENTS):
             section = nodes.section(ids=[f"document-{number}"])
             section += nodes.title(text=f"Document {number}: {title}")
@@ -120,7 +128,7 @@ def table(header: list[str], widths: tuple[int, ...], rows: list[nodes.row], nam
 
 def first_number(because: str) -> str:
     """Return a reason up to the end of the first sentence that has a number."""
-    sentences = re.split(r"(?<=[.;])\s+(?=[A-Z(])", because)
+    sentences = re.split(r"(?<=[.])\s+(?=[A-Z(])", because)
     last = next(at for at, sentence in enumerate(sentences, 1) if re.search(r"\d", sentence))
     return " ".join(sentences[:last])
 
@@ -223,6 +231,7 @@ def _runs_of_cells(section: nodes.section) -> Iterator[list[nodes.Element]]:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
+    app.add_directive("claims-picture", ClaimsPicture)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("verdicts", VerdictsTable)
     app.connect("doctree-read", mark_verdicts)
