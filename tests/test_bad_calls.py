@@ -134,6 +134,10 @@ CALLS = {
     "fisher": (lambda c: gp.fisher, lambda c: {"model": c.model, "batches": c.pairs(), "loss": LOSS}),
     "movement": (lambda c: gp.movement, lambda c: {"model": c.model, "batches": c.pairs(), "loss": LOSS, "lr": 0.1}),
     "activation": (lambda c: gp.activation, lambda c: {"model": c.model, "batches": c.pairs()}),
+    "recalibrate_": (
+        lambda c: gp.recalibrate_,
+        lambda c: {"model": nn.Sequential(c.model, nn.BatchNorm1d(3)), "batches": c.pairs()},
+    ),
     "synflow": (lambda c: gp.synflow, lambda c: {"model": c.model, "inputs": X}),
     "iterate": (
         lambda c: gp.iterate,

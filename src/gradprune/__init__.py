@@ -1,6 +1,7 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
 from gradprune.core.select import keep_largest, kth_smallest
+from gradprune.deploy.recalibrate import recalibrate_
 from gradprune.deploy.report import Report, Row, report
 from gradprune.gradients.autoclip import AutoClip
 from gradprune.gradients.clip import clip_adaptive_, clip_by_norm_, clip_by_value_
@@ -65,6 +66,7 @@ __all__ = [
     "movement",
     "prune",
     "random",
+    "recalibrate_",
     "report",
     "rotation",
     "snip",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradprune.lab import models
+from gradprune.lab import models, train
+from gradprune.lab.data import load
 
 
 @pytest.mark.parametrize("gain", [None, 0.5, 3.0])
@@ -187,3 +188,38 @@ def test_the_published_network_for_mnist1d_has_its_5210_parameters():
 def test_a_convolutional_network_that_cannot_be_is_refused_with_the_reason(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.conv(**arguments)
+
+
+def test_a_residual_network_has_the_parts_of_a_present_day_network():
+    model = models.residual()
+    kinds = [type(module) for module in model.modules()]
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv1d) and m.groups > 1]
+    assert sum(p.numel() for p in model.parameters()) == 30_250
+    assert kinds.count(nn.Conv1d) == kinds.count(nn.BatchNorm1d) == 11
+    assert [(m.groups, m.in_channels) for m in depthwise] == [(64, 64), (64, 64)]
+    assert isinstance(model.block3.shortcut, nn.Identity)
+    assert model(torch.zeros(2, 40)).shape == (2, 10)
+
+
+def test_a_residual_block_adds_its_input():
+    block = models.residual().block3.eval()
+    x = torch.rand(2, 64, 10)
+    with torch.no_grad():
+        for norm in (block.norm1, block.norm2, block.norm3):
+            norm.weight.zero_()
+    assert torch.equal(block(x), x)
+
+
+def test_a_residual_network_takes_other_widths_lengths_and_classes():
+    assert models.residual(4, 3, length=25)(torch.zeros(2, 25)).shape == (2, 3)
+    with pytest.raises(ValueError, match="at least 1, not 0, 10 and 40"):
+        models.residual(0)
+
+
+def test_a_residual_network_learns_mnist1d():
+    data = load("mnist1d")
+    torch.manual_seed(0)
+    model = models.residual(8)
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train.fit(model, data, steps=150, optimizer=adamw, watch=False, rate=train.cosine(150))
+    assert train.accuracy(model, data.validation) > 0.7

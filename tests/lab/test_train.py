@@ -229,6 +229,14 @@ def test_a_seed_cannot_be_chosen_on_and_reported_on():
         train.tune_and_report(fixed, [], tuning_seeds=[2], seeds=[3])
 
 
+def test_the_rate_rises_on_a_line_and_falls_on_half_a_cosine_to_0():
+    rate = train.cosine(100, warmup=10)
+    assert [rate(0), rate(4)] == pytest.approx([0.1, 0.5], rel=0.01)
+    assert rate(50) == pytest.approx(0.5)
+    assert rate(100) == pytest.approx(0)
+    assert all(rate(step) > rate(step + 1) for step in range(10, 99))
+
+
 def test_a_perceptron_starts_by_its_seed_and_sees_its_batches_by_their_order():
     def weights(**how):
         return torch.nn.utils.parameters_to_vector(train.perceptron(dataset(), [4, 8, 3], steps=12, **how).parameters())

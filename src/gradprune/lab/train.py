@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,16 @@ def fit(
     for group, lr in zip(optimizer.param_groups, full, strict=True):
         group["lr"] = lr
     return history
+
+
+def cosine(steps: int, warmup: int = 50) -> Callable[[int], float]:
+    """Return a `rate` for :func:`fit`: up to 1 on a line in `warmup` steps, down to 0 on half a cosine at `steps`.
+
+    Example: ``lab.train.fit(model, data, steps=800, optimizer=adamw, rate=lab.train.cosine(800))``
+
+    Source: Loshchilov and Hutter (2017), equation 5, without restarts.
+    """
+    return lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def perceptron(

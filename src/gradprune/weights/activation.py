@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradprune.core.batches import inputs_of, items
 from gradprune.core.checks import require
 from gradprune.core.evaluate import as_written, call, evaluated, plain_attention, plain_kernels
 from gradprune.core.owners import Owners, Place, aten, place
-from gradprune.weights.differentiate import described, floating, items
+from gradprune.weights.differentiate import floating
 from gradprune.weights.precision import product
 
 # Where the two operands of a product stand among the operator's arguments.
@@ -53,7 +54,7 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     parameters = floating(model)
     if isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[0], Tensor):
         raise TypeError("batches is one pair of tensors: give [(inputs, targets)], or a list of inputs")
-    inputs = [_inputs(batch, i) for i, batch in enumerate(items(batches, "an iterable of batches"))]
+    inputs = [inputs_of(batch, i) for i, batch in enumerate(items(batches, "an iterable of batches"))]
     norms = _InputNorms(model)
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     kernels = plain_kernels() if recurrent else plain_attention()
@@ -67,17 +68,6 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     require(bool(scores), "the batches reach no weight: nothing of two dimensions or more multiplies what they hold")
     require(norms.entries > 0, "batches held no sample")
     return scores
-
-
-def _inputs(batch: Any, i: int) -> Any:
-    if isinstance(batch, Tensor | Mapping):
-        return batch
-    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
-        return batch[0]
-    raise TypeError(
-        f"batch {i} must be a pair (inputs, targets), or inputs: a tensor or a dict; got {described(batch)}. "
-        "Several arguments go into one tuple: ((first, second), None)"
-    )
 
 
 class _InputNorms(Owners):

@@ -10,6 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from gradprune.core.batches import described, items
 from gradprune.core.checks import function, module, require, require_values
 from gradprune.core.evaluate import arguments, as_written, evaluated, tensors_in
 
@@ -62,15 +63,6 @@ def pairs(batches: Batches) -> list[tuple[Any, Any]]:
                 hint = ", and batches, if it is one pair, [(inputs, targets)]"
             raise TypeError(f"batch {i} must be a pair (inputs, targets), got {described(batch)}{hint}")
     return [(batch[0], batch[1]) for batch in kept]
-
-
-def items(batches: Any, wanted: str) -> list[Any]:
-    """What an iterable of batches yields, in a list that is not empty."""
-    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be {wanted}, got {described(batches)}")
-    kept = list(batches)
-    require(bool(kept), "batches is empty; an iterator that was used up before cannot be used again")
-    return kept
 
 
 def single_samples(batch: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
@@ -164,12 +156,3 @@ def _refuse_checkpoints(value: Tensor) -> None:
                 "turn checkpointing off, or use torch.utils.checkpoint"
             )
         left += [following for following, _ in node.next_functions]
-
-
-def described(value: Any) -> str:
-    """What a caller gave, as an error shows it."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"{value!r}" if isinstance(value, str | bytes | int | float | None) else f"a {type(value).__name__}"
