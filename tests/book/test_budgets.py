@@ -19,7 +19,6 @@ NOT_YET = {
     "01_vanishing_gradients",
     "02_clipping",
     "03_gradient_threshold_pruning",
-    "04_magnitude_pruning",
     "05_correction",
     "07_every_architecture",
     "10_the_documents_line_by_line",
