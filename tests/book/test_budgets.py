@@ -41,7 +41,10 @@ MEASURES = r"""() => {
   const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
   const cells = all('.cell_input').filter(seen);
   const code = cells.map((e) => [...e.querySelectorAll('pre')].flatMap(lines).filter((l) => l.trim()).length);
-  const printed = all('.cell_output pre').filter(seen).map((pre) => lines(pre).length);
+  const outputs = all('.cell_output pre').filter(seen);
+  const printed = outputs.map((pre) => lines(pre).length);
+  // An empty line ends a table.
+  const tables = outputs.flatMap((pre) => pre.innerText.trim().split(/\n\s*\n/)).map((t) => t.split('\n').length);
   const prose = document.querySelector('main article').cloneNode(true);
   prose.querySelectorAll('details, .cell, script, style, .math, mjx-container, table').forEach((e) => e.remove());
   const words = prose.textContent.split(/\s+/).filter(Boolean).length;
@@ -56,7 +59,7 @@ MEASURES = r"""() => {
     'code share': sum(cells.map((e) => e.getBoundingClientRect().height)) / height,
     'code lines': sum(code),
     'longest cell': Math.max(0, ...code),
-    'longest table': Math.max(0, ...printed),
+    'longest table': Math.max(0, ...tables),
     'first figure': tops.length ? first / innerHeight : null,
   };
 }"""
@@ -193,6 +196,13 @@ def test_the_build_takes_the_same_time_for_a_page_as_the_browser(window: Page) -
 def test_each_budget_that_is_exceeded_is_named(window: Page, page: str, over: set[str]) -> None:
     window.set_content(page)
     assert {fault.split(":")[0] for fault in over_budget(measures(window), deeper=False)} == over
+
+
+def test_an_empty_line_ends_a_table(window: Page) -> None:
+    window.set_content(small(output=9).replace("1\n1\n1\n", "1\n1\n\n", 1))
+    found = measures(window)
+    assert found["longest table"] == 6
+    assert found["minutes"] == pytest.approx(130 / 130 + 15 / 15 + 9 / 30 + 1 / 2)
 
 
 def test_a_deeper_page_may_show_its_first_figure_half_a_screen_later(window: Page) -> None:
