@@ -22,25 +22,29 @@ SEEDS = list(range(5))
 TUNING_SEED = 100
 RATES = [0.001, 0.003, 0.01, 0.03]
 LENGTHS = [5, 10, 20, 40, 80]
-CELLS = ["rnn", "rnn, orthogonal", "gru", "lstm", "lstm, chrono"]
+CELLS = ["rnn", "rnn, orthogonal", "gru", "lstm", "lstm, forget", "lstm, chrono"]
 
 
 def build(method: str, seed: int, length: int) -> lab.models.Recurrent:
     """Return the network of `method` before training.
 
     "orthogonal" is the matrix from state to state; "chrono" draws each forget gate's bias so that the cell forgets over
-    1 to `length` steps, and the input gate's as its opposite (Tallec and Ollivier 2018).
+    1 to `length` steps, and the input gate's as its opposite (Tallec and Ollivier 2018). "forget" draws the former and
+    leaves the other gates as they are.
     """
     torch.manual_seed(seed)
     model = lab.models.Recurrent(method.split(",")[0], 1, WIDTH, 2)
     if "orthogonal" in method:
         torch.nn.init.orthogonal_(model.cell.weight_hh)
-    if "chrono" in method:
+    if "chrono" in method or "forget" in method:
         with torch.no_grad():
             forget = torch.empty(WIDTH).uniform_(1, max(length - 1, 2)).log()
+            model.cell.bias_hh[WIDTH : 2 * WIDTH] = 0
+            model.cell.bias_ih[WIDTH : 2 * WIDTH] = forget
+    if "chrono" in method:
+        with torch.no_grad():
             model.cell.bias_hh.zero_()
             model.cell.bias_ih[:WIDTH] = -forget
-            model.cell.bias_ih[WIDTH : 2 * WIDTH] = forget
     return model
 
 
@@ -71,7 +75,12 @@ if __name__ == "__main__":
     lab.start(0)
     lab.experiment.run(
         Path("chapters/results/recall.json"),
-        [{"method": method, "length": length} for length in LENGTHS for method in CELLS],
+        [
+            {"method": method, "length": length}
+            for length in LENGTHS
+            for method in CELLS
+            if (method, length) != ("lstm, forget", 80)  # it no longer learns at 40 in every seed
+        ],
         measure,
         seeds=SEEDS,
         about=f"label is the sign of the first input; {WIDTH} units, {STEPS} steps of Adam; accuracy on test data",
