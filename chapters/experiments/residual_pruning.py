@@ -7,8 +7,8 @@ goes on where it was.
 is tuned on test data. A "scan" prunes one layer at a time and reads validation data; "by the scan" gives each layer
 the sparsity at which it alone costs as much accuracy as every other, so much that all together lose the wanted share.
 "Recalibrated" networks have their batch norms' statistics taken anew on the training examples, with the weights as
-they are. "Trained on" is FURTHER steps, from the whole rate or a tenth of it, masks held, beside the dense network trained on
-alike.
+they are. "Trained on" is FURTHER steps, from the whole rate or a tenth of it, masks held, beside the dense network
+trained on alike.
 """
 
 from __future__ import annotations
