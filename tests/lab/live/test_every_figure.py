@@ -70,6 +70,9 @@ def change_everything(root: Locator) -> None:
 
 
 def start(root: Locator) -> None:
+    """Set the figure going; one that has nothing to train yet, after its first slider was moved."""
+    if go(root).is_disabled():
+        settled(root, lambda: slide(root.locator("input[type=range]").first, 0.9))
     go(root).click()
     root.page.wait_for_function("(root) => root.dataset.running === 'true'", arg=root.element_handle())
 
