@@ -3,9 +3,9 @@
 `python chapters/experiments/initial_scale.py` writes chapters/results/initial_scale.json; a run that was stopped goes
 on where it was.
 
-Only the scale changes: of one seed, all scales have the same normal draws, multiplied by scale / sqrt(inputs), the same
-split, zero biases and the same batches. Each activation and scale has its own learning rate, the one of the same grid
-with the best mean validation accuracy over two seeds that are not used again.
+The scale is what is set: of one seed, all scales have the same normal draws, multiplied by scale / sqrt(inputs), the
+same split, zero biases and the same batches. Each activation and scale has its own learning rate, the one of the same
+grid with the best mean validation accuracy over two seeds that are not used again.
 """
 
 from __future__ import annotations

@@ -58,23 +58,15 @@ def corrected(seed: int, method: str, sparsity: float) -> nn.Module:
     if method == "rounds":
         for number in range(1, ROUNDS + 1):
             masks = gp.prune(model, sparsity=1 - (1 - sparsity) ** (number / ROUNDS))
-            _train(model, seed, batches + number, STEPS // ROUNDS, share, masks)
+            base.train(model, seed, STEPS // ROUNDS, share, masks, order=batches + number)
         return model
     masks = gp.prune(model, sparsity=sparsity) if sparsity else None
     if method == "weights rewound":
         model.load_state_dict(_early(seed))
         if masks is not None:
             masks.apply_(model)
-    _train(model, seed, batches, STEPS, share, masks)
+    base.train(model, seed, STEPS, share, masks, order=batches)
     return model
-
-
-def _train(model: nn.Module, seed: int, batches: int, steps: int, share: float, masks: gp.Masks | None) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=share * base.RATE, weight_decay=base.DECAY)
-    if masks is not None:
-        masks.hold(optimizer, model)
-    shape = lab.train.cosine(steps)
-    lab.train.fit(model, base.data(seed), steps=steps, optimizer=optimizer, seed=batches, watch=False, rate=shape)
 
 
 def _shuffled(x: Tensor) -> Tensor:
@@ -152,14 +144,14 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         model = corrected(seed, cell["method"], sparsity)
     elif what == "mask":
         model, masks = changed(seed, cell["change"], sparsity)
-        _train(model, seed, seed, STEPS, 1.0, masks)
+        base.train(model, seed, STEPS, masks=masks)
     else:
         of, wanted = (0, 1)[cell["equal"] == "FLOPs"], left(seed, sparsity)
         width = min(range(1, 33), key=lambda width: abs(size(width)[of] - wanted[of]))
         found = {"width": width, "wanted": wanted[of], "taken": size(width)[of]}
         torch.manual_seed(seed)
         model = lab.models.residual(width)
-        _train(model, seed, seed, STEPS, 1.0, None)
+        base.train(model, seed, STEPS)
     parts = ("validation", "test")
     return found | {part: round(lab.train.accuracy(model, getattr(base.data(seed), part)), 4) for part in parts}
 

@@ -53,31 +53,28 @@ def dense(seed: int) -> nn.Module:
     return copy.deepcopy(_dense(seed))
 
 
-def train(model: nn.Module, seed: int, steps: int, share: float = 1.0, masks: gp.Masks | None = None) -> None:
-    """Train by AdamW, from `share` of the rate down to 0."""
+def train(
+    model: nn.Module,
+    seed: int,
+    steps: int,
+    share: float = 1.0,
+    masks: gp.Masks | None = None,
+    *,
+    order: int | None = None,
+) -> None:
+    """Train by AdamW, from `share` of the rate down to 0; `order` is the batches', the seed's where it is left out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=share * RATE, weight_decay=DECAY)
     if masks is not None:
         masks.hold(optimizer, model)
     shape = lab.train.cosine(steps)
-    lab.train.fit(model, data(seed), steps=steps, optimizer=optimizer, seed=seed, watch=False, rate=shape)
-
-
-@torch.no_grad()
-def recalibrate_(model: nn.Module, inputs: torch.Tensor) -> None:
-    """Take the statistics of every batch norm anew, of `inputs` as one batch; the weights stay as they are."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
-    for norm in norms:
-        norm.momentum = 1.0  # the last batch alone counts
-    model.train()
-    model(inputs)
-    for norm in norms:
-        norm.momentum = 0.1
+    order = seed if order is None else order
+    lab.train.fit(model, data(seed), steps=steps, optimizer=optimizer, seed=order, watch=False, rate=shape)
 
 
 def read(model: nn.Module, seed: int) -> dict[str, float]:
     """Return the accuracies of a network, as it is and recalibrated."""
     found = {part: lab.train.accuracy(model, getattr(data(seed), part)) for part in ("validation", "test")}
-    recalibrate_(model, data(seed).train.x)
+    gp.recalibrate_(model, [data(seed).train.x])
     found |= {f"recalibrated {part}": lab.train.accuracy(model, getattr(data(seed), part)) for part in found}
     return {name: round(value, 4) for name, value in found.items()}
 

@@ -128,9 +128,7 @@ def test_the_reading_time_under_the_title_is_what_the_page_takes(
     assert abs(printed - takes) <= max(1, 0.1 * takes)
 
 
-@pytest.mark.parametrize(
-    "notebook", [path for path in CHAPTERS if path.stem != "04_magnitude_pruning"], ids=lambda path: path.stem
-)
+@every_chapter
 def test_a_page_states_no_other_time(notebook: Path) -> None:
     page = soup(HTML / "chapters" / f"{notebook.stem}.html")
     assert len(stated(page)) == 1

@@ -108,6 +108,11 @@ def test_a_failed_call_leaves_the_model_as_it_was(model, batches, wrong, words):
     assert not model[1]._forward_hooks
 
 
+def test_one_pair_of_tensors_is_no_list_of_batches(model, batches):
+    with pytest.raises(TypeError, match=r"one pair of tensors: give \[\(inputs, targets\)\]"):
+        gp.recalibrate_(model, (batches[0], torch.zeros(5)))
+
+
 def test_a_model_without_running_statistics_is_refused():
     for model in (nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))):
         with pytest.raises(ValueError, match="no batch norm that keeps running statistics"):

@@ -182,3 +182,22 @@ def test_a_row_of_another_length_and_a_missing_header_are_refused_before_anythin
     assert capsys.readouterr().out == ""
     figures.table(["a", "bc"], [])
     assert capsys.readouterr().out == "a  bc\n"
+
+
+def test_a_legend_lies_under_axes_that_keep_the_figures_width():
+    boxes = {}
+    for with_legend in (False, True):
+        figure, axes = figures.new()
+        for name in ("one", "two", "three", "four"):
+            axes.plot([0, 1], [0, 1], label=name)
+        axes.set_xlabel("step")
+        if with_legend:
+            figures.legend(axes)
+        figure.canvas.draw()
+        boxes[with_legend] = axes.get_tightbbox()
+    box = figure.legends[0].get_window_extent()
+    assert boxes[True].width == pytest.approx(boxes[False].width, rel=0.01)
+    assert boxes[True].height == pytest.approx(boxes[False].height, rel=0.05)
+    assert 0 <= box.y0 < box.y1 <= boxes[True].y0
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two", "three", "four"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -12,15 +13,25 @@ from gradprune.core.checks import require
 
 def items(batches: Any, wanted: str) -> list[Any]:
     """What an iterable of batches yields, in a list that is not empty."""
-    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be {wanted}, got {described(batches)}")
-    kept = list(batches)
+    kept = list(_iterable(batches, wanted))
     require(bool(kept), "batches is empty; an iterator that was used up before cannot be used again")
     return kept
 
 
-def inputs_of(batch: Any, i: int) -> Any:
-    """The inputs of the `i`-th batch: of a pair (inputs, targets), or the batch itself."""
+def inputs_of(batches: Any) -> Iterator[Any]:
+    """The inputs of each batch, one at a time: of a pair (inputs, targets), or the batch itself."""
+    if isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[0], Tensor):
+        raise TypeError("batches is one pair of tensors: give [(inputs, targets)], or a list of inputs")
+    return map(_inputs, _iterable(batches, "an iterable of batches"), count())
+
+
+def _iterable(batches: Any, wanted: str) -> Iterable[Any]:
+    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be {wanted}, got {described(batches)}")
+    return batches
+
+
+def _inputs(batch: Any, i: int) -> Any:
     if isinstance(batch, Tensor | Mapping):
         return batch
     if isinstance(batch, tuple | list) and len(batch) in (1, 2):

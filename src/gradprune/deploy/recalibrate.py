@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradprune.core.batches import described, inputs_of
+from gradprune.core.batches import inputs_of
 from gradprune.core.checks import module, require, require_writable
 from gradprune.core.evaluate import as_written, call, evaluated
 
@@ -47,15 +47,17 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> int:
     for name, norm in norms.items():
         for buffer in (norm.running_mean, norm.running_var):
             require_writable(name, buffer, "batch norm")
-    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, got {described(batches)}")
+    inputs = inputs_of(batches)
     require(bool(norms), "the model has no batch norm that keeps running statistics")
     seen = {name: _Moments() for name in norms}
     with evaluated(model), as_written(), torch.no_grad(), _watched(norms, seen):
-        for i, batch in enumerate(batches):
-            call(model, inputs_of(batch, i))
+        for batch in inputs:
+            call(model, batch)
     found = {name: moments for name, moments in seen.items() if moments.calls}
-    require(bool(found), "the batches reach no batch norm")
+    require(
+        bool(found),
+        "the batches reach no batch norm, or there are none: an iterator that was used up before cannot be used again",
+    )
     for name, moments in found.items():
         require(moments.finite(), f"the batches give batch norm {name!r} a statistic that is not finite")
     with torch.no_grad():
@@ -66,7 +68,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> int:
 
 @dataclass
 class _Moments:
-    """Values a channel, their sum, and the sum of their squares about the mean, over all calls."""
+    """Values a channel, their mean, and the sum of their squares about it, over all calls."""
 
     calls: int = 0
     values: int = 0

@@ -13,9 +13,8 @@ from gradprune.lab.setup import repository
 
 _INDENT = "    "  # of the lines after a verdict's first
 OUTCOMES = ("holds", "holds when ...", "fails", "not shown", "as defined", "has no meaning")
-_LINE = re.compile(
-    r"^Verdict on (D\d+-\d+): (holds when .+?|holds|fails|not shown|as defined|has no meaning)\. (.+)$", re.MULTILINE
-)
+_SAID = "|".join(re.escape(outcome).replace(re.escape("..."), ".+?") for outcome in OUTCOMES)
+_LINE = re.compile(rf"^Verdict on (D\d+-\d+): ({_SAID})\. (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -94,6 +95,17 @@ def new(width: float = 6.8, height: float = 3.4, *, columns: int = 1, **subplot_
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, **subplot_options)
+
+
+def legend(axes: Any, columns: int = 3) -> None:
+    """Put the legend under the axes, which keep the figure's width, so that it can be read where a page is narrow.
+
+    The figure grows by the legend's lines. For a figure of :func:`new` with one pair of axes.
+    """
+    drawn, names = axes.get_legend_handles_labels()
+    axes.figure.legend(drawn, names, loc="outside lower center", ncols=columns)
+    width, height = axes.figure.get_size_inches()
+    axes.figure.set_size_inches(width, height + 0.2 * math.ceil(len(names) / columns))
 
 
 def to_svg(figure: Figure, alt: str, *, prefix: str | None = None) -> str:

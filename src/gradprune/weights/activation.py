@@ -52,9 +52,7 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     Sun et al. (2024), equation 1; chapter 4.
     """
     parameters = floating(model)
-    if isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[0], Tensor):
-        raise TypeError("batches is one pair of tensors: give [(inputs, targets)], or a list of inputs")
-    inputs = [inputs_of(batch, i) for i, batch in enumerate(items(batches, "an iterable of batches"))]
+    inputs = items(inputs_of(batches), "an iterable of batches")
     norms = _InputNorms(model)
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     kernels = plain_kernels() if recurrent else plain_attention()

@@ -89,7 +89,7 @@ export function render({ model, el }) {
   const caption = element(
     "figcaption",
     {},
-    "The weights from the pixels to 48 units: blue is positive, orange negative, blank is gone",
+    `The weights from the pixels to ${dense.sizes[1]} units: blue is positive, orange negative, blank is gone`,
   );
   const picture = element("figure", { class: "gp-live-chart" }, caption, pixels.root);
   stage.panels.append(curve.root, pad.root, bars.root, picture);
@@ -149,7 +149,7 @@ export function render({ model, el }) {
     draw,
     done() {
       ranked = copyNetwork(net);
-      trainedAt = model.get("sparsity") || 0.001;
+      trainedAt = model.get("sparsity");
       request();
     },
   });
