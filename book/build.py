@@ -69,6 +69,7 @@ def run_chapters() -> None:
         "src/**/*.css",
         "chapters/experiments/*.py",
         "chapters/results/*.json",
+        "chapters/results/*.safetensors",
         "constraints.txt",
     )
     package = digest([path for pattern in read for path in ROOT.glob(pattern)])

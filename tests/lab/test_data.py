@@ -212,3 +212,11 @@ def test_recall_puts_the_label_in_the_first_value_and_nowhere_else():
     assert not torch.equal(data.recall(6, seed=2, examples=4000).test.x, made.test.x)
     with pytest.raises(ValueError, match="at least one step, not 0"):
         data.recall(0)
+
+
+def test_a_split_in_double_precision_has_the_same_examples():
+    split = data.load("digits").test
+    doubled = split.double()
+    assert doubled.x.dtype == torch.float64
+    assert torch.equal(doubled.x, split.x.double())
+    assert torch.equal(doubled.y, split.y)

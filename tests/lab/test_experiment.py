@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 
 from gradprune.lab import experiment, setup
@@ -207,3 +208,35 @@ def test_every_result_of_the_book_is_json_a_row_a_line_and_names_no_path_of_a_ma
         experiment.save(tmp_path / path.name, found)
         assert path.read_text() == (tmp_path / path.name).read_text()
         assert not any(word.startswith("/") for word in found["command"].split())
+
+
+def test_a_stored_network_comes_back_in_eval_mode_and_says_where_it_came_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "repository", lambda: tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    model(torch.randn(8, 3))
+    (tmp_path / "chapters" / "results").mkdir(parents=True)
+    path = tmp_path / "chapters" / "results" / "small.safetensors"
+    experiment.store_network(path, model)
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert {"command", "versions", "machine", "date"} <= set(json.loads(file.metadata()["gradprune.network"]))
+
+    fresh = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    found = experiment.network("small", fresh)
+    assert found is fresh
+    assert not found.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
+
+
+def test_a_network_that_was_not_stored_names_the_command_that_trains_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "repository", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"python chapters/experiments/absent\.py"):
+        experiment.network("absent", torch.nn.Linear(1, 1))
+
+
+def test_another_networks_tensors_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "repository", lambda: tmp_path)
+    (tmp_path / "chapters" / "results").mkdir(parents=True)
+    experiment.store_network(tmp_path / "chapters" / "results" / "small.safetensors", torch.nn.Linear(3, 2))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        experiment.network("small", torch.nn.Linear(2, 2))

@@ -26,6 +26,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.y)
 
+    def double(self) -> Split:
+        """Return the same examples with inputs in double precision."""
+        return Split(self.x.double(), self.y)
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -16,11 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 
+from gradprune.core import files
 from gradprune.lab.setup import progress_wanted, repository
 
 Row = dict[str, Any]
+
+_NETWORK = files.Kind("gradprune.network", "stored network", "a network stored by an experiment")
 
 
 def run(
@@ -98,6 +102,26 @@ def load(name: str) -> dict[str, Any]:
         raise FileNotFoundError(f"no {path.name}; `python chapters/experiments/{name}.py` measures and writes it")
     loaded: dict[str, Any] = _unspelled(json.loads(path.read_text()))
     return loaded
+
+
+def store_network(path: Path, model: nn.Module) -> None:
+    """Write a trained network's tensors to a safetensors file, with the command, versions, machine and day."""
+    files.write(path, _NETWORK, provenance([]), model.state_dict())
+
+
+def network(name: str, model: nn.Module) -> nn.Module:
+    """Return `model` with the tensors of the trained network `name` of `chapters/results`, in eval mode.
+
+    The last bits of a training differ from one processor to another, and a pruned network shows it. What a page says
+    of one network is said of a stored one, so that it holds wherever the page runs.
+
+    Raises FileNotFoundError with the command that makes the file, RuntimeError where the tensors are another network's.
+    """
+    path = repository() / "chapters" / "results" / f"{name}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name}; `python chapters/experiments/{name}.py` trains and writes it")
+    model.load_state_dict(files.read(path, _NETWORK)[1])
+    return model.eval()
 
 
 def _saved(path: Path, head: dict[str, Any]) -> list[Row]:
