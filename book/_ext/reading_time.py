@@ -15,7 +15,7 @@ NO_PROSE = "details, .cell, script, style, noscript, .math, table"
 def minutes(body: str) -> float:
     """Return the minutes that the text, the code, the outputs and the displayed formulas of a page's HTML take.
 
-    What is folded away does not count, nor do tables and pictures.
+    What is folded away does not count, nor do pictures and the tables between the cells.
     """
     page = BeautifulSoup(body, "html.parser")
     for folded in page.select("details:not([open])"):
@@ -24,6 +24,7 @@ def minutes(body: str) -> float:
         unscripted.decompose()
     code = sum(bool(line.strip()) for pre in page.select(".cell_input pre") for line in _lines(pre))
     output = sum(len(_lines(pre)) for pre in page.select(".cell_output pre"))
+    output += len(page.select(".cell_output .gp-numbers tr"))
     equations = len(page.select("div.math"))
     for part in page.select(NO_PROSE):
         if not part.decomposed:

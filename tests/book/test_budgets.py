@@ -41,9 +41,11 @@ MEASURES = r"""() => {
   const cells = all('.cell_input').filter(seen);
   const code = cells.map((e) => [...e.querySelectorAll('pre')].flatMap(lines).filter((l) => l.trim()).length);
   const outputs = all('.cell_output pre').filter(seen);
-  const printed = outputs.map((pre) => lines(pre).length);
+  const rows = all('.cell_output .gp-numbers').filter(seen).map((table) => table.rows.length);
+  const printed = [...outputs.map((pre) => lines(pre).length), ...rows];
   // An empty line ends a table.
-  const tables = outputs.flatMap((pre) => pre.innerText.trim().split(/\n\s*\n/)).map((t) => t.split('\n').length);
+  const blocks = outputs.flatMap((pre) => pre.innerText.trim().split(/\n\s*\n/)).map((t) => t.split('\n').length);
+  const tables = [...blocks, ...rows];
   const prose = document.querySelector('main article').cloneNode(true);
   prose.querySelectorAll('details, .cell, script, style, .math, mjx-container, table').forEach((e) => e.remove());
   const words = prose.textContent.split(/\s+/).filter(Boolean).length;
@@ -200,6 +202,17 @@ def test_an_empty_line_ends_a_table(window: Page) -> None:
     found = measures(window)
     assert found["longest table"] == 6
     assert found["minutes"] == pytest.approx(130 / 130 + 15 / 15 + 9 / 30 + 1 / 2)
+
+
+def test_each_row_of_a_table_of_numbers_is_a_line(window: Page) -> None:
+    page = small(output=2).replace(
+        "<pre>1\n1</pre>", f"<table class='gp-numbers'>{'<tr><td>1</td></tr>' * 9}</table>", 1
+    )
+    window.set_content(page)
+    found = measures(window)
+    assert found["longest table"] == 9
+    assert found["minutes"] == pytest.approx(130 / 130 + 15 / 15 + 9 / 30 + 1 / 2)
+    assert minutes(page) == pytest.approx(found["minutes"])
 
 
 def test_a_deeper_page_may_show_its_first_figure_half_a_screen_later(window: Page) -> None:

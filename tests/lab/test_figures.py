@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import matplotlib as mpl
 import numpy as np
 import pytest
+from bs4 import BeautifulSoup
 from hypothesis import given, settings
 
 from gradprune.lab import figures
@@ -172,6 +173,19 @@ def test_a_table_is_aligned_and_its_floats_have_two_digits(capsys):
     ]
     figures.table(["a"], [[np.float64(1 / 3)], [True]], digits=4)
     assert capsys.readouterr().out == "a\n0.3333\nTrue\n"
+
+
+def test_in_the_page_a_table_is_html_with_the_same_texts(monkeypatch, capsys):
+    monkeypatch.setenv("GRADPRUNE_FIGURES", "svg")
+    shown = []
+    monkeypatch.setattr(figures, "display", lambda bundle, raw: shown.append(bundle))
+    figures.table(["a < b", "n"], [["x & y", 1], ["z", 0.123]])
+    (bundle,) = shown
+    assert bundle["text/plain"].splitlines() == ["a < b     n", "x & y     1", "z      0.12"]
+    rows = BeautifulSoup(bundle["text/html"], "html.parser")("tr")
+    assert [[cell.text for cell in row] for row in rows] == [["a < b", "n"], ["x & y", "1"], ["z", "0.12"]]
+    assert [[cell["scope"] for cell in row("th")] for row in rows] == [["col", "col"], ["row"], ["row"]]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_row_of_another_length_and_a_missing_header_are_refused_before_anything_is_printed(capsys):

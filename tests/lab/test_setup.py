@@ -84,9 +84,10 @@ def test_the_books_files_are_found_from_below_and_their_absence_is_said(monkeypa
     monkeypatch.chdir(tmp_path)
     assert setup.repository() == root  # above the package
     monkeypatch.setattr(setup, "__file__", str(tmp_path / "setup.py"))
-    with pytest.raises(FileNotFoundError, match="inside a clone of the repository"):
+    with pytest.raises(FileNotFoundError, match="neither here nor in the package"):
         setup.repository()
-    (tmp_path / "book").mkdir()
-    (tmp_path / "chapters").mkdir()
-    (tmp_path / "book" / "claims.yml").touch()
-    assert setup.repository() == tmp_path
+    for folder in (tmp_path / "shipped", tmp_path):  # within the package, and here
+        (folder / "book").mkdir(parents=True)
+        (folder / "chapters").mkdir()
+        (folder / "book" / "claims.yml").touch()
+        assert setup.repository() == folder

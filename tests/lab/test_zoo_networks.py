@@ -1,10 +1,8 @@
 """Are the zoo's less usual networks, data and metrics what their docstrings say?"""
 
 import copy
-import importlib.util
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +11,6 @@ from torch import nn
 import gradprune as gp
 from gradprune import lab
 from gradprune.lab.zoo import base, by_name, combined, generative, heads, phase, quantum, searched
-
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "chapters" / "experiments"
-
-
-def experiment(name):
-    """The script of that name as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 # --------------------------------------------------------------------------------------------------------- circuits
 
@@ -247,7 +234,7 @@ def test_the_row_of_the_search_is_the_best_design_that_was_measured():
 
 
 def test_a_layer_s_own_shares_add_up_to_the_wanted_sparsity():
-    script = experiment("pruning_search")
+    script = lab.experiment.script("pruning_search")
     model = searched.FOUND.build()
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     for densities in ([1.0] * len(weights), [0.05] + [1.0] * (len(weights) - 1)):
@@ -259,7 +246,7 @@ def test_a_layer_s_own_shares_add_up_to_the_wanted_sparsity():
 
 
 def test_a_cell_of_the_search_gives_its_numbers_again():
-    script, rows = experiment("pruning_search"), lab.experiment.load("pruning_search")["rows"]
+    script, rows = lab.experiment.script("pruning_search"), lab.experiment.load("pruning_search")["rows"]
     stored = next(row for row in rows if (row["method"], row.get("sparsity")) == ("layer", 0.8))
     lab.start(0)
     again = script.measure({"table": "pruning", "method": "layer", "sparsity": 0.8}, seeds=(0,))
@@ -268,7 +255,7 @@ def test_a_cell_of_the_search_gives_its_numbers_again():
 
 
 def test_a_search_keeps_its_best_trial_and_is_the_same_twice(monkeypatch):
-    script = experiment("pruning_search")
+    script = lab.experiment.script("pruning_search")
     values = iter([0.3, 0.7, 0.5, 0.3, 0.7, 0.5])
     monkeypatch.setattr(script, "pruned", lambda choice, sparsity, seed: (choice, next(values)))
     monkeypatch.setattr(base, "dense", lambda architecture, seed: searched.FOUND.build())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -102,6 +104,21 @@ def load(name: str) -> dict[str, Any]:
         raise FileNotFoundError(f"no {path.name}; `python chapters/experiments/{name}.py` measures and writes it")
     loaded: dict[str, Any] = _unspelled(json.loads(path.read_text()))
     return loaded
+
+
+def script(name: str) -> ModuleType:
+    """Return the experiment `name` of `chapters/experiments` as a module, for a part of it to be run again.
+
+    Raises FileNotFoundError where there is none of that name.
+    """
+    folder = repository() / "chapters" / "experiments"
+    if not (folder / f"{name}.py").exists():
+        raise FileNotFoundError(f"no experiment {name!r}: chapters/experiments has no {name}.py")
+    sys.path.insert(0, str(folder))  # experiments import each other
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
 
 
 def store_network(path: Path, model: nn.Module) -> None:

@@ -166,7 +166,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, digits: int =
     """Print what a figure plots as aligned columns; floats have `digits` significant digits.
 
     The numbers under a figure are what a screen reader reads and what the tests compare, since pictures are not
-    compared.
+    compared. In the built page they are an HTML table, whose cells break lines where the page is narrow.
+
     Raises ValueError where the header is empty and where a row is not as long as it.
     """
     if not header:
@@ -175,7 +176,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, digits: int =
     for line in lines:
         if len(line) != len(header):
             raise ValueError(f"a row of {len(line)} cells under a header of {len(header)}: {line}")
-    print("\n".join(aligned([list(header), *lines])))
+    rows = [list(header), *lines]
+    text = "\n".join(aligned(rows))
+    if for_page():
+        display({"text/html": html_table(rows), "text/plain": text}, raw=True)
+    else:
+        print(text)
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of texts as an HTML table; the first is its header, the first of each other names its row."""
+    header, *body = rows
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in header)
+    lines = (
+        f'<tr><th scope="row">{html.escape(first)}</th>{"".join(f"<td>{html.escape(text)}</td>" for text in rest)}</tr>'
+        for first, *rest in body
+    )
+    return f'<table class="gp-numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -46,13 +46,16 @@ def progress_wanted() -> bool:
 
 
 def repository() -> Path:
-    """Return the folder that holds `chapters` and `book`: here, above here, or above the package.
+    """Return the folder that holds `chapters` and `book`: here, above here, above the package, or within it.
 
-    Raises FileNotFoundError where there is none: the chapters' statements and results are not part of the installed
-    package.
+    An installed package carries the book's statements, its experiments and their results, so that a chapter that was
+    downloaded by itself finds them.
+
+    Raises FileNotFoundError where there is none.
     """
     here = Path.cwd()
-    for folder in (here, *here.parents, *Path(__file__).parents):
+    package = Path(__file__)
+    for folder in (here, *here.parents, *package.parents, package.parent / "shipped"):
         if (folder / "book" / "claims.yml").is_file() and (folder / "chapters").is_dir():
             return folder
-    raise FileNotFoundError("the book's files are not here: run the notebooks inside a clone of the repository")
+    raise FileNotFoundError("the book's files are neither here nor in the package: install gradprune again")

@@ -61,13 +61,9 @@ class Live(anywidget.AnyWidget):
 
 def _page(still: Still, rows: Sequence[Sequence[str]]) -> str:
     """The still as HTML, for a page whose scripts do not run."""
-    head, *body = (
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True)
-    )
-    table = f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
     words = f'<p class="gp-words">{html.escape(still.words)}</p>'
-    return f'<div class="gp-live gp-still">{words}{figures.to_svg(still.figure, still.words)}{table}</div>'
+    picture = figures.to_svg(still.figure, still.words)
+    return f'<div class="gp-live gp-still">{words}{picture}{figures.html_table(rows)}</div>'
 
 
 def pack_network(model: nn.Sequential, activation: str) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""Does a notebook that was downloaded by itself run where nothing but the package is installed?"""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from conftest import CHAPTERS, ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the wheel's contents, as pip would unpack it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_a_chapter_runs_in_an_empty_folder_with_the_wheel_alone(installed, tmp_path):
+    # This one reads a result, runs a part of an experiment again and gives verdicts.
+    name = "01c_through_time.ipynb"
+    shutil.copy(ROOT / "chapters" / name, tmp_path)
+    notebook = nbformat.read(tmp_path / name, as_version=4)
+    environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    probe = "import gradprune.lab as lab; print(lab.__file__); print(lab.setup.repository())"
+    notebook.cells.append(nbformat.v4.new_code_cell(probe))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute(env=environment)
+    for line in notebook.cells[-1].outputs[0].text.splitlines():
+        assert line.startswith(str(installed))
+
+
+def test_the_wheel_holds_each_result_experiment_and_figure_once_and_nothing_else_of_the_book(installed):
+    def files(folder):
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+    shipped = files(installed / "gradprune" / "lab" / "shipped")
+    kept = {f"chapters/{name}" for name in files(ROOT / "chapters") if name.endswith((".json", ".safetensors"))}
+    kept |= {f"chapters/experiments/{path.name}" for path in (ROOT / "chapters" / "experiments").glob("*.py")}
+    assert shipped - {"chapters/experiments/ruff.toml"} == kept | {"book/claims.yml"}
+    package = {name for name in files(ROOT / "src" / "gradprune") if not name.endswith(".pyc")}
+    assert package <= files(installed / "gradprune")
+
+
+def test_no_chapter_changes_where_python_looks_for_modules():
+    for path in CHAPTERS:
+        assert "sys.path" not in path.read_text(encoding="utf-8"), path.name
