@@ -19,6 +19,8 @@ window.MathJax.Hub = {
 const visibleFrame = (explorer) =>
   [...explorer.querySelectorAll(".gp-frame")].find((frame) => frame.getClientRects().length > 0);
 
+let choices = 0;
+
 function describe(explorer) {
   const setting = visibleFrame(explorer)?.dataset.setting;
   for (const slider of explorer.querySelectorAll(".widget-slider")) {
@@ -28,6 +30,14 @@ function describe(explorer) {
       handle.setAttribute("aria-label", label);
       if (setting) handle.setAttribute("aria-valuetext", setting);
     }
+  }
+  for (const radios of explorer.querySelectorAll(".widget-radio")) {
+    const box = radios.querySelector(".widget-radio-box");
+    box?.setAttribute("role", "radiogroup");
+    box?.setAttribute("aria-label", radios.querySelector(".widget-label")?.textContent);
+    // One name for all of a group: then the arrow keys move within it.
+    for (const input of radios.querySelectorAll("input:not([name])"))
+      input.name = radios.querySelector("input[name]")?.name ?? `gp-choice-${choices++}`;
   }
   for (const words of explorer.querySelectorAll(".gp-words"))
     words.setAttribute("aria-live", "polite");

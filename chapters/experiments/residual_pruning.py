@@ -4,11 +4,11 @@
 goes on where it was.
 
 `lab.models.residual` on MNIST-1D, eight seeds: of the initialisation, the order of the batches and the split. Nothing
-is tuned on test data. A "scan" prunes one layer at a time and reads validation data; "by the scan" gives each layer
-the sparsity at which it alone costs as much accuracy as every other, so much that all together lose the wanted share.
-"Recalibrated" networks have their batch norms' statistics taken anew on the training examples, with the weights as
-they are. "Trained on" is FURTHER steps, from the whole rate or a tenth of it, masks held, beside the dense network
-trained on alike.
+is tuned on test data. "Recalibrated" networks have their batch norms' statistics taken anew on the training examples,
+with the weights as they are. A "scan" prunes one layer at a time and reads validation data, with the norms as they are
+and recalibrated; "by the scan" gives each layer the sparsity at which it alone costs as much accuracy, recalibrated, as
+every other, so much that all together lose the wanted share; "by the stale scan" reads the norms as they are. "Trained
+on" is FURTHER steps, from the whole rate or a tenth of it, masks held, beside the dense network trained on alike.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SPARSITIES = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98]
 SCANNED = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98]
 SCOPES = ["global", "layer", "erk", "lamp"]
 TRAINED = [0.7, 0.8, 0.9, 0.95, 0.98]
+RIVALS = ["layer", "erk", "lamp", "by the scan", "random"]  # of global ranking, when training follows
 SEEDS = list(range(8))
 
 
@@ -86,19 +87,22 @@ def layers() -> list[str]:
 
 
 @cache
-def lost_alone(seed: int, layer: str, sparsity: float) -> float:
-    """Return by how much the validation accuracy falls when `layer` alone is pruned."""
+def lost_alone(seed: int, layer: str, sparsity: float) -> dict[str, float]:
+    """Return by how much the validation accuracy falls when `layer` alone is pruned, by what is done about norms."""
     model = dense(seed)
     whole = lab.train.accuracy(model, data(seed).validation)
     gp.prune(model, sparsity=sparsity, include=layer)
-    return whole - lab.train.accuracy(model, data(seed).validation)
+    stale = whole - lab.train.accuracy(model, data(seed).validation)
+    gp.recalibrate_(model, [data(seed).train.x])
+    return {"lost": stale, "lost, recalibrated": whole - lab.train.accuracy(model, data(seed).validation)}
 
 
-def by_the_scan(seed: int, wanted: float) -> dict[str, float]:
+def by_the_scan(seed: int, wanted: float, lost: str = "lost, recalibrated") -> dict[str, float]:
     """Return each layer's sparsity: that at which it alone loses `loss`; the `loss` at which all lose `wanted`."""
     sizes = {name: dense(seed).get_parameter(name).numel() for name in layers()}
     curves = {
-        name: np.maximum.accumulate([0.0, *(lost_alone(seed, name, s) for s in SCANNED), 1.0]) for name in layers()
+        name: np.maximum.accumulate([0.0, *(lost_alone(seed, name, s)[lost] for s in SCANNED), 1.0])
+        for name in layers()
     }
     at = [0.0, *SCANNED, 1.0]
 
@@ -120,6 +124,8 @@ def pruned(seed: int, rule: str, sparsity: float) -> tuple[nn.Module, gp.Masks]:
     prune = partial(gp.prune, model, sparsity=sparsity)
     if rule == "by the scan":
         return model, gp.prune(model, scope=by_the_scan(seed, sparsity))
+    if rule == "by the stale scan":
+        return model, gp.prune(model, scope=by_the_scan(seed, sparsity, "lost"))
     if rule == "random":
         torch.manual_seed(seed)
         return model, prune(gp.random)
@@ -132,11 +138,11 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Measure one row."""
     seed, what, sparsity = cell["seed"], cell["what"], cell.get("sparsity", 0.0)
     if what == "scanned":
-        return {"lost": round(lost_alone(seed, cell["layer"], sparsity), 4)}
+        return {name: round(value, 4) for name, value in lost_alone(seed, cell["layer"], sparsity).items()}
     if what == "pruned":
         model, masks = pruned(seed, cell["rule"], sparsity)
         return {"sparsity reached": round(masks.sparsity, 5)} | read(model, seed)
-    model, masks = (dense(seed), None) if sparsity == 0 else pruned(seed, "global", sparsity)
+    model, masks = (dense(seed), None) if sparsity == 0 else pruned(seed, cell["rule"], sparsity)
     if what == "trained on":
         train(model, seed, FURTHER, 0.1 if cell["from"] == "a tenth" else 1.0, masks)
     return {part: round(lab.train.accuracy(model, getattr(data(seed), part)), 4) for part in ("validation", "test")}
@@ -144,13 +150,14 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
 
 def cells(seed: int) -> list[dict[str, Any]]:
     """Return what is measured with one seed."""
-    rules = [*SCOPES, "by the scan", "random", "largest"]
-    trained = [(s, start) for s in (0.0, *TRAINED) for start in ("a tenth", "the whole rate")]
+    rules = [*SCOPES, "by the scan", "by the stale scan", "random", "largest"]
+    trained = [(s, start, "global") for s in (0.0, *TRAINED) for start in ("a tenth", "the whole rate")]
+    trained += [(s, "the whole rate", rule) for rule in RIVALS for s in (0.8, 0.9)]
     rows = [
         {"what": "dense"},
         *({"what": "scanned", "layer": layer, "sparsity": s} for layer in layers() for s in SCANNED),
         *({"what": "pruned", "rule": rule, "sparsity": s} for rule in rules for s in SPARSITIES),
-        *({"what": "trained on", "sparsity": s, "from": start} for s, start in trained),
+        *({"what": "trained on", "sparsity": s, "from": start, "rule": rule} for s, start, rule in trained),
     ]
     return [{"seed": seed} | row for row in rows]
 

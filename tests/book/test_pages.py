@@ -27,7 +27,7 @@ READY = """async (sliders) => {
   if (document.querySelector('.math')) await window.MathJax.startup.promise;
   return document.querySelectorAll('.gp-explore, .gp-live[data-drawn]').length >= sliders
     && [...document.querySelectorAll('.gp-explore')].every((box) =>
-      box.querySelector('.gp-frame') && box.querySelector('[role=slider][aria-valuetext]'));
+      box.querySelector('.gp-frame') && box.querySelector('[role=slider][aria-valuetext], [role=radiogroup], select'));
 }"""
 
 # The text a reader sees that is neither code nor typeset.
@@ -250,6 +250,8 @@ def test_every_slider_changes_picture_and_words_by_keyboard(context: BrowserCont
     for explorer in explorers:
         for handle in explorer.locator("[role=slider]").all():
             walk(explorer, handle)
+        for choice in explorer.locator("[role=radiogroup], select").all():
+            choose(explorer, choice)
     assert seen.wrong == []
     seen.page.close()
 
@@ -422,15 +424,47 @@ def walk(explorer: Locator, handle: Locator) -> None:
     assert not same, f"{name}: the picture stays as it is after {same}"
 
 
+def choose(explorer: Locator, choice: Locator) -> None:
+    """Take radio buttons or a list through all that can be chosen, by the arrow keys."""
+    if choice.get_attribute("role") == "radiogroup":
+        name, options = (
+            choice.get_attribute("aria-label"),
+            [label.inner_text() for label in choice.locator("label").all()],
+        )
+        choice.locator("input:checked").focus()
+    else:
+        name, options = (
+            choice.evaluate("(list) => list.labels[0].innerText"),
+            choice.locator("option").all_inner_texts(),
+        )
+        choice.focus()
+        choice.page.keyboard.press("Home")
+    assert name, "a choice has no accessible name"
+    states = [seen_frame(explorer, name)]
+    for _ in options[1:]:
+        choice.page.keyboard.press("ArrowDown")  # from the last radio button to the first
+        states.append(seen_frame(explorer, name))
+    for option in options:
+        assert sum(f"{name} {option}" in words for words, _ in states) >= 1, f"{name}: {option} is not shown"
+    assert len({words for words, _ in states}) == len(options), f"{name}: two choices have the same words"
+    assert len({picture for _, picture in states}) == len(options), f"{name}: two choices have the same picture"
+
+
 def state(explorer: Locator, handle: Locator, name: str) -> tuple[str, str]:
     """Return the words and the picture that are to be seen; the words must agree with what a screen reader says."""
-    frames = explorer.evaluate(VISIBLE_FRAMES)
-    assert len(frames) == 1, f"{name}: {len(frames)} pictures at once"
-    words, picture, smaller_side = frames[0]
+    words, picture = seen_frame(explorer, name)
     setting = handle.get_attribute("aria-valuetext")
     assert setting, f"{name}: no value in words"
     assert name in setting, f"{name}: announced as {setting!r}, which does not say of what"
     assert words.startswith(setting), f"{name}: announced as {setting!r} beside the words {words!r}"
+    return words, picture
+
+
+def seen_frame(explorer: Locator, name: str) -> tuple[str, str]:
+    """Return the words and the one picture that are to be seen."""
+    frames = explorer.evaluate(VISIBLE_FRAMES)
+    assert len(frames) == 1, f"{name}: {len(frames)} pictures at once"
+    words, picture, smaller_side = frames[0]
     assert smaller_side > 50, f"{name}: a picture of {smaller_side} pixels"
     return words, re.sub(r"gp\d+-", "", picture)  # without the prefix that keeps ids apart
 

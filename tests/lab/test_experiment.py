@@ -244,7 +244,7 @@ def test_another_networks_tensors_are_refused(tmp_path, monkeypatch):
 
 def test_an_experiment_is_imported_with_those_that_it_imports_and_leaves_the_search_path_alone():
     before = list(sys.path)
-    assert experiment.script("residual_correction").base is lab.experiment.script("residual_pruning")
+    assert experiment.script("residual_correction").base is experiment.script("residual_pruning")
     with pytest.raises(FileNotFoundError, match=r"no experiment 'absent': chapters/experiments has no absent\.py"):
         experiment.script("absent")
     assert sys.path == before

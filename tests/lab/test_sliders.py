@@ -1,4 +1,4 @@
-"""Does a slider show, at each of its places, the picture and the words of that place?"""
+"""Does a slider or a choice show, at each of its places, the picture and the words of that place?"""
 
 import base64
 import html
@@ -27,12 +27,13 @@ def parts(explorer):
 
 @pytest.fixture
 def links(monkeypatch):
-    """The links that are made from slider to stack, as pairs of widgets."""
+    """The links that are made from control to stack, as pairs of widgets."""
     made = []
     real = widgets.jslink
 
     def spy(source, target):
-        assert (source[1], target[1]) == ("value", "selected_index")
+        place = "value" if isinstance(source[0], widgets.IntSlider) else "index"
+        assert (source[1], target[1]) == (place, "selected_index")
         made.append((source[0], target[0]))
         return real(source, target)
 
@@ -55,8 +56,8 @@ def test_one_slider_shows_each_value_at_its_place_and_starts_in_the_middle(links
 def test_two_sliders_show_each_pair_of_values_at_its_place(links):
     explorer = sliders.explore(draw, depth=[1, 2, 3], act=["relu", "tanh"])
     (depth, act), stack = parts(explorer)
-    assert (depth.value, act.value) == (1, 1)
-    assert (depth.max, act.max) == (2, 1)
+    assert (depth.value, act.index) == (1, 1)
+    assert (depth.max, act.options) == (2, ("relu", "tanh"))
     assert [depth.description, act.description] == ["depth", "act"]
     shown = [[title(frame) for frame in row.children] for row in stack.children]
     assert shown == [[f"depth-{d} act-{a}" for a in ("relu", "tanh")] for d in (1, 2, 3)]
@@ -65,6 +66,27 @@ def test_two_sliders_show_each_pair_of_values_at_its_place(links):
     assert len(links) == 4
     assert stack.selected_index == 1
     assert all(row.selected_index == 1 for row in stack.children)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["weight", "unit"], widgets.RadioButtons),
+        (["relu", 2], widgets.RadioButtons),
+        (["x" * 30, "y" * 31], widgets.Dropdown),
+        ([0.1, 2], widgets.IntSlider),
+    ],
+)
+def test_numbers_are_on_a_slider_and_words_to_be_chosen(links, values, kind):
+    explorer = sliders.explore(draw, which=values)
+    (control,), stack = parts(explorer)
+    assert type(control) is kind
+    assert control.description == "which"
+    assert links == [(control, stack)]
+    assert [title(frame) for frame in stack.children] == [f"which-{value}" for value in values]
+    if kind is not widgets.IntSlider:
+        assert control.options == tuple(map(str, values))
+        assert control.index == stack.selected_index == 1
 
 
 def test_each_value_is_drawn_once():
@@ -110,6 +132,7 @@ def test_a_slider_of_one_value_shows_it_and_cannot_be_moved():
     assert control.value == stack.selected_index == 0
     assert control.min < control.max  # a range of nothing is an error in the page
     assert [title(frame) for frame in stack.children] == ["p-7"]
+    assert parts(sliders.explore(draw, p=["only"]))[0][0].disabled
 
 
 def test_where_widgets_are_not_shown_there_is_the_middle_picture_and_all_the_words():

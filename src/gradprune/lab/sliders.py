@@ -1,4 +1,4 @@
-"""How does a reader move a number and see what happens, in a page with no kernel behind it?"""
+"""How does a reader change a number or a choice and see what happens, in a page with no kernel behind it?"""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from gradprune.lab import figures
 
 Draw = Callable[..., tuple[Figure, str]]
+IN_A_LINE = 60  # letters of radio buttons
 
 
 class Explorer:
-    """Pictures of one drawing at every value of one or two sliders; displays as the sliders over the picture.
+    """Pictures of one drawing at every value of one or two controls; displays as the controls over the picture.
 
-    Every picture is drawn beforehand, and the link from slider to picture runs in the browser, so that the same object
+    Every picture is drawn beforehand, and the link from control to picture runs in the browser, so that the same object
     works in a notebook and in a static page. Where widgets are not shown, the picture in the middle is: as a PNG in a
     notebook, and with its words in the built page, which puts them where no scripts run.
     """
@@ -53,11 +54,12 @@ class Explorer:
 
 
 def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
-    """Draw a picture at each value of one slider, or of each pair of values of two, and return them under sliders.
+    """Draw a picture at each value of one control, or of each pair of values of two, and return them under controls.
 
-    `draw(name=value)` returns a figure and one sentence of what it shows there, which stands beside the slider in words
-    and is the picture's alternative text. Each keyword of `explore` is a slider: its name (underscores become spaces)
-    and its values in order. A slider starts in its middle.
+    `draw(name=value)` returns a figure and one sentence of what it shows there, which stands beside the control in
+    words and is the picture's alternative text. Each keyword of `explore` is a control: its name (underscores become
+    spaces) and its values in order. Numbers are on a slider; words are radio buttons, or a list to choose from where
+    they do not fit in a line. A control starts in its middle.
 
     Raises ValueError where there is no slider, there are more than two, or one has no values or one of them twice,
     TypeError where the values are not a sequence, and RuntimeError where `draw` fails or returns something else, naming
@@ -81,7 +83,7 @@ def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
         frames[key] = widgets.HTML(frame)
         if key == middle_key:
             middle = figures.to_png(figure)
-    controls = [_slider(name, values) for name, values in sliders.items()]
+    controls = [_control(name, values) for name, values in sliders.items()]
     pictures = _stacks(frames, list(sliders.values()), controls)
     box = widgets.VBox([*controls, pictures])
     box.add_class("gp-explore")
@@ -102,30 +104,33 @@ def _check(sliders: dict[str, Sequence[Any]]) -> None:
             raise ValueError(f"slider {name!r} has a value twice: {list(values)}")
 
 
-def _slider(name: str, values: Sequence[Any]) -> widgets.IntSlider:
-    return widgets.IntSlider(
-        value=len(values) // 2,
-        min=0,
-        max=max(len(values) - 1, 1),
-        description=_label(name),
-        readout=False,
-        disabled=len(values) == 1,
-        style={"description_width": "initial"},
-        layout={"width": "auto", "max_width": "34rem"},
-    )
+def _control(name: str, values: Sequence[Any]) -> widgets.Widget:
+    """Return the control whose place among `values` is its `value` (a slider) or its `index` (a choice)."""
+    common = {"description": _label(name), "disabled": len(values) == 1, "style": {"description_width": "initial"}}
+    if not any(isinstance(value, str) for value in values):
+        last = max(len(values) - 1, 1)  # a range of nothing is an error in the page
+        layout = {"width": "auto", "max_width": "34rem"}
+        return widgets.IntSlider(len(values) // 2, 0, last, readout=False, layout=layout, **common)
+    words = [str(value) for value in values]
+    choice = {"options": words, "index": len(words) // 2, "layout": {"width": "auto"}, **common}
+    if sum(map(len, words)) <= IN_A_LINE:
+        return widgets.RadioButtons(orientation="horizontal", **choice)
+    return widgets.Dropdown(**choice)
 
 
 def _stacks(
-    frames: dict[tuple[Any, ...], widgets.HTML], values: list[Sequence[Any]], controls: list[widgets.IntSlider]
+    frames: dict[tuple[Any, ...], widgets.HTML], values: list[Sequence[Any]], controls: list[widgets.Widget]
 ) -> widgets.Stack:
-    """One stack for one slider; for two, a stack of stacks, the inner ones all linked to the second slider."""
+    """One stack for one control; for two, a stack of stacks, the inner ones all linked to the second control."""
     control, rest = controls[0], controls[1:]
+    place = "value" if isinstance(control, widgets.IntSlider) else "index"
+    start = getattr(control, place)
     if not rest:
-        stack = widgets.Stack([frames[(value,)] for value in values[0]], selected_index=control.value)
+        stack = widgets.Stack([frames[(value,)] for value in values[0]], selected_index=start)
     else:
         rows = [{key[1:]: frame for key, frame in frames.items() if key[0] == value} for value in values[0]]
-        stack = widgets.Stack([_stacks(row, values[1:], rest) for row in rows], selected_index=control.value)
-    widgets.jslink((control, "value"), (stack, "selected_index"))
+        stack = widgets.Stack([_stacks(row, values[1:], rest) for row in rows], selected_index=start)
+    widgets.jslink((control, place), (stack, "selected_index"))
     return stack
 
 
