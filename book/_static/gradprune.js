@@ -74,6 +74,47 @@ document.addEventListener("DOMContentLoaded", () => {
     entry.setAttribute("role", "listitem");
 });
 
+// The definition of a term, beside a link to the glossary, on hover and on focus. It stays while the pointer is on it, and
+// Escape puts it away.
+document.addEventListener("DOMContentLoaded", () => {
+  const tip = document.createElement("div");
+  Object.assign(tip, { id: "gp-tip", className: "gp-tip", role: "tooltip", hidden: true });
+  let leaving = 0;
+  let shownFor = null;
+  const hide = () => {
+    tip.hidden = true;
+    shownFor?.removeAttribute("aria-describedby");
+    shownFor = null;
+  };
+  const show = (link) => {
+    clearTimeout(leaving);
+    if (shownFor === link) return;
+    hide();
+    shownFor = link;
+    tip.innerHTML = link.dataset.definition;
+    tip.hidden = false;
+    link.setAttribute("aria-describedby", tip.id);
+    const at = link.getClientRects()[0];
+    const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
+    const below = at.bottom + tip.offsetHeight + 8 < innerHeight;
+    tip.style.left = `${scrollX + Math.max(8, Math.min(at.left, room))}px`;
+    tip.style.top = `${scrollY + (below ? at.bottom + 4 : at.top - tip.offsetHeight - 4)}px`;
+    if (tip.querySelector(".math")) window.MathJax?.typesetPromise?.([tip]);
+  };
+  for (const link of document.querySelectorAll("a[data-definition]")) {
+    link.addEventListener("mouseenter", () => show(link));
+    link.addEventListener("focus", () => show(link));
+    link.addEventListener("blur", hide);
+  }
+  for (const part of [tip, ...document.querySelectorAll("a[data-definition]")])
+    part.addEventListener("mouseleave", () => {
+      leaving = setTimeout(hide, 200);
+    });
+  tip.addEventListener("mouseenter", () => clearTimeout(leaving));
+  document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
+  document.body.append(tip);
+});
+
 // The claims page: three choices that narrow its tables down. Without scripts the form stays hidden and all is shown.
 document.addEventListener("DOMContentLoaded", () => {
   const form = document.querySelector("form.gp-filter");
