@@ -45,6 +45,11 @@ const SUPERSCRIPTS = {
 };
 export const powerOfTen = (value) =>
   `10${[...String(Math.round(Math.log10(value)))].map((digit) => SUPERSCRIPTS[digit]).join("")}`;
+// 3e-13 as 3·10⁻¹³.
+export const scientific = (value) => {
+  const [digit, exponent] = value.toExponential(0).split("e");
+  return `${digit}·${powerOfTen(10 ** Number(exponent))}`;
+};
 export const plain = (value) => String(Number(value.toPrecision(6)));
 
 // A linear or logarithmic axis: { label, from, to, log, format }.

@@ -1,5 +1,5 @@
 // Chapter 1: how much of the gradient arrives at the first layer of a deep network, and does that layer learn?
-import { createChart } from "./chart.js";
+import { createChart, scientific } from "./chart.js";
 import { button, choice, slider } from "./controls.js";
 import { readFloats, readSplit } from "./examples.js";
 import { distance, norm } from "./gradients.js";
@@ -27,8 +27,25 @@ const FLOOR = 1e-45; // below it single precision has no number but 0
 const power = (value) => {
   if (value === 0) return "0";
   if (!Number.isFinite(value)) return "beyond single precision";
-  return value >= 0.01 && value < 1000 ? value.toPrecision(2) : value.toExponential(0);
+  return value >= 0.01 && value < 1000 ? value.toPrecision(2) : scientific(value);
 };
+
+// A small share, as one says it.
+const PARTS = [
+  [1e18, "more than a million million million"],
+  [1e12, "million million"],
+  [1e6, "million"],
+  [1e3, "thousand"],
+];
+const onePartIn = (share) => {
+  if (!(share > 0 && share < 1e-3)) return "";
+  const [size, name] = PARTS.find(([least]) => 1 / share >= least);
+  return ` (one part in ${size === 1e18 ? name : `${Math.round(1 / share / size)} ${name}`})`;
+};
+
+// The axes reach a little beyond the last layer and the smallest gradient.
+const ENDS = [7, 12, 22, 32, 42, 62];
+const FLOORS = [1e-4, 1e-8, 1e-16, 1e-24];
 
 export function render({ model, el }) {
   const draws = readFloats(model.get("_draws"));
@@ -104,13 +121,13 @@ export function render({ model, el }) {
   });
   stage.controls.append(depth.root, scale.root, activation.root, go, reset);
 
-  const layers = { label: "layer, first to last", from: 0, to: 62 };
+  const layers = { label: "layer, first to last", from: 0, to: ENDS.at(-1) };
   const charts = {
     gradient: createChart({
       title: "The gradient's norm",
       legend: [
-        ["computed", "gp-dense"],
-        ["predicted", "gp-predicted"],
+        ["this network", "gp-dense"],
+        ["by formula", "gp-predicted"],
       ],
       x: layers,
       y: { label: "norm", from: 1e-38, to: 1e6, log: true },
@@ -139,7 +156,13 @@ export function render({ model, el }) {
     const drawable = norms.map((value) =>
       value > FLOOR && Number.isFinite(value) ? value : Number.NaN,
     );
-    charts.gradient.draw([
+    const lowest = Math.min(...norms.filter(Number.isFinite), ...predicted);
+    const axes = { x: { to: ENDS.find((end) => end > at.length) } };
+    const up = {
+      from: FLOORS.find((floor) => lowest > floor) ?? 1e-38,
+      to: lowest > 1e-4 ? 1e2 : 1e6,
+    };
+    const marks = [
       { kind: "line", x: at, y: predicted, class: "gp-predicted gp-live-dashed" },
       {
         kind: "points",
@@ -148,11 +171,12 @@ export function render({ model, el }) {
         radius: 2,
         class: "gp-dense",
       },
-    ]);
+    ];
+    charts.gradient.draw(marks, { ...axes, y: up });
     const visible = moved.map((value) =>
       value > 0 && Number.isFinite(value) ? value : Number.NaN,
     );
-    charts.moved.draw([{ kind: "line", x: at, y: visible, class: "gp-corrected" }]);
+    charts.moved.draw([{ kind: "line", x: at, y: visible, class: "gp-corrected" }], axes);
     const best = { kind: "rule", y: Math.log(classes), class: "gp-random", text: "guessing" };
     charts.loss.draw([
       best,
@@ -242,8 +266,8 @@ function predictedNorms({ activation, scale, depth }, norms, square) {
 const movement = (now, before) => distance(now, before) / norm([before]);
 
 function sentence({ ratio, predicted, steps, moved }, accuracy, broken) {
-  const arrives = `At the first layer the gradient is ${power(ratio)} of what it is at the output`;
-  const start = `${arrives}; predicted${steps > 0 ? ", before training," : ""} ${power(predicted)}.`;
+  const arrives = `At the first layer the gradient is ${power(ratio)} of what it is at the output${onePartIn(ratio)}`;
+  const start = `${arrives}; the formula${steps > 0 ? ", before training," : ""} says ${power(predicted)}.`;
   if (broken)
     return `${start} After ${steps} steps the loss is no number any more: the network exploded.`;
   if (steps === 0) return start;

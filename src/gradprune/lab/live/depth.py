@@ -104,6 +104,6 @@ class Depth(Live):
         axes.legend()
         words = (
             f"In a perceptron of 20 hidden sigmoid layers the gradient at the first layer is {rows[0][1]} of the one "
-            f"at the output; predicted {rows[0][2]}."
+            f"at the output; the formula says {rows[0][2]}."
         )
-        return Still(drawing, words, ["activation", "first over last", "predicted"], rows)
+        return Still(drawing, words, ["activation", "first over last", "by formula"], rows)
