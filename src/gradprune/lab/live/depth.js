@@ -27,7 +27,8 @@ const FLOOR = 1e-45; // below it single precision has no number but 0
 const power = (value) => {
   if (value === 0) return "0";
   if (!Number.isFinite(value)) return "beyond single precision";
-  return value >= 0.01 && value < 1000 ? value.toPrecision(2) : scientific(value);
+  if (value < 0.01 || value >= 1000) return scientific(value);
+  return value < 100 ? value.toPrecision(2) : value.toFixed(0);
 };
 
 // A small share, as one says it.
@@ -43,9 +44,10 @@ const onePartIn = (share) => {
   return ` (one part in ${size === 1e18 ? name : `${Math.round(1 / share / size)} ${name}`})`;
 };
 
-// The axes reach a little beyond the last layer and the smallest gradient.
+// The axes reach a little beyond the last layer and the gradients.
 const ENDS = [7, 12, 22, 32, 42, 62];
 const FLOORS = [1e-4, 1e-8, 1e-16, 1e-24];
+const CEILINGS = [10, 1e4, 1e8, 1e16];
 
 export function render({ model, el }) {
   const draws = readFloats(model.get("_draws"));
@@ -156,11 +158,12 @@ export function render({ model, el }) {
     const drawable = norms.map((value) =>
       value > FLOOR && Number.isFinite(value) ? value : Number.NaN,
     );
-    const lowest = Math.min(...norms.filter(Number.isFinite), ...predicted);
+    const finite = [...norms.filter(Number.isFinite), ...predicted];
+    const [lowest, highest] = [Math.min(...finite), Math.max(...finite)];
     const axes = { x: { to: ENDS.find((end) => end > at.length) } };
     const up = {
       from: FLOORS.find((floor) => lowest > floor) ?? 1e-38,
-      to: lowest > 1e-4 ? 1e2 : 1e6,
+      to: CEILINGS.find((ceiling) => highest < ceiling) ?? 1e38,
     };
     const marks = [
       { kind: "line", x: at, y: predicted, class: "gp-predicted gp-live-dashed" },
@@ -266,7 +269,7 @@ function predictedNorms({ activation, scale, depth }, norms, square) {
 const movement = (now, before) => distance(now, before) / norm([before]);
 
 function sentence({ ratio, predicted, steps, moved }, accuracy, broken) {
-  const arrives = `At the first layer the gradient is ${power(ratio)} of what it is at the output${onePartIn(ratio)}`;
+  const arrives = `At the first layer the gradient is ${power(ratio)} ${ratio < 1 ? "of" : "times"} what it is at the output${onePartIn(ratio)}`;
   const start = `${arrives}; the formula${steps > 0 ? ", before training," : ""} says ${power(predicted)}.`;
   if (broken)
     return `${start} After ${steps} steps the loss is no number any more: the network exploded.`;
