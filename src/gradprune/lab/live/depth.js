@@ -1,5 +1,5 @@
 // Chapter 1: how much of the gradient arrives at the first layer of a deep network, and does that layer learn?
-import { createChart, scientific } from "./chart.js";
+import { createChart, plain, scientific } from "./chart.js";
 import { button, choice, slider } from "./controls.js";
 import { readFloats, readSplit } from "./examples.js";
 import { distance, norm } from "./gradients.js";
@@ -41,7 +41,7 @@ const PARTS = [
 const onePartIn = (share) => {
   if (!(share > 0 && share < 1e-3)) return "";
   const [size, name] = PARTS.find(([least]) => 1 / share >= least);
-  return ` (one part in ${size === 1e18 ? name : `${Math.round(1 / share / size)} ${name}`})`;
+  return ` (one part in ${size === 1e18 ? name : `${plain(Number((1 / share / size).toPrecision(2)))} ${name}`})`;
 };
 
 // The axes reach a little beyond the last layer and the gradients.
