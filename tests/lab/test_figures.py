@@ -215,3 +215,19 @@ def test_a_legend_lies_under_axes_that_keep_the_figures_width():
     assert 0 <= box.y0 < box.y1 <= boxes[True].y0
     assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two", "three", "four"]
+
+
+def test_what_the_figure_would_cut_off_is_refused_by_name():
+    figure, axes = figures.new(2, 2)
+    axes.plot([0, 1], label="short")
+    figures.legend(axes)
+    figures.to_png(figure)
+    axes.set_title("a title that is far too long for two inches")
+    with pytest.raises(ValueError, match="cuts 'a title that is far too long for two inches' off"):
+        figures.to_png(figure)
+    axes.set_title("")
+    axes.plot([1, 0], label="a name in the legend that is far too long")
+    figure.legends.clear()
+    figures.legend(axes)
+    with pytest.raises(ValueError, match=r"cuts '.*' off"):
+        figures.to_png(figure)

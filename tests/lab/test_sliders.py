@@ -11,7 +11,7 @@ from gradprune.lab import figures, sliders
 
 
 def draw(**setting):
-    figure, axes = figures.new(2, 1)
+    figure, axes = figures.new(5, 1)
     axes.set_title(" ".join(f"{name}-{value}" for name, value in setting.items()))
     return figure, f"This is {setting}."
 

@@ -86,8 +86,10 @@ _STYLE = {
 }
 
 
-def new(width: float = 6.8, height: float = 3.4, *, columns: int = 1, **subplot_options: Any) -> tuple[Figure, Any]:
+def new(width: float = 5.6, height: float = 3.2, *, columns: int = 1, **subplot_options: Any) -> tuple[Figure, Any]:
     """Return a figure in the book's style and its axes (an array of them where `columns` > 1). Sizes are in inches.
+
+    As wide as the text; the narrower it is, the larger is its writing where a page is narrow.
 
     Never touches pyplot, so that nothing is shown twice and nothing is left open.
     """
@@ -136,7 +138,11 @@ def _shorten(number: re.Match[str]) -> str:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Return `figure` as a PNG in black on white."""
+    """Return `figure` as a PNG in black on white.
+
+    Raises ValueError where a title, a label or the legend is wider than the figure.
+    """
+    _require_room(figure)
     buffer = io.BytesIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
@@ -221,6 +227,17 @@ def power_of_ten(value: float) -> str:
 
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _require_room(figure: Figure) -> None:
+    figure.canvas.draw()
+    width, _ = figure.canvas.get_width_height()
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    words = [text for axes in figure.axes for text in (axes.title, axes._left_title, axes.xaxis.label)]
+    for text in [*words, *(text for legend in legends for text in legend.get_texts())]:
+        extent = text.get_window_extent()
+        if text.get_text() and (extent.x0 < -1 or extent.x1 > width + 1):
+            raise ValueError(f"the figure cuts {text.get_text()!r} off: shorten it, or give the legend fewer columns")
 
 
 def _require_alt(alt: str) -> None:
