@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradprune.core.checks import module, require_values
 from gradprune.core.evaluate import call, evaluated
-from gradprune.deploy.flops import Count, Flops, count_flops, nonzeros
+from gradprune.core.flops import Count, Flops, count_flops, nonzeros
 
 INDEX_BYTES = 4  # of a column or row index in CSR
 COMPRESSED_AT_A_TIME = 2**22  # bytes

@@ -1,0 +1,73 @@
+"""What did `evaluate` return: one number, or one for each example?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradprune.core.checks import require
+from gradprune.core.unchanged import unchanged
+
+Measure = Callable[[nn.Module], float | Tensor]  # the higher, the better
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The mean, and what it is the mean of; one number alone is its own mean."""
+
+    mean: float
+    each: np.ndarray[Any, np.dtype[np.float64]]
+
+    @property
+    def by_example(self) -> bool:
+        """Whether there is more than one number."""
+        return self.each.size > 1
+
+
+def measured(evaluate: Measure, model: nn.Module, where: str) -> Outcome:
+    """Evaluate a model, which keeps its buffers, modes and gradients; `where` says in errors what was evaluated."""
+    with unchanged(model):
+        returned = evaluate(model)
+    each = _numbers(returned, where)
+    require(
+        bool(np.isfinite(each).all()),
+        f"evaluate returned {_first_not_finite(each)} {where}: it must be finite; bound what may overflow",
+    )
+    return Outcome(float(each.mean()), each)
+
+
+def as_number(value: Any, where: str) -> float:
+    """Return a result that must be one number, which may be NaN."""
+    each = _numbers(value, where)
+    require(each.size == 1, f"evaluate returned {each.size} numbers {where}: one is wanted, such as their mean")
+    return float(each[0])
+
+
+def _numbers(value: Any, where: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What was returned as a vector of doubles; ValueError where it is something else."""
+    if isinstance(value, Tensor):
+        wanted = not value.is_complex() and not value.is_meta and value.layout == torch.strided
+        value = value.detach().to("cpu", torch.float64).numpy() if wanted else None
+    scalar = isinstance(value, int | float | np.number) and not isinstance(value, bool | complex | np.complexfloating)
+    array = isinstance(value, np.ndarray) and value.ndim <= 1 and value.size > 0 and value.dtype.kind in "biuf"
+    if not (scalar or array):
+        kind = f"an array of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(
+            f"evaluate must return a number, or a tensor of one dimension with one result an example; {where} it "
+            f"returned {'None' if value is None else kind}"
+        )
+    try:
+        return np.atleast_1d(np.asarray(value, dtype=np.float64))
+    except OverflowError:
+        raise ValueError(f"evaluate returned an integer too large for a float {where}") from None
+
+
+def _first_not_finite(each: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+    bad = each[~np.isfinite(each)]
+    return "NaN" if bad.size and math.isnan(bad[0]) else str(bad[0]) if bad.size else ""
