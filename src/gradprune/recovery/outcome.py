@@ -42,11 +42,14 @@ def measured(evaluate: Measure, model: nn.Module, where: str) -> Outcome:
     return Outcome(float(each.mean()), each)
 
 
-def as_number(value: Any, where: str) -> float:
-    """Return a result that must be one number, which may be NaN."""
-    each = _numbers(value, where)
-    require(each.size == 1, f"evaluate returned {each.size} numbers {where}: one is wanted, such as their mean")
-    return float(each[0])
+def mean_of(value: Any, where: str) -> float:
+    """Return the mean of what `evaluate` returned, which may be NaN or infinite."""
+    return float(_numbers(value, where).mean())
+
+
+def name_of(value: Any) -> str:
+    """What a setting or a choice is called: itself, its own name, or as it is written."""
+    return value if isinstance(value, str) else getattr(value, "__name__", None) or repr(value)
 
 
 def _numbers(value: Any, where: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -55,7 +58,12 @@ def _numbers(value: Any, where: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         wanted = not value.is_complex() and not value.is_meta and value.layout == torch.strided
         value = value.detach().to("cpu", torch.float64).numpy() if wanted else None
     scalar = isinstance(value, int | float | np.number) and not isinstance(value, bool | complex | np.complexfloating)
-    array = isinstance(value, np.ndarray) and value.ndim <= 1 and value.size > 0 and value.dtype.kind in "biuf"
+    array = (
+        isinstance(value, np.ndarray)
+        and (value.ndim <= 1 or value.size == 1)
+        and value.size > 0
+        and value.dtype.kind in "biuf"
+    )
     if not (scalar or array):
         kind = f"an array of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
         raise ValueError(
@@ -63,7 +71,7 @@ def _numbers(value: Any, where: str) -> np.ndarray[Any, np.dtype[np.float64]]:
             f"returned {'None' if value is None else kind}"
         )
     try:
-        return np.atleast_1d(np.asarray(value, dtype=np.float64))
+        return np.asarray(value, dtype=np.float64).reshape(-1)
     except OverflowError:
         raise ValueError(f"evaluate returned an integer too large for a float {where}") from None
 

@@ -24,7 +24,7 @@ from gradprune.core.masked import zero_pruned_
 from gradprune.core.progress import bar
 from gradprune.core.unchanged import unchanged
 from gradprune.core.words import in_our_words
-from gradprune.recovery.outcome import Measure, measured
+from gradprune.recovery.outcome import Measure, measured, name_of
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Ranked
 from gradprune.weights.request import Request, Score, checked_score, ranked_by
@@ -251,7 +251,7 @@ class _Notes:
             self._call: dict[str, Any] = {
                 "layers": list(request.layers),
                 "sparsities": levels,
-                "score": getattr(score, "__name__", type(score).__name__),
+                "score": name_of(score),
                 "granularity": str(granularity),
                 "weights": _digest(model),
             }
