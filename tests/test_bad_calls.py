@@ -228,7 +228,7 @@ CALLS = {
     ),
     "fit_budget, parameters": (
         lambda c: gp.fit_budget,
-        lambda c: {"model": c.model, "parameters": 40, "sensitivities": {"0.weight": {0.5: 0.1}}},
+        lambda c: {"model": c.model, "parameters": 60, "sensitivities": {"0.weight": {0.5: 0.1}}},
     ),
     "fit_budget, bytes": (
         lambda c: gp.fit_budget,
@@ -258,7 +258,7 @@ CALLS = {
         lambda c: {
             "build": lambda: nn.Linear(4, 3),
             "train": lambda model, data, setting: None,
-            "evaluate": lambda model, data: len(data[0]),
+            "evaluate": lambda model, data: 1.0,
             "data": (X, Y),
             "folds": 2,
             "settings": {"a": 1, "b": 2},

@@ -18,9 +18,9 @@ from gradprune.core.paired import scipy_stats
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def mean_at_least(results: Numbers, level: float) -> float:
-    """Return the lower bound of the mean: Wilson's of zeros and ones (1927), else Student's t."""
-    if not _binary(results):
+def mean_at_least(results: Numbers, level: float, *, by_example: bool = True) -> float:
+    """Return the lower bound of the mean: Wilson's of zeros and ones by example (1927), else Student's t."""
+    if not (by_example and _binary(results)):
         return _by_t(results, level)
     n, z = results.size, NormalDist().inv_cdf(level)
     share = float(results.mean())
@@ -28,12 +28,12 @@ def mean_at_least(results: Numbers, level: float) -> float:
     return (center - z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)) / (1 + z * z / n)
 
 
-def difference_at_least(these: Numbers, those: Numbers, level: float) -> float:
+def difference_at_least(these: Numbers, those: Numbers, level: float, *, by_example: bool = True) -> float:
     """Return the lower bound of the mean by which `these` are above `those`, pair by pair.
 
-    Of zeros and ones it is Tango's (1998, section 2), else Student's t of the differences.
+    Of zeros and ones by example it is Tango's (1998, section 2), else Student's t of the differences.
     """
-    if not (_binary(these) and _binary(those)):
+    if not (by_example and _binary(these) and _binary(those)):
         return _by_t(these - those, level)
     n = these.size
     gained, lost = int(np.sum(these > those)), int(np.sum(these < those))
@@ -57,11 +57,8 @@ def _tango(n: int, gained: int, lost: int, difference: float) -> float:
 
 def _by_t(results: Numbers, level: float) -> float:
     error = float(results.std(ddof=1)) / math.sqrt(results.size)
-    return (
-        float(results.mean()) - float(scipy_stats().t.ppf(level, results.size - 1)) * error
-        if error
-        else float(results.mean())
-    )
+    mean = float(results.mean())
+    return mean - float(scipy_stats().t.ppf(level, results.size - 1)) * error if error else mean
 
 
 def _binary(results: Numbers) -> bool:

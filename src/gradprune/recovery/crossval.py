@@ -217,7 +217,8 @@ def cross_validate(
                 torch.manual_seed(seed + fold)
                 model = build()
                 if not isinstance(model, nn.Module):
-                    raise TypeError(f"build must return a torch.nn.Module, got {type(model).__name__}")
+                    kind = "nothing" if model is None else f"a {type(model).__name__}"
+                    raise TypeError(f"build must return a torch.nn.Module; it returned {kind}")
                 train(model, _taken(data, rest), setting)
                 value = mean_of(evaluate(model, _taken(data, part)), f"for {name!r} on fold {fold}")
                 require(math.isfinite(value), f"evaluate returned {value} for {name!r} on fold {fold}")

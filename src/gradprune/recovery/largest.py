@@ -236,7 +236,7 @@ def largest_sparsity(
     request = _request(model, scope, granularity, as_prune)
     score = checked_score(score)
     correction = _correction(model, train, steps)
-    spare = (PROBES if train is None else 0) if probes is None else whole("probes", probes, least=0)
+    spare = (PROBES if train is None else 0) if probes is None else whole("probes", probes, least=0, most=MOST_LOOKS)
     total = 1 + ends.gate + ends.looks + spare
     require(
         total <= MOST_LOOKS,
@@ -272,14 +272,14 @@ class _Wish:
         """What is compared with what is wanted."""
         return value if self.at_least is not None else value - dense
 
-    def bound(self, outcome: Outcome, dense: Outcome, looks: int) -> float | None:
+    def bound(self, outcome: Outcome, dense: Outcome, looks: int, *, by_example: bool) -> float | None:
         """The lower bound of that, for one of so many looks."""
         if self.confidence is None:
             return None
         level = 1 - (1 - self.confidence) / looks
         if self.at_least is not None:
-            return mean_at_least(outcome.each, level)
-        return difference_at_least(outcome.each, dense.each, level)
+            return mean_at_least(outcome.each, level, by_example=by_example)
+        return difference_at_least(outcome.each, dense.each, level, by_example=by_example)
 
 
 @dataclass(frozen=True)
@@ -402,6 +402,10 @@ class _Search:
         )
         return Outcome(float(found.mean()), found)
 
+    def _bound(self, outcome: Outcome) -> float | None:
+        looks = self._ends.looks + 1
+        return self._wish.bound(outcome, self._dense, looks, by_example=self._size is not None and self._size > 1)
+
     def _look(self, sparsity: float, *, probe: bool) -> Look:
         """Prune to a sparsity, correct, evaluate, and put all back."""
         masks = self._masks(sparsity)
@@ -416,7 +420,7 @@ class _Search:
             if self._correction is not None:
                 self._correct(masks, sparsity)
             outcome = self._measured(f"at sparsity {sparsity:.4g}")
-            bound = self._wish.bound(outcome, self._dense, self._ends.looks + 1)
+            bound = self._bound(outcome)
             reached = self._wish.gained(outcome.mean, self._dense.mean) if bound is None else bound
             look = Look(masks.sparsity, outcome.mean, bound, reached >= self._wish.wanted, probe)
             if look.passed and not probe and self._correction is not None:
@@ -449,7 +453,7 @@ class _Search:
             name, reached, value = f"sparsity {self._ends.lowest:g}", look.bound, look.value
         else:
             name, value = "the dense network", self._dense.mean
-            reached = self._wish.bound(self._dense, self._dense, self._ends.looks + 1)
+            reached = self._bound(self._dense)
         gained = self._wish.gained(value, self._dense.mean)
         wanted = f"at_least={self._wish.at_least}" if self._wish.margin is None else f"margin={self._wish.margin}"
         require(gained >= self._wish.wanted, f"{name} gives {value:.6g}, and {wanted} is not met there: nothing can be")
