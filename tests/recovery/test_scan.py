@@ -171,7 +171,7 @@ def test_a_killed_process_is_gone_on_from_in_a_fresh_one(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda told: told["gradprune.sensitivity"].update(sparsities=[0.1]), "other sparsities"),
+        (lambda told: told["gradprune.sensitivity"].update(sparsities=[0.1, 0.2, 0.3]), "other sparsities"),
         (lambda told: told["gradprune.sensitivity"].update(weights=1), "other weights"),
         (lambda told: told.update(values={}), "damaged"),
         (lambda told: told.update(dense="x"), "damaged"),
