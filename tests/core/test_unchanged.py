@@ -60,10 +60,14 @@ def test_an_interrupt_while_putting_back_still_puts_all_back(monkeypatch):
                 raise KeyboardInterrupt
         return own(self, *args, **kwargs)
 
-    with pytest.raises(KeyboardInterrupt), unchanged(model, model.parameters()):
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(1.0)
-        monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    def change():
+        with unchanged(model, model.parameters()):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(1.0)
+            monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        change()
     monkeypatch.undo()
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())

@@ -163,7 +163,7 @@ def test_a_file_of_another_space_or_kind_is_refused(tmp_path):
     gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=file)
     with pytest.raises(ValueError, match="another space"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.8)}, trials=1, storage=file)
-    with pytest.raises(ValueError, match="without a cost|with a cost"):
+    with pytest.raises(ValueError, match=r"without a cost|with a cost"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=file, cost=nonzeros)
     (tmp_path / "text").write_text("something else")
     with pytest.raises(ValueError, match="no SQLite file"):

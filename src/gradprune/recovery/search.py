@@ -7,6 +7,8 @@ import inspect
 import json
 import math
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ Sampler = Literal["tpe", "grid", "random"]
 _PRUNE = frozenset(inspect.signature(prune).parameters) - {"model"}
 _CHOICES_ONLY = frozenset({"score", "scope", "granularity", "include", "exclude", "within", "axes"})
 _STUDY = "gradprune"
+_ATTEMPTS, _PAUSE = 20, 0.25  # seconds, to open a file that another process is making
 _HEARTBEAT = 60  # seconds after which twice a trial of a killed process is given up
 
 
@@ -313,15 +316,9 @@ def _study(library: Any, storage: Any, space: _Space, sampler: str, seed: int | 
     """Optuna's study, from the file where there is one."""
     path = None if storage is None else files.place("storage", storage)
     directions = ["maximize", "minimize"] if two_aims else ["maximize"]
-    kept = None
     if path is not None:
         _check_database(path)
-        kept = library.storages.RDBStorage(
-            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}}, heartbeat_interval=_HEARTBEAT
-        )
-    study = library.create_study(
-        storage=kept, study_name=_STUDY, load_if_exists=True, directions=directions, sampler=None
-    )
+    study = _created(library, path, directions)
     told = json.dumps(space.described(), sort_keys=True)
     before = study.user_attrs.get("space", told)
     require(before == told, f"{str(path)!r} is of another space: give another file, or remove it")
@@ -339,6 +336,28 @@ def _study(library: Any, storage: Any, space: _Space, sampler: str, seed: int | 
     else:
         study.sampler = library.samplers.TPESampler(seed=drawn)
     return study
+
+
+def _created(library: Any, path: Any, directions: list[str]) -> Any:
+    """A new study or the one in the file; of processes that make the file at one time, all but one have to wait."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            storage = None if path is None else _database(library, path)
+            return library.create_study(storage=storage, study_name=_STUDY, load_if_exists=True, directions=directions)
+        except Exception as error:
+            passing = type(error).__module__.startswith(("sqlalchemy", "optuna", "alembic", "sqlite3"))
+            if path is None or not passing or not left:
+                raise
+            time.sleep(_PAUSE)
+    raise AssertionError("unreachable")
+
+
+def _database(library: Any, path: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", library.exceptions.ExperimentalWarning)  # of the heartbeat
+        return library.storages.RDBStorage(
+            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}}, heartbeat_interval=_HEARTBEAT
+        )
 
 
 def _check_database(path: Any) -> None:
