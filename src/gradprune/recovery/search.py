@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,7 +49,6 @@ def _optuna() -> ModuleType:
     return optuna
 
 
-@dataclass(frozen=True)
 class Trial(Mapping[str, Any]):
     """One way to prune and train, as `train` gets it: a mapping of what was drawn from the space.
 
@@ -61,10 +60,9 @@ class Trial(Mapping[str, Any]):
     Chapter 6.
     """
 
-    number: int
-    settings: dict[str, Any] = field(hash=False)
-    masks: Masks | None = field(hash=False)
-    _ask: Callable[[float, int], bool] = field(default=lambda value, step: False, repr=False, compare=False)
+    def __init__(self, number: int, settings: dict[str, Any], masks: Masks | None = None) -> None:
+        self.number, self.settings, self.masks = number, settings, masks
+        self._is_hopeless: Callable[[float, int], bool] = lambda value, step: False
 
     def __getitem__(self, name: str) -> Any:
         return self.settings[name]
@@ -74,6 +72,9 @@ class Trial(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.settings)
+
+    def __repr__(self) -> str:
+        return f"Trial({self.number}, {self.settings})"
 
     def hold(self, optimizer: Optimizers) -> Hold | None:
         """Keep what is pruned at zero while `optimizer` trains: ``masks.hold(optimizer)``.
@@ -99,7 +100,7 @@ class Trial(Mapping[str, Any]):
         Raises:
             optuna.TrialPruned: let it pass, ``search`` waits for it.
         """
-        if self._ask(float(value), whole("step", step, least=0)):
+        if self._is_hopeless(float(value), whole("step", step, least=0)):
             raise _optuna().TrialPruned()
 
 
@@ -115,9 +116,9 @@ class Study:
     Chapter 6.
     """
 
-    def __init__(self, study: Any, space: _Space) -> None:
+    def __init__(self, study: Any, space: Any) -> None:
         self.study = study
-        self._space = space
+        self._space: _Space = space
 
     def __len__(self) -> int:
         return len(self.rows())
@@ -148,7 +149,7 @@ class Study:
         complete = [trial for trial in self.study.get_trials(deepcopy=False) if _complete(trial)]
         require(bool(complete), "no trial has been completed")
         found = max(complete, key=lambda trial: trial.values[0])
-        return Trial(found.number, self._space.settings(found.params), None)
+        return Trial(found.number, self._space.settings(found.params))
 
     @property
     def pareto(self) -> list[dict[str, Any]]:
@@ -392,7 +393,9 @@ class _Objective:
         model = copy.deepcopy(self._model)
         masks = self._pruned(model, settings, drawing)
         if self._train is not None:
-            self._train(model, Trial(drawing.number, settings, masks, lambda v, s: self._hopeless(drawing, v, s)))
+            trial = Trial(drawing.number, settings, masks)
+            trial._is_hopeless = lambda value, step: self._hopeless(drawing, value, step)
+            self._train(model, trial)
         where = f"in trial {drawing.number}, {settings}"
         results = [mean_of(self._evaluate(model), where)]
         if self._cost is not None:
