@@ -26,7 +26,7 @@ from gradprune.core import tables
 from gradprune.core.checks import function, module, number, require, require_writable, warn, whole
 from gradprune.core.masked import count_alive, zero_pruned_
 from gradprune.core.progress import bar, state
-from gradprune.core.unchanged import unchanged
+from gradprune.core.unchanged import Keeper
 from gradprune.core.words import in_our_words
 from gradprune.recovery.bounds import difference_at_least, mean_at_least
 from gradprune.recovery.history import Round
@@ -360,6 +360,7 @@ class _Search:
         self._wish, self._ends, self._correction = wish, ends, correction
         self._values = {name: value.detach().clone() for name, value in ranked.values.items()}
         self._by = ranked.by
+        self._keeper = Keeper(model)
         self._evaluations = 0
         self._size: int | None = None  # how many results evaluate returns
         self._curve: list[tuple[float, Look]] = []  # with the sparsity that was asked for
@@ -384,7 +385,7 @@ class _Search:
 
     def _measured(self, where: str) -> Outcome:
         """One result an example, averaged over the repetitions; where `evaluate` gives one number, one a repetition."""
-        runs = [measured(self._evaluate, self._model, where) for _ in range(self._wish.repeats)]
+        runs = [measured(self._evaluate, self._model, where, self._keeper) for _ in range(self._wish.repeats)]
         self._evaluations += len(runs)
         sizes = [run.each.size for run in runs] if self._size is None else [self._size, *(r.each.size for r in runs)]
         require(
@@ -415,7 +416,7 @@ class _Search:
             return same[0]
         parameters = self._request.parameters
         written = list(parameters.values()) if self._correction is None else list(self._model.parameters())
-        with unchanged(self._model, written):
+        with self._keeper.unchanged(written):
             zero_pruned_([(parameters[name], mask) for name, mask in masks.items()])
             if self._correction is not None:
                 self._correct(masks, sparsity)

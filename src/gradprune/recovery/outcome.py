@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import require
-from gradprune.core.unchanged import unchanged
+from gradprune.core.unchanged import Keeper
 
 Measure = Callable[[nn.Module], float | Tensor]  # the higher, the better
 
@@ -30,9 +30,9 @@ class Outcome:
         return self.each.size > 1
 
 
-def measured(evaluate: Measure, model: nn.Module, where: str) -> Outcome:
+def measured(evaluate: Measure, model: nn.Module, where: str, keeper: Keeper | None = None) -> Outcome:
     """Evaluate a model, which keeps its buffers, modes and gradients; `where` says in errors what was evaluated."""
-    with unchanged(model):
+    with (keeper or Keeper(model)).unchanged():
         returned = evaluate(model)
     each = _numbers(returned, where)
     require(

@@ -22,7 +22,7 @@ from gradprune.core import files, tables
 from gradprune.core.checks import fraction, function, module, require
 from gradprune.core.masked import zero_pruned_
 from gradprune.core.progress import bar
-from gradprune.core.unchanged import unchanged
+from gradprune.core.unchanged import Keeper
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import Measure, measured, name_of
 from gradprune.weights.eligible import Patterns, StatedAxes
@@ -175,12 +175,13 @@ def sensitivity(
     score = checked_score(score)
     notes = _Notes(file, model, request, levels, score, granularity)
     ranked = ranked_by(score, model, request.parameters)
+    keeper = Keeper(model)
     with bar(1 + len(levels) * len(request.layers), "sensitivity", notes.done) as progress:
         if notes.dense is None:
             notes.add_dense(measured(evaluate, model, "for the dense network").mean)
             progress.update()
         for name in request.layers:
-            _scan_layer(model, evaluate, request, ranked, name, levels, notes, progress.update)
+            _scan_layer(model, keeper, evaluate, request, ranked, name, levels, notes, progress.update)
     assert notes.dense is not None
     weights = {name: weight.parameter.numel() for name, weight in request.layers.items()}
     patterns = {"include": include, "exclude": exclude, "axes": axes}
@@ -208,6 +209,7 @@ def _levels(sparsities: Any, request: Request) -> list[float]:
 
 def _scan_layer(
     model: nn.Module,
+    keeper: Keeper,
     evaluate: Measure,
     request: Request,
     ranked: Ranked,
@@ -223,12 +225,12 @@ def _scan_layer(
     parameter = request.layers[name].parameter
     own = ranked.values[name].detach()
     own = own.clone() if ranked.by == "magnitude" else own  # else it would change with the layer
-    with unchanged(model, [parameter]):
+    with keeper.unchanged([parameter]):
         for sparsity in left:
             given = None if request.n_of_m is not None else sparsity
             mask = request.alone(name, sparsity).keep(Ranked({name: own}, ranked.by), given)[name]
             zero_pruned_([(parameter, mask)])
-            notes.add(name, sparsity, measured(evaluate, model, f"with {name!r} at sparsity {sparsity:g}").mean)
+            notes.add(name, sparsity, measured(evaluate, model, f"with {name!r} at sparsity {sparsity:g}", keeper).mean)
             update()
 
 
