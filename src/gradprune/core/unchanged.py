@@ -35,19 +35,24 @@ class Keeper:
 
         def put_back() -> None:
             for module, mode in modes.items():
-                module.training = mode
+                if module.training != mode:  # a module is slow to take an attribute
+                    module.training = mode
             for parameter, gradient in gradients:
-                parameter.grad = gradient
+                if parameter.grad is not gradient:
+                    parameter.grad = gradient
             for held, name, buffer in buffers:
                 if held.get(name) is not buffer:
                     held[name] = buffer
-            for tensor, values in zip(tensors, before, strict=True):
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(values)
+            for inference in (False, True):
+                with torch.inference_mode(inference), torch.no_grad():
+                    for tensor, values in zip(tensors, before, strict=True):
+                        if tensor.is_inference() == inference:
+                            tensor.copy_(values)
 
         try:
-            for parameter, _ in gradients:
-                parameter.grad = None
+            for parameter, gradient in gradients:
+                if gradient is not None:
+                    parameter.grad = None
             yield
         finally:
             try:
