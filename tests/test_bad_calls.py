@@ -50,6 +50,11 @@ def train(model, work):
     pass
 
 
+def alive(model):
+    """The share of the weights that are not zero."""
+    return sum(int((p != 0).sum()) for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+
+
 # name -> (function of the case, its right arguments by name)
 CALLS = {
     "prune": (lambda c: gp.prune, lambda c: {"model": c.model, "sparsity": 0.5}),
@@ -156,6 +161,109 @@ CALLS = {
             "teacher": None,
             "checkpoint": None,
             "scope": "global",
+        },
+    ),
+    "sensitivity": (
+        lambda c: gp.sensitivity,
+        lambda c: {
+            "model": c.model,
+            "evaluate": alive,
+            "sparsities": [0.5, 0.9],
+            "score": gp.magnitude,
+            "granularity": "weight",
+            "include": "*",
+            "exclude": "2.*",
+            "axes": None,
+            "file": None,
+        },
+    ),
+    "largest_sparsity": (
+        lambda c: gp.largest_sparsity,
+        lambda c: {
+            "model": c.model,
+            "evaluate": alive,
+            "at_least": 0.5,
+            "margin": None,
+            "confidence": 0.95,
+            "repeats": 2,
+            "tolerance": 0.1,
+            "lowest": 0.0,
+            "highest": 1.0,
+            "probes": 1,
+            "train": train,
+            "steps": 1,
+            "score": gp.magnitude,
+            "scope": "global",
+            "granularity": "weight",
+            "include": "*",
+            "exclude": "2.*",
+            "min_keep": 1,
+            "axes": None,
+        },
+    ),
+    "fit_budget": (
+        lambda c: gp.fit_budget,
+        lambda c: {
+            "model": c.model,
+            "example": X,
+            "flops": 1000,
+            "evaluate": alive,
+            "score": gp.magnitude,
+            "granularity": "weight",
+            "include": "*",
+            "exclude": "2.*",
+            "axes": None,
+        },
+    ),
+    "fit_budget, latency": (
+        lambda c: gp.fit_budget,
+        lambda c: {
+            "model": c.model,
+            "example": X,
+            "latency": 1.0,
+            "sensitivities": {"0.weight": {0.5: 0.1}},
+            "seconds": lambda name, share: share,
+            "granularity": "channel",
+        },
+    ),
+    "fit_budget, parameters": (
+        lambda c: gp.fit_budget,
+        lambda c: {"model": c.model, "parameters": 60, "sensitivities": {"0.weight": {0.5: 0.1}}},
+    ),
+    "fit_budget, bytes": (
+        lambda c: gp.fit_budget,
+        lambda c: {"model": c.model, "bytes": 250, "sensitivities": {"0.weight": {0.5: 0.1}}},
+    ),
+    "Plan.apply_": (
+        lambda c: gp.fit_budget(c.model, parameters=60, sensitivities={"0.weight": {0.5: 0.1}}).apply_,
+        lambda c: {"model": c.model},
+    ),
+    "search": (
+        lambda c: gp.search,
+        lambda c: {
+            "model": c.model,
+            "evaluate": alive,
+            "space": {"sparsity": [0.5, 0.9]},
+            "trials": 2,
+            "sampler": "random",
+            "train": train,
+            "cost": alive,
+            "storage": None,
+            "n_jobs": 1,
+            "seed": 0,
+        },
+    ),
+    "cross_validate": (
+        lambda c: gp.cross_validate,
+        lambda c: {
+            "build": lambda: nn.Linear(4, 3),
+            "train": lambda model, data, setting: None,
+            "evaluate": lambda model, data: 1.0,
+            "data": (X, Y),
+            "folds": 2,
+            "settings": {"a": 1, "b": 2},
+            "reference": "a",
+            "seed": 0,
         },
     ),
     "distill_loss": (

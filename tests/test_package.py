@@ -26,8 +26,8 @@ TEXTS = sorted(
 )
 
 
-# What a function may ask for when it is called: files of masks, prettier tables, a bar, a picture.
-OPTIONAL = {"safetensors", "rich", "pandas", "tqdm", "matplotlib"}
+# What a function may ask for when it is called: files of masks, prettier tables, a bar, a picture, intervals, a search.
+OPTIONAL = {"safetensors", "rich", "pandas", "tqdm", "matplotlib", "scipy", "optuna"}
 
 
 def imported(path, *, wherever=True):

@@ -12,9 +12,14 @@ from gradprune.gradients.probe import gradient_norms
 from gradprune.gradients.recorder import Recorder
 from gradprune.gradients.sparsify import keep_top_gradients_, threshold_gradients_
 from gradprune.gradients.trace import Trace
+from gradprune.recovery.budget import Plan, fit_budget
 from gradprune.recovery.correct import iterate
+from gradprune.recovery.crossval import CrossValidation, cross_validate
 from gradprune.recovery.distill import distill_loss
 from gradprune.recovery.history import Entry, History, Round
+from gradprune.recovery.largest import Found, Look, largest_sparsity
+from gradprune.recovery.scan import Sensitivity, sensitivity
+from gradprune.recovery.search import Study, Trial, search
 from gradprune.weights.activation import activation
 from gradprune.weights.flow import synflow
 from gradprune.weights.hold import Hold
@@ -31,29 +36,38 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoClip",
     "ClipLog",
+    "CrossValidation",
     "Cubic",
     "Entry",
     "ErrorFeedback",
     "Event",
+    "Found",
     "Geometric",
     "History",
     "Hold",
     "Linear",
+    "Look",
     "Masks",
     "OneShot",
+    "Plan",
     "Pruner",
     "Recorder",
     "Regrow",
     "Report",
     "Round",
     "Row",
+    "Sensitivity",
+    "Study",
     "Trace",
+    "Trial",
     "activation",
     "clip_adaptive_",
     "clip_by_norm_",
     "clip_by_value_",
+    "cross_validate",
     "distill_loss",
     "fisher",
+    "fit_budget",
     "gradient",
     "gradient_norms",
     "grasp",
@@ -62,6 +76,7 @@ __all__ = [
     "keep_largest",
     "keep_top_gradients_",
     "kth_smallest",
+    "largest_sparsity",
     "magnitude",
     "movement",
     "prune",
@@ -69,6 +84,8 @@ __all__ = [
     "recalibrate_",
     "report",
     "rotation",
+    "search",
+    "sensitivity",
     "snip",
     "synflow",
     "taylor",

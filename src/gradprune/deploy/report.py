@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import module, require_values
+from gradprune.core.encoded import bitmask_bytes
 from gradprune.core.evaluate import call, evaluated
-from gradprune.deploy.flops import Count, Flops, count_flops, nonzeros
+from gradprune.core.flops import Count, Flops, count_flops, nonzeros
 
 INDEX_BYTES = 4  # of a column or row index in CSR
 COMPRESSED_AT_A_TIME = 2**22  # bytes
@@ -228,7 +229,7 @@ def _row(name: str, kind: str, tensors: list[Tensor], flops: Flops | None) -> Ro
         flops=None if flops is None else flops.all,
         effective_flops=None if flops is None else round(flops.effective),
         bytes_dense=sum(sizes),
-        bytes_bitmask=sum(_bitmask_bytes(t, n) for t, n in zip(tensors, counts, strict=True)),
+        bytes_bitmask=sum(bitmask_bytes(t, n) for t, n in zip(tensors, counts, strict=True)),
         bytes_csr=sum(_csr_bytes(t, n) for t, n in zip(tensors, counts, strict=True)),
         bytes_compressed=sum(_compressed_bytes(t) for t in tensors),
     )
@@ -240,12 +241,6 @@ def _sum(rows: list[Row]) -> Row:
         return None if None in numbers else sum(numbers)
 
     return Row("total", "", *(total(column) for column in Row._fields[2:]))
-
-
-def _bitmask_bytes(tensor: Tensor, nonzeros: int) -> int:
-    if tensor.dim() < 2:
-        return tensor.numel() * tensor.element_size()
-    return -(-tensor.numel() // 8) + nonzeros * tensor.element_size()
 
 
 def _csr_bytes(tensor: Tensor, nonzeros: int) -> int:

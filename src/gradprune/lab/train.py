@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from gradprune.core.paired import interval as interval
 from gradprune.lab.data import Dataset, Split
 from gradprune.lab.models import mlp
 from gradprune.lab.setup import progress_wanted
@@ -158,15 +158,3 @@ def tune_and_report(
         "tuning": [[rate, round(score, 4)] for rate, score in tuning.items()],
         "accuracy": [round(accuracy(model, data.test), 4) for model, data in trained],
     }
-
-
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean of `values` and the ends of its interval by Student's t; for seeds, not for examples.
-
-    Raises ValueError for fewer than two values, of which no interval can be had.
-    """
-    if len(values) < 2:
-        raise ValueError(f"an interval needs at least two values, not {len(values)}")
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import function, module, number, require, require_readable, require_writable
+from gradprune.core.progress import over
 from gradprune.recovery.checkpoint import Checkpoint
 from gradprune.recovery.history import Entry, History, Round
-from gradprune.recovery.rounds import Plan, Rewind, planned
+from gradprune.recovery.rounds import Rewind, Rounds, planned
 from gradprune.recovery.run import Run, Teacher
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import AsPrune, check_for_schedule, prune
@@ -111,7 +112,7 @@ def iterate(
     run = Run(model, plan, stop, teacher, None if checkpoint is None else Checkpoint(checkpoint, model, call))
     if run.resume():
         return run.last_good()
-    for at in _bar(range(plan.rounds + 1), run.done):
+    for at in over(range(plan.rounds + 1), "rounds", run.done):
         pruned: dict[str, float] = {}
         if at == 0:
             if run.rewound is None:
@@ -132,7 +133,7 @@ def iterate(
     return run.history()
 
 
-def _check_pruning(model: nn.Module, score: Score, plan: Plan, as_prune: AsPrune) -> None:
+def _check_pruning(model: nn.Module, score: Score, plan: Rounds, as_prune: AsPrune) -> None:
     """Refuse now what pruning would refuse after the first training."""
     check_for_schedule("iterate", as_prune, own=("score", "steps", "rounds"))
     checked_score(score)
@@ -179,17 +180,3 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, float) and math.isnan(value):  # a result as well: training diverged
         return math.nan
     return number(f"what evaluate returns ({name!r})", value, finite=False)
-
-
-def _bar(rounds: range, done: int) -> Any:
-    """The rounds that are left, under a bar where tqdm is installed, in a terminal or a notebook.
-
-    tqdm's own variable TQDM_DISABLE turns it off.
-    """
-    left = rounds[done:]
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return left
-    disable = True if os.environ.get("TQDM_DISABLE") else None
-    return tqdm(left, desc="rounds", initial=done, total=len(rounds), disable=disable)

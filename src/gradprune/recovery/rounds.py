@@ -17,7 +17,7 @@ MANY_ROUNDS = 100  # more are rather the steps of a training
 
 
 @dataclass(frozen=True)
-class Plan:
+class Rounds:
     """The rounds of one ``iterate``: all that a checkpoint must agree with."""
 
     steps: int
@@ -40,7 +40,7 @@ class Plan:
         return range(self.steps + (number - 1) * self.retrain, self.steps + number * self.retrain)
 
 
-def planned(schedule: Any, steps: Any, retrain: Any, rewind: Any, rewind_to: Any, rounds: Any) -> Plan:
+def planned(schedule: Any, steps: Any, retrain: Any, rewind: Any, rewind_to: Any, rounds: Any) -> Rounds:
     """Return the plan, with every number checked and the schedule asked for all its rounds."""
     function("schedule", schedule, hint="for one amount at once, gp.OneShot(0.9)")
     steps, rewind_to = whole("steps", steps), whole("rewind_to", rewind_to)
@@ -65,7 +65,7 @@ def planned(schedule: Any, steps: Any, retrain: Any, rewind: Any, rewind_to: Any
     require(sparsities == sorted(sparsities), f"the schedule falls: {sparsities}; pruned weights stay pruned")
     if counted:
         _check_meant(schedule, sparsities)
-    return Plan(steps, retrain, rewind, rewind_to, sparsities)
+    return Rounds(steps, retrain, rewind, rewind_to, sparsities)
 
 
 def _check_meant(schedule: Any, sparsities: list[float]) -> None:

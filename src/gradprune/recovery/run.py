@@ -15,7 +15,7 @@ from gradprune.core.checks import require
 from gradprune.core.masked import count_alive
 from gradprune.recovery.checkpoint import Checkpoint, Standing, copy_of, put_back, random_state, set_random_state
 from gradprune.recovery.history import Entry, History, Round
-from gradprune.recovery.rounds import Plan
+from gradprune.recovery.rounds import Rounds
 from gradprune.weights.mask import Masks
 
 Teacher = nn.Module | Literal["dense"] | None
@@ -27,7 +27,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        plan: Plan,
+        plan: Rounds,
         stop: Callable[[History], bool] | None,
         teacher: Teacher,
         checkpoint: Checkpoint | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -67,6 +67,7 @@ class Request:
         if not isinstance(scope, str | Mapping):
             raise TypeError(_wanted_scope(scope))
         n_of_m, block = parse_granularity(granularity)
+        _check_made_for(scope, granularity)
         layers = eligible(model, include, exclude, axes)
         _look_for_torchs_masks(layers)
         if n_of_m is not None or block is not None or scope == "row":
@@ -105,20 +106,33 @@ class Request:
         """Return the masks for an amount; nothing is written. Errors as of ``prune``."""
         score = checked_score(score)
         choose = self.plan(sparsity=sparsity, threshold=threshold, within=within)
-        parameters = self.parameters
-        ranked = ranked_by(score, model, parameters)
-        keep = choose(ranked)
-        keep = {name: mask.to(parameters[name].device) for name, mask in keep.items()}
-        keep = self.with_directions(keep, ranked, within, in_place_of_others=threshold is None)
-        self._check_directions(keep)
+        ranked = ranked_by(score, model, self.parameters)
+        keep = self._kept(choose, ranked, within, in_place_of_others=threshold is None)
         if self.outputs and count_kept(keep[self.outputs]) < keep[self.outputs].numel():
             checks.warn(
                 f"outputs of {self.outputs!r}, the model's last layer, are pruned: if they are its classes, "
                 f"exclude={self.outputs!r} keeps them"
             )
         if within is None:
-            _look_for_zeros(parameters, keep)
+            _look_for_zeros(self.parameters, keep)
         return Masks(keep)
+
+    def keep(self, ranked: Ranked, sparsity: float | None) -> dict[str, Tensor]:
+        """Return the masks for a sparsity by scores that are there already; nothing is looked for in the weights."""
+        return self._kept(self.plan(sparsity=sparsity), ranked, None, in_place_of_others=True)
+
+    def alone(self, name: str, sparsity: float) -> Request:
+        """Return the same request about one layer by itself, at a sparsity of its own."""
+        scope: Scope = "global" if self.n_of_m is not None else {name: sparsity}
+        return replace(self, layers={name: self.layers[name]}, scope=scope, outputs="")
+
+    def _kept(
+        self, choose: Choose, ranked: Ranked, within: Mapping[str, Tensor] | None, *, in_place_of_others: bool
+    ) -> dict[str, Tensor]:
+        keep = {name: mask.to(self.layers[name].parameter.device) for name, mask in choose(ranked).items()}
+        keep = self.with_directions(keep, ranked, within, in_place_of_others=in_place_of_others)
+        self._check_directions(keep)
+        return keep
 
     def plan(
         self,
@@ -276,6 +290,15 @@ def _checked_scope(scope: Any, layers: Mapping[str, Weight]) -> Scope:
                 raise ValueError(f"two patterns of scope give {name!r} different sparsities, {found[name]} and {value}")
             found[name] = value
     return found
+
+
+def _check_made_for(scope: Any, granularity: Granularity) -> None:
+    """Raise ValueError where sparsities were planned for weights that go together otherwise."""
+    made_for = getattr(scope, "granularity", granularity)
+    require(
+        parse_granularity(made_for) == parse_granularity(granularity),
+        f"scope is a plan for granularity={made_for!r}, and granularity={granularity!r} is given",
+    )
 
 
 def _checked_within(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from math import prod
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.evaluate import as_written, call, evaluated, plain_kernels
-from gradprune.core.owners import Owners
+from gradprune.core.owners import Owners, memory
 
 aten = torch.ops.aten
 
@@ -40,10 +40,14 @@ class Flops:
 
 @dataclass(frozen=True)
 class Count:
-    """FLOPs by the module that has the weight, or else by the one that ran; and how often what was not counted ran."""
+    """FLOPs by the module that has the weight, or else by the one that ran; and how often what was not counted ran.
+
+    By weight, all operations with a parameter that is known to take part.
+    """
 
     by_module: dict[nn.Module, Flops]
     uncounted: dict[str, int]
+    by_weight: dict[nn.Parameter, int] = field(default_factory=dict)
 
 
 def count_flops(model: nn.Module, example: Any) -> Count:
@@ -51,7 +55,7 @@ def count_flops(model: nn.Module, example: Any) -> Count:
     seen = _Products(model)
     with evaluated(model), as_written(), torch.no_grad(), plain_kernels(), seen.watching():
         call(model, example)
-    return Count(seen.found, seen.uncounted)
+    return Count(seen.found, seen.uncounted, seen.by_weight)
 
 
 class _Products(Owners):
@@ -63,6 +67,8 @@ class _Products(Owners):
         super().__init__(model)
         self.found: dict[nn.Module, Flops] = {}
         self.uncounted: dict[str, int] = {}
+        self.by_weight: dict[nn.Parameter, int] = {}
+        self._parameter_at = {key: p for p in model.parameters() if p.dim() >= 2 and (key := memory(p)) is not None}
         self._formulas = {**_formulas(), **flop_registry}
         self._densities: dict[Any, float] = {}
 
@@ -72,6 +78,7 @@ class _Products(Owners):
             flops *= 4 if isinstance(result, Tensor) and result.is_complex() else 1
             module, weight = self.weight_among((*args, *kwargs.values()))
             self._add(module, flops, flops * (1.0 if weight is None else self._density(weight)))
+            self._add_to_weight(module, weight, flops)
         elif str(operator) in _GROUPED:
             self._groups(*args, **kwargs)
         elif self._multiplies(operator, args, kwargs):
@@ -98,11 +105,21 @@ class _Products(Owners):
             total += flops
             effective += flops * (1.0 if part is None or not flops else self._density(part))
         self._add(module, total, effective)
+        self._add_to_weight(module, weight, total)
 
     def _add(self, module: nn.Module, flops: int, effective: float) -> None:
         found = self.found.setdefault(module, Flops())
         found.all += flops
         found.effective += effective
+
+    def _add_to_weight(self, module: nn.Module, weight: Tensor | None, flops: int) -> None:
+        """Of a copy, such as a cast, it is known whose it is where its module has one weight."""
+        if weight is None:
+            return
+        own = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+        parameter = self._parameter_at.get(memory(weight) or 0, own[0] if len(own) == 1 else None)
+        if parameter is not None:
+            self.by_weight[parameter] = self.by_weight.get(parameter, 0) + flops
 
     def _density(self, weight: Tensor) -> float:
         """The share of the entries that are not zero."""

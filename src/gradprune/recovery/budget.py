@@ -1,0 +1,429 @@
+"""Which sparsity for which layer, so that a cost is met with the least loss (chapter 6)?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from gradprune.core import tables
+from gradprune.core.checks import fraction, function, module, number, require, require_values
+from gradprune.core.encoded import bitmask_bytes
+from gradprune.core.flops import count_flops, nonzeros
+from gradprune.core.words import in_our_words
+from gradprune.recovery.hull import Point, loss_at, lower_hull, steps_to
+from gradprune.recovery.outcome import Measure
+from gradprune.recovery.scan import Sensitivity, sensitivity
+from gradprune.recovery.seconds import layer_seconds, model_seconds
+from gradprune.weights.eligible import Patterns, StatedAxes
+from gradprune.weights.granularity import Granularity, Units
+from gradprune.weights.mask import Masks
+from gradprune.weights.prune import prune
+from gradprune.weights.request import Request, Score, checked_score
+from gradprune.weights.score import magnitude
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cost = Literal["parameters", "flops", "bytes", "latency"]
+Losses = Mapping[str, Mapping[float, float]]
+_UNIT = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latency": "seconds"}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Mapping[str, float]):
+    """A sparsity for each layer, as ``prune(model, scope=plan)`` takes it, and what it is predicted to cost.
+
+    Printed, it is a table.
+
+    Args:
+        sparsities: layer -> sparsity; the plan is a mapping of these.
+        cost: which cost is bounded: ``"parameters"``, ``"flops"``, ``"bytes"`` or ``"latency"``.
+        limit: what the whole network may cost.
+        predicted: what it will cost, at most `limit`.
+        dense: what it costs with all of these weights.
+        loss: the predicted loss in what was evaluated, the sum over the layers; a sum is a guess, so evaluate what
+            comes out.
+        multiplier: the loss per cost saved of the last step: what a little more of the cost is worth.
+        layers: one row a layer.
+        granularity: what goes together; to be given to ``prune`` too where it is not ``"weight"``.
+        score: what ranks the weights.
+        eligible: which layers took part, as arguments of ``prune``.
+
+    Chapter 6.
+    """
+
+    sparsities: dict[str, float]
+    cost: Cost
+    limit: float
+    predicted: float
+    dense: float
+    loss: float
+    multiplier: float
+    layers: tuple[dict[str, Any], ...]
+    granularity: Granularity = "weight"
+    score: Score = magnitude
+    eligible: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        return self.sparsities[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sparsities)
+
+    def __len__(self) -> int:
+        return len(self.sparsities)
+
+    def apply_(self, model: nn.Module) -> Masks:
+        """Prune a model by this plan: ``prune`` with its sparsities, score and granularity.
+
+        Args:
+            model: the network that was planned for; its weights are changed in place.
+
+        Returns:
+            The masks.
+
+        Raises:
+            TypeError: as ``prune``.
+            ValueError: as ``prune``, before anything is changed.
+        """
+        return prune(model, self.score, scope=self, granularity=self.granularity, **self.eligible)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat row a layer: its weights, how many stay, its cost before and after, its predicted loss."""
+        return [dict(row) for row in self.layers]
+
+    def to_frame(self) -> Any:
+        """Return the rows as a pandas DataFrame, a layer a row.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return tables.as_frame(self.rows()).set_index("layer")
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({_UNIT[self.cost]} {self.predicted:,.6g} of {self.dense:,.6g}, at most {self.limit:,.6g}; predicted "
+            f"loss {self.loss:.4g}; {len(self)} layers)"
+        )
+
+    def __str__(self) -> str:
+        return tables.as_text(self.rows(), [repr(self)])
+
+    def _repr_html_(self) -> str:
+        return tables.as_html(self.rows(), [repr(self)])
+
+    def plot(self) -> Figure:
+        """Draw the sparsity of each layer. Needs matplotlib.
+
+        Returns:
+            The figure, which no window shows.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from gradprune.gradients.plotting import new_figure
+
+        figure = new_figure(1.0 + 0.22 * max(len(self), 4))
+        axes = figure.subplots()
+        names = list(self)[::-1]
+        axes.barh(names, [self[name] for name in names])
+        axes.set(xlim=(0, 1), xlabel=f"sparsity, for at most {self.limit:,.4g} {_UNIT[self.cost]}")
+        axes.tick_params(axis="y", labelsize="small")
+        return figure
+
+
+@in_our_words
+def fit_budget(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    parameters: float | None = None,
+    flops: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
+    evaluate: Measure | None = None,
+    sensitivities: Sensitivity | Losses | None = None,
+    seconds: Callable[[str, float], float] | None = None,
+    score: Score | None = None,
+    granularity: Granularity | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    axes: StatedAxes = None,
+) -> Plan:
+    """Return sparsities by layer that meet a cost with the least predicted loss; nothing is pruned yet.
+
+    The losses of the layers, each pruned alone, are taken to add up; a gain counts as no loss. Between two sparsities
+    that were tried a loss is the one in proportion, beyond the highest nothing is planned. The cost is that of
+    the whole network as ``report`` counts it, met exactly, or from below as nearly as whole units allow.
+
+    Args:
+        model: the network; it is left as it was.
+        example: its input, a tensor, or a tuple or dict of its arguments; for FLOPs and latency.
+        parameters: the most entries other than zero. Give exactly one of the four.
+        flops: the most effective FLOPs of a forward pass on `example`: those with weights that stay. What a
+            pruned channel saves in the next layer, once it is cut out, is not counted.
+        bytes: the most bytes with one bit a weight and the nonzeros (``bytes_bitmask`` of a report).
+        latency: the most seconds of a forward pass on `example`, with the pruned channels cut out; only for
+            ``granularity="channel"``, as zeros alone save no time. What a layer saves in the next is not counted.
+        evaluate: as for ``sensitivity``, which is then called.
+        sensitivities: what ``sensitivity`` returned, or losses, layer -> {sparsity: loss}; give either this or
+            `evaluate`. Layers that are not in it stay as they are.
+        seconds: for `latency` on another machine: a function from a layer's name and the share of its channels that
+            stay to its seconds. Else linear layers and plain convolutions are timed here, at the sparsities tried.
+        score: as for ``prune``; what `sensitivities` says, else ``magnitude``.
+        granularity: as for ``prune``, but not n of m; what `sensitivities` says, else ``"weight"``.
+        include: as for ``prune``; what `sensitivities` says, else None.
+        exclude: as for ``prune``; what `sensitivities` says, else None.
+        axes: as for ``prune``; what `sensitivities` says, else None.
+
+    Returns:
+        A ``Plan``, a mapping from layers to sparsities for ``prune(model, scope=plan)``.
+
+    Raises:
+        TypeError: where an argument is of a wrong kind.
+        ValueError: where one is out of range, none or several costs are given, a layer is not eligible, or the cost
+            cannot be met: the message says the least that can.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+        >>> losses = {"0.weight": {0.5: 0.1, 0.9: 0.5}, "1.weight": {0.5: 0.0, 0.9: 0.1}}
+        >>> plan = gp.fit_budget(model, parameters=90, sensitivities=losses)
+        >>> {name: round(sparsity, 2) for name, sparsity in plan.items()}, round(plan.loss, 4)
+        ({'0.weight': 0.5, '1.weight': 0.6}, 0.125)
+        >>> masks = gp.prune(model, scope=plan)
+        >>> gp.report(model).total.nonzeros
+        90
+
+    Everett (1963), for one multiplier; chapter 6.
+    """
+    module(model)
+    cost, limit = _one_cost(parameters, flops, bytes, latency)
+    given = {"include": include, "exclude": exclude, "axes": axes}
+    way = _way(sensitivities, score, granularity, given)
+    request = Request.of(model, granularity=way.granularity, **way.eligible)
+    require(request.n_of_m is None, f"granularity={way.granularity!r} is itself a sparsity: there is nothing to share")
+    if seconds is not None:
+        function("seconds", seconds)
+    if cost == "latency":
+        require(way.granularity == "channel", 'zeros alone save no time: latency needs granularity="channel"')
+    require(cost not in ("flops", "latency") or example is not None, f"{cost} needs an example: the model's input")
+    if sensitivities is None:
+        require(evaluate is not None, "give evaluate, or the sensitivities that gp.sensitivity returned")
+        assert evaluate is not None
+        function("evaluate", evaluate)
+        sensitivities = sensitivity(model, evaluate, score=way.score, granularity=way.granularity, **way.eligible)
+    else:
+        require(evaluate is None, "give either evaluate or sensitivities, not both")
+    losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, request)
+    return _planned(cost, limit, _layers(losses, request), way, _priced(cost, model, example, request, losses, seconds))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the layers are pruned."""
+
+    score: Score
+    granularity: Granularity
+    eligible: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Price:
+    """What all but the layers costs, and what a layer costs with some of its units."""
+
+    fixed: float
+    of: Callable[[str, int], float]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer: how many units it has, of how many weights each, and what it loses with fewer."""
+
+    units: int
+    unit: int
+    losses: dict[int, float]  # units that stay -> loss
+
+    def weights(self, units: int) -> int:
+        """Weights in so many units."""
+        return units * self.unit
+
+
+def _one_cost(parameters: Any, flops: Any, bytes: Any, latency: Any) -> tuple[Cost, float]:
+    every: dict[Cost, Any] = {"parameters": parameters, "flops": flops, "bytes": bytes, "latency": latency}
+    given = [name for name, limit in every.items() if limit is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of parameters, flops, bytes and latency; got {', '.join(given) or 'none'}")
+    return given[0], number(given[0], every[given[0]], above=0.0)
+
+
+def _way(sensitivities: Any, score: Any, granularity: Any, given: dict[str, Any]) -> _Way:
+    """What the sensitivities were measured with, or else what is given."""
+    if not isinstance(sensitivities, Sensitivity):
+        if sensitivities is not None and not isinstance(sensitivities, Mapping):
+            raise TypeError(
+                "sensitivities must be what gp.sensitivity returned, or a dict layer -> {sparsity: loss}, got "
+                f"{type(sensitivities).__name__}"
+            )
+        score = magnitude if score is None else checked_score(score)
+        return _Way(score, "weight" if granularity is None else granularity, given)
+    again = [n for n, v in (given | {"score": score, "granularity": granularity}).items() if v is not None]
+    require(not again, f"the sensitivities say already with which {' and '.join(again)} they were measured")
+    return _Way(sensitivities.score, sensitivities.granularity, sensitivities.eligible)
+
+
+def _checked(losses: Mapping[str, Any], request: Request) -> dict[str, dict[float, float]]:
+    """The losses by name, as plain numbers."""
+    require(bool(losses), "sensitivities is empty")
+    found = {}
+    for name, row in losses.items():
+        require(name in request.layers, f"sensitivities names {name!r}, which is not eligible: {list(request.layers)}")
+        if not isinstance(row, Mapping):
+            raise TypeError(
+                f"the sensitivities of {name!r} must be a dict {{sparsity: loss}}, got {type(row).__name__}"
+            )
+        found[name] = {
+            fraction(f"a sparsity of {name!r}", s): number(f"the loss of {name!r} at {s}", loss)
+            for s, loss in row.items()
+        }
+    return found
+
+
+def _layers(losses: Losses, request: Request) -> dict[str, _Layer]:
+    """The layers in units; a gain counts as no loss, and whole it loses nothing."""
+    units = Units(request.layers, request.block, None)
+    return {
+        name: _Layer(
+            units.number(name),
+            units.cost(name),
+            {_stay(units, name, s): max(loss, 0.0) for s, loss in row.items()} | {units.number(name): 0.0},
+        )
+        for name, row in losses.items()
+    }
+
+
+def _stay(units: Units, name: str, sparsity: float) -> int:
+    """How many units ``prune`` leaves."""
+    weights = units.layers[name].parameter.numel()
+    return round((weights - round(sparsity * weights)) / max(units.cost(name), 1))
+
+
+def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, price: _Price) -> Plan:
+    """The steps down the hulls until the limit is met, and back up as far as it allows."""
+    hulls = {
+        name: lower_hull([Point(units, price.of(name, units), loss) for units, loss in layer.losses.items()])
+        for name, layer in layers.items()
+    }
+    least = price.fixed + sum(hull[-1].cost for hull in hulls.values())
+    require(
+        least <= limit,
+        f"{cost}={limit:,.10g} cannot be met: at the highest sparsities that were tried the least is {least:,.10g}",
+    )
+    kept = {name: hull[0].units for name, hull in hulls.items()}
+    taken = steps_to(hulls, limit - price.fixed)
+    for step in taken:
+        kept[step.name] = step.end.units
+    left = limit - price.fixed - sum(price.of(name, units) for name, units in kept.items())
+    for step in reversed(taken):
+        if kept[step.name] == step.end.units:  # the last step of its layer
+            kept[step.name], left = _raised(step.name, step.start.units, kept[step.name], left, price)
+    dense = price.fixed + sum(price.of(name, layer.units) for name, layer in layers.items())
+    rows: tuple[dict[str, Any], ...] = tuple(
+        {
+            "layer": name,
+            "weights": layer.weights(layer.units),
+            "stay": layer.weights(kept[name]),
+            "sparsity": 1 - kept[name] / layer.units if layer.units else 0.0,
+            f"{_UNIT[cost]} dense": price.of(name, layer.units),
+            f"{_UNIT[cost]} planned": price.of(name, kept[name]),
+            "loss": loss_at(hulls[name], kept[name]),
+        }
+        for name, layer in layers.items()
+    )
+    return Plan(
+        {row["layer"]: row["sparsity"] for row in rows},
+        cost,
+        limit,
+        price.fixed + sum(price.of(name, units) for name, units in kept.items()),
+        dense,
+        sum(row["loss"] for row in rows),
+        taken[-1].slope if taken else 0.0,
+        rows,
+        way.granularity,
+        way.score,
+        way.eligible,
+    )
+
+
+def _raised(name: str, most: int, least: int, left: float, price: _Price) -> tuple[int, float]:
+    """As many units between the two as what is left of the cost allows, and what is left then."""
+    start = price.of(name, least)
+    low, high = least, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if price.of(name, middle) - start <= left else (low, middle - 1)
+    return low, left - (price.of(name, low) - start)
+
+
+# ---------------------------------------------------------------------------------------------------------- the costs
+
+
+def _priced(
+    cost: Cost,
+    model: nn.Module,
+    example: Any,
+    request: Request,
+    losses: Losses,
+    seconds: Callable[[str, float], float] | None,
+) -> _Price:
+    units = Units(request.layers, request.block, None)
+    planned = {name: request.layers[name].parameter for name in losses}
+    if cost == "latency":
+        return _seconds_of(model, example, request, losses, seconds)
+    if cost == "flops":
+        count = count_flops(model, example)
+        all_of = {name: count.by_weight.get(p, 0) for name, p in planned.items()}
+        now = sum(all_of[name] * nonzeros(p.detach()) / p.numel() for name, p in planned.items() if p.numel())
+        fixed = sum(found.effective for found in count.by_module.values()) - now
+        return _Price(fixed, lambda name, kept: all_of[name] * kept / units.number(name))
+    others = [p for p in model.parameters() if not any(p is own for own in planned.values())]
+    for name, parameter in model.named_parameters():
+        require_values(name, parameter)
+    if cost == "parameters":
+        return _Price(sum(nonzeros(p.detach()) for p in others), lambda name, kept: kept * units.cost(name))
+    fixed = sum(bitmask_bytes(p, nonzeros(p.detach())) for p in others)
+    fixed += sum(bitmask_bytes(p, 0) for p in planned.values())
+    return _Price(fixed, lambda name, kept: kept * units.cost(name) * planned[name].element_size())
+
+
+def _seconds_of(
+    model: nn.Module,
+    example: Any,
+    request: Request,
+    losses: Losses,
+    seconds: Callable[[str, float], float] | None,
+) -> _Price:
+    """Seconds of a layer by the number of its channels, in proportion between those that were timed."""
+    units = Units(request.layers, request.block, None)
+    counts = {name: {_stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
+    if seconds is None:
+        times = layer_seconds(model, example, {name: request.layers[name] for name in losses}, counts)
+    else:
+        times = {
+            name: {
+                n: number(f"the seconds of {name!r}", seconds(name, n / units.number(name)), least=0.0) for n in wanted
+            }
+            for name, wanted in counts.items()
+        }
+    fixed = model_seconds(model, example) - sum(row[max(row)] for row in times.values()) if seconds is None else 0.0
+    return _Price(fixed, lambda name, kept: _between(times[name], kept))
+
+
+def _between(times: Mapping[int, float], count: int) -> float:
+    below = max((n for n in times if n <= count), default=min(times))
+    above = min((n for n in times if n >= count), default=max(times))
+    if below == above:
+        return times[below]
+    return times[below] + (times[above] - times[below]) * (count - below) / (above - below)

@@ -1,0 +1,508 @@
+"""How far can a network be pruned until it falls below what is wanted (chapter 6)?
+
+Bisection: of an interval whose lower end passes and whose upper end does not, the middle is looked at, until the
+interval is short enough. All masks come from one ranking of the dense network's weights.
+
+With noise, a look passes where a lower bound does. Let the true curve fall. A look is wrong if it passes beyond the
+true crossing; until the first wrong look all looks follow the one path that exact answers would take, or one that ends
+before the crossing, where no look can be wrong in this way. So the looks that matter are known beforehand, at most as
+many as bisection takes, and if each is wrong with a probability of at most (1 - confidence) / looks, all together are
+so with at most 1 - confidence (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from gradprune.core import tables
+from gradprune.core.checks import function, module, number, require, require_writable, warn, whole
+from gradprune.core.masked import count_alive, zero_pruned_
+from gradprune.core.progress import bar, state
+from gradprune.core.unchanged import Keeper
+from gradprune.core.words import in_our_words
+from gradprune.recovery.bounds import difference_at_least, mean_at_least
+from gradprune.recovery.history import Round
+from gradprune.recovery.outcome import Measure, Outcome, measured
+from gradprune.weights.eligible import Patterns, StatedAxes
+from gradprune.weights.granularity import Granularity, Ranked
+from gradprune.weights.mask import Masks
+from gradprune.weights.plan import Scope
+from gradprune.weights.request import Request, Score, checked_score, ranked_by
+from gradprune.weights.score import magnitude
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_LOOKS = 20  # evaluations, where each look takes one
+MOST_REPEATS = 10_000
+PROBES = 4
+
+Train = Callable[[nn.Module, Round], object]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One sparsity that was looked at.
+
+    Args:
+        sparsity: of the masks.
+        value: what `evaluate` gave, in the mean.
+        bound: the lower bound that had to reach the wanted value: of the value, or with `margin` of the value less the
+            dense one; None without a confidence.
+        passed: whether it did, or without a confidence the value.
+        probe: whether it was looked at only to see whether the curve falls: it does not change the answer.
+
+    Chapter 6.
+    """
+
+    sparsity: float
+    value: float
+    bound: float | None
+    passed: bool
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What ``largest_sparsity`` found.
+
+    Args:
+        sparsity: the largest that passed, that of `masks`.
+        masks: those of ``prune`` at that sparsity; ``found.masks.apply_(model)`` prunes.
+        curve: every look, by sparsity.
+        evaluations: how often `evaluate` was called.
+        dense: what it gave for the network as it was.
+        wanted: what had to be reached: the value, or with `margin` how little may be lost, as a negative number.
+        confidence: of the whole statement, or None.
+        falls: whether no look passed above one that failed.
+        state: with `train`, the state dict of the corrected network at that sparsity, else None.
+
+    Chapter 6.
+    """
+
+    sparsity: float
+    masks: Masks = field(hash=False)
+    curve: tuple[Look, ...]
+    evaluations: int
+    dense: float
+    wanted: float
+    confidence: float | None
+    falls: bool
+    state: dict[str, Any] | None = field(default=None, hash=False, repr=False)
+
+    def __repr__(self) -> str:
+        sure = "" if self.confidence is None else f", with {100 * self.confidence:g} % confidence"
+        rises = "" if self.falls else "; the curve rises again, see .curve"
+        return f"Found(sparsity {self.sparsity:.4f}{sure}, {self.evaluations} evaluations{rises})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat row a look, by sparsity."""
+        bounded = self.confidence is not None
+        return [
+            {"sparsity": look.sparsity, "value": look.value}
+            | ({"lower bound": look.bound} if bounded else {})
+            | {"passed": look.passed, "probe": look.probe}
+            for look in self.curve
+        ]
+
+    def to_frame(self) -> Any:
+        """Return the rows as a pandas DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return tables.as_frame(self.rows())
+
+    def __str__(self) -> str:
+        return tables.as_text(self.rows(), [repr(self)])
+
+    def _repr_html_(self) -> str:
+        return tables.as_html(self.rows(), [repr(self)])
+
+    def plot(self) -> Figure:
+        """Draw what `evaluate` gave over sparsity: what passed, what did not, and the answer. Needs matplotlib.
+
+        Returns:
+            The figure, which no window shows.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from gradprune.gradients.plotting import new_figure
+
+        figure = new_figure(3.2)
+        axes = figure.subplots()
+        axes.axhline(self.dense, linestyle=":", color="gray", label="dense")
+        axes.plot([look.sparsity for look in self.curve], [look.value for look in self.curve], color="gray", lw=0.8)
+        for passed, marker, label in ((True, "o", "passed"), (False, "x", "did not pass")):
+            looks = [look for look in self.curve if look.passed == passed]
+            axes.plot([k.sparsity for k in looks], [k.value for k in looks], marker, label=label)
+        axes.axvline(self.sparsity, linestyle="--", color="black", lw=0.8, label=f"found: {self.sparsity:.4g}")
+        axes.set(xlabel="sparsity", ylabel="what evaluate gave")
+        axes.legend()
+        return figure
+
+
+@in_our_words
+def largest_sparsity(
+    model: nn.Module,
+    evaluate: Measure,
+    *,
+    at_least: float | None = None,
+    margin: float | None = None,
+    confidence: float | None = None,
+    repeats: int = 1,
+    tolerance: float = 0.001,
+    lowest: float = 0.0,
+    highest: float = 1.0,
+    probes: int | None = None,
+    train: Train | None = None,
+    steps: int | None = None,
+    score: Score = magnitude,
+    scope: Scope = "global",
+    granularity: Granularity = "weight",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    min_keep: int | None = None,
+    axes: StatedAxes = None,
+) -> Found:
+    """Return the largest sparsity at which `evaluate` still gives what is wanted, found by bisection.
+
+    The score is asked once, of the dense network; its masks at growing sparsities lie within each other (with ``"erk"``
+    but for rounding). The model is left bit by bit as it was, whatever is raised meanwhile.
+
+    Args:
+        model: the network; it is pruned, and with `train` trained, while the call runs.
+        evaluate: a function from the model to a number, or to a tensor with one result an example (the same examples
+            each time, in one order); the higher, the better. Use data that neither trained it nor will judge it.
+        at_least: what `evaluate` must reach in the mean.
+        margin: how much less than the dense network it may give; give either this or `at_least`. With a confidence the
+            two are compared example by example, which is by far the sharper comparison.
+        confidence: such as 0.95: a look passes only where it is shown to, and the answer is "at least this sparsity"
+            with this confidence, all looks taken together, where the true curve falls. The unit is the example (bounds
+            by Wilson and Tango for zeros and ones, else by Student's t), or where `evaluate` gives one number the
+            repetition. None takes what `evaluate` gives as exact.
+        repeats: how often each look, and the dense network, is evaluated.
+        tolerance: the length of the interval at which bisection ends; a sparsity more than this above the answer did
+            not pass.
+        lowest: a sparsity that must pass; 0 is the dense network.
+        highest: a sparsity above all that are looked at.
+        probes: looks, at the middles of the widest gaps, that only find out whether the curve falls; 4 unless given,
+            none with `train`.
+        train: ``train(model, round)`` as for ``iterate``, run from the dense weights after each pruning; it calls
+            ``round.hold(optimizer)`` and takes ``round.steps``. How many runs there are at most is said first, on
+            standard error.
+        steps: with `train`, the steps of each run.
+        score: as for ``prune``.
+        scope: as for ``prune``, but not by name.
+        granularity: as for ``prune``, but not n of m.
+        include: as for ``prune``.
+        exclude: as for ``prune``.
+        min_keep: as for ``prune``.
+        axes: as for ``prune``.
+
+    Returns:
+        A ``Found``.
+
+    Raises:
+        TypeError: where an argument is of a wrong kind.
+        ValueError: where one is out of range, before anything is evaluated; where `lowest` does not pass, or there are
+            too few examples to show that it does; where `evaluate` returns anything but finite numbers.
+        RuntimeError: where `train` left a pruned weight other than zero.
+
+    Warns where the curve rises again: a higher sparsity passes than one that does not.
+
+    Example:
+        >>> model = nn.Linear(10, 10)
+        >>> found = gp.largest_sparsity(model, lambda model: (model.weight != 0).sum() / 100, at_least=0.25)
+        >>> round(found.sparsity, 3), found.evaluations
+        (0.75, 12)
+
+    Non-inferiority on pairs: Tango (1998); chapter 6.
+    """
+    module(model)
+    function("evaluate", evaluate)
+    wish = _wish(at_least, margin, confidence, repeats)
+    ends = _ends(tolerance, lowest, highest)
+    as_prune = {"include": include, "exclude": exclude, "min_keep": min_keep, "axes": axes}
+    request = _request(model, scope, granularity, as_prune)
+    score = checked_score(score)
+    correction = _correction(model, train, steps)
+    spare = (PROBES if train is None else 0) if probes is None else whole("probes", probes, least=0, most=MOST_LOOKS)
+    total = 1 + ends.gate + ends.looks + spare
+    require(
+        total <= MOST_LOOKS,
+        f"tolerance={tolerance} and probes={spare} take {total} looks, more than {MOST_LOOKS}: a tolerance of "
+        f"{(ends.highest - ends.lowest) / 2 ** (MOST_LOOKS - 1 - ends.gate - spare):.2g} is the least",
+    )
+    if correction is not None:
+        runs = total - 1
+        state(
+            f"largest_sparsity: at most {runs} runs of train, {runs * len(correction.steps):,} steps, and "
+            f"{total * wish.repeats} evaluations"
+        )
+    search = _Search(model, evaluate, request, ranked_by(score, model, request.parameters), wish, ends, correction)
+    with bar(total, "largest sparsity") as progress:
+        return search.run(spare, progress.update)
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What a look must reach to pass."""
+
+    at_least: float | None
+    margin: float | None
+    confidence: float | None
+    repeats: int
+
+    @property
+    def wanted(self) -> float:
+        """The value, or the difference to the dense one."""
+        return self.at_least if self.at_least is not None else -(self.margin or 0.0)
+
+    def gained(self, value: float, dense: float) -> float:
+        """What is compared with what is wanted."""
+        return value if self.at_least is not None else value - dense
+
+    def bound(self, outcome: Outcome, dense: Outcome, looks: int, *, by_example: bool) -> float | None:
+        """The lower bound of that, for one of so many looks."""
+        if self.confidence is None:
+            return None
+        level = 1 - (1 - self.confidence) / looks
+        if self.at_least is not None:
+            return mean_at_least(outcome.each, level, by_example=by_example)
+        return difference_at_least(outcome.each, dense.each, level, by_example=by_example)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Between which sparsities is looked, and how finely."""
+
+    lowest: float
+    highest: float
+    tolerance: float
+
+    @property
+    def looks(self) -> int:
+        """How many halvings there are."""
+        return max(0, math.ceil(math.log2((self.highest - self.lowest) / self.tolerance) - 1e-9))
+
+    @property
+    def gate(self) -> int:
+        """How many looks it takes to see whether the lowest passes: at 0, that of the dense network."""
+        return int(self.lowest > 0)
+
+
+@dataclass(frozen=True)
+class _Correction:
+    train: Train
+    steps: range
+
+
+def _wish(at_least: Any, margin: Any, confidence: Any, repeats: Any) -> _Wish:
+    if (at_least is None) == (margin is None):
+        raise ValueError(f"give exactly one of at_least and margin; got {'neither' if margin is None else 'both'}")
+    at_least = None if at_least is None else number("at_least", at_least)
+    margin = None if margin is None else number("margin", margin, least=0.0)
+    confidence = None if confidence is None else number("confidence", confidence, least=0.5, below=1.0)
+    return _Wish(at_least, margin, confidence, whole("repeats", repeats, least=1, most=MOST_REPEATS))
+
+
+def _ends(tolerance: Any, lowest: Any, highest: Any) -> _Ends:
+    tolerance = number("tolerance", tolerance, above=0.0, below=1.0)
+    lowest = number("lowest", lowest, least=0.0, below=1.0)
+    highest = number("highest", highest, above=0.0, most=1.0)
+    require(lowest < highest, f"lowest must be below highest, got {lowest} and {highest}")
+    return _Ends(lowest, highest, tolerance)
+
+
+def _request(model: nn.Module, scope: Any, granularity: Any, as_prune: Mapping[str, Any]) -> Request:
+    require(not isinstance(scope, Mapping), "scope gives sparsities by name, and which one is to be found")
+    request = Request.of(model, scope=scope, granularity=granularity, **as_prune)
+    require(request.n_of_m is None, f"granularity={granularity!r} is itself a sparsity: there is nothing to find")
+    request.plan(sparsity=0.5)
+    return request
+
+
+def _correction(model: nn.Module, train: Any, steps: Any) -> _Correction | None:
+    if train is None:
+        require(steps is None, f"steps={steps!r} needs train")
+        return None
+    function("train", train)
+    require(steps is not None, "train needs steps: how many each run takes")
+    for name, parameter in model.named_parameters():
+        require_writable(name, parameter)
+    return _Correction(train, range(whole("steps", steps, least=1, most=2**62)))
+
+
+class _Search:
+    """The bisection: what has been looked at, and the best that passed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        evaluate: Measure,
+        request: Request,
+        ranked: Ranked,
+        wish: _Wish,
+        ends: _Ends,
+        correction: _Correction | None,
+    ) -> None:
+        self._model, self._evaluate, self._request = model, evaluate, request
+        self._wish, self._ends, self._correction = wish, ends, correction
+        self._values = {name: value.detach().clone() for name, value in ranked.values.items()}
+        self._by = ranked.by
+        self._keeper = Keeper(model)
+        self._evaluations = 0
+        self._size: int | None = None  # how many results evaluate returns
+        self._curve: list[tuple[float, Look]] = []  # with the sparsity that was asked for
+        self._state: dict[str, Any] | None = None
+
+    def run(self, probes: int, update: Callable[[], Any]) -> Found:
+        """Look at the dense network, then between the ends; say whether the curve falls."""
+        self._dense = self._measured("for the dense network")
+        update()
+        low, high = self._ends.lowest, self._ends.highest
+        self._check_lowest()
+        for _ in range(self._ends.gate):
+            update()
+        for _ in range(self._ends.looks):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._look(middle, probe=False).passed else (low, middle)
+            update()
+        for _ in range(probes):
+            self._look(self._widest_gap(), probe=True)
+            update()
+        return self._found(low)
+
+    def _measured(self, where: str) -> Outcome:
+        """One result an example, averaged over the repetitions; where `evaluate` gives one number, one a repetition."""
+        runs = [measured(self._evaluate, self._model, where, self._keeper) for _ in range(self._wish.repeats)]
+        self._evaluations += len(runs)
+        sizes = [run.each.size for run in runs] if self._size is None else [self._size, *(r.each.size for r in runs)]
+        require(
+            min(sizes) == max(sizes),
+            f"evaluate returned {max(sizes)} results once and {min(sizes)} another time ({where}): they must be of the "
+            "same examples",
+        )
+        self._size = sizes[0]
+        each = np.stack([run.each for run in runs])
+        found = each.mean(axis=0) if self._size > 1 else each[:, 0]
+        require(
+            self._wish.confidence is None or found.size > 1,
+            "a statement with a confidence needs results example by example, a tensor from evaluate, or repeats of at "
+            f"least 2; evaluate returned one number and repeats={self._wish.repeats}",
+        )
+        return Outcome(float(found.mean()), found)
+
+    def _bound(self, outcome: Outcome) -> float | None:
+        looks = self._ends.looks + 1
+        return self._wish.bound(outcome, self._dense, looks, by_example=self._size is not None and self._size > 1)
+
+    def _look(self, sparsity: float, *, probe: bool) -> Look:
+        """Prune to a sparsity, correct, evaluate, and put all back."""
+        masks = self._masks(sparsity)
+        same = [look for _, look in self._curve if look.sparsity == masks.sparsity]
+        if same:  # between two whole numbers of weights there is nothing to look at
+            self._curve.append((sparsity, replace(same[0], probe=probe)))
+            return same[0]
+        parameters = self._request.parameters
+        written = list(parameters.values()) if self._correction is None else list(self._model.parameters())
+        with self._keeper.unchanged(written):
+            zero_pruned_([(parameters[name], mask) for name, mask in masks.items()])
+            if self._correction is not None:
+                self._correct(masks, sparsity)
+            outcome = self._measured(f"at sparsity {sparsity:.4g}")
+            bound = self._bound(outcome)
+            reached = self._wish.gained(outcome.mean, self._dense.mean) if bound is None else bound
+            look = Look(masks.sparsity, outcome.mean, bound, reached >= self._wish.wanted, probe)
+            if look.passed and not probe and self._correction is not None:
+                self._state = {n: _copy(v) for n, v in self._model.state_dict().items()}
+        self._curve.append((sparsity, look))
+        return look
+
+    def _masks(self, sparsity: float) -> Masks:
+        """The masks at a sparsity on the way, of which nobody need be warned."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Masks(self._request.keep(Ranked(self._values, self._by), sparsity))
+
+    def _correct(self, masks: Masks, sparsity: float) -> None:
+        assert self._correction is not None
+        round_ = Round(len(self._curve) + 1, self._correction.steps, masks, None)
+        self._correction.train(self._model, _applied(round_, self._model))
+        for name, mask in masks.items():
+            revived = count_alive([(self._request.parameters[name], mask)])
+            if revived:
+                raise RuntimeError(
+                    f"train left {revived} pruned weights of {name!r} other than zero at sparsity {sparsity:.4g}: call "
+                    "round.hold(optimizer) before the first step"
+                )
+
+    def _check_lowest(self) -> None:
+        """Raise ValueError where nothing can pass."""
+        if self._ends.lowest > 0:
+            look = self._look(self._ends.lowest, probe=False)
+            name, reached, value = f"sparsity {self._ends.lowest:g}", look.bound, look.value
+        else:
+            name, value = "the dense network", self._dense.mean
+            reached = self._bound(self._dense)
+        gained = self._wish.gained(value, self._dense.mean)
+        wanted = f"at_least={self._wish.at_least}" if self._wish.margin is None else f"margin={self._wish.margin}"
+        require(gained >= self._wish.wanted, f"{name} gives {value:.6g}, and {wanted} is not met there: nothing can be")
+        require(
+            reached is None or reached >= self._wish.wanted,
+            f"{wanted} cannot be shown even for {name}, by {self._dense.each.size} results: with a confidence of "
+            f"{self._wish.confidence} over {self._ends.looks + 1} looks the bound is {reached or 0.0:.4g}. Give more "
+            "examples or repeats, a larger tolerance (fewer looks), or want less",
+        )
+
+    def _widest_gap(self) -> float:
+        """The middle of the widest gap between what was looked at."""
+        seen = sorted({self._ends.lowest, self._ends.highest, *(asked for asked, _ in self._curve)})
+        _, middle = max((b - a, (a + b) / 2) for a, b in pairwise(seen))
+        return middle
+
+    def _found(self, low: float) -> Found:
+        looks = sorted({look.sparsity: look for _, look in reversed(self._curve)}.values(), key=lambda k: k.sparsity)
+        failed = [look for look in looks if not self._reaches(look)]
+        above = [look for look in looks if failed and look.passed and look.sparsity > failed[0].sparsity]
+        masks = Masks(self._request.keep(Ranked(self._values, self._by), low))
+        if above:
+            warn(
+                f"the curve rises again: sparsity {above[-1].sparsity:.4g} passes with {above[-1].value:.4g}, and "
+                f"{failed[0].sparsity:.4g} does not with {failed[0].value:.4g}: the answer is one crossing of several"
+            )
+        return Found(
+            masks.sparsity,
+            masks,
+            tuple(looks),
+            self._evaluations,
+            self._dense.mean,
+            self._wish.wanted,
+            self._wish.confidence,
+            not above,
+            self._state,
+        )
+
+    def _reaches(self, look: Look) -> bool:
+        """Whether the value itself does, shown or not."""
+        return self._wish.gained(look.value, self._dense.mean) >= self._wish.wanted
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _applied(work: Round, model: nn.Module) -> Round:
+    """The round, with masks that know the model's parameters, so that ``round.hold`` does."""
+    work.masks.apply_(model)
+    return work

@@ -1,0 +1,322 @@
+"""What does each layer lose when it alone is pruned, a sparsity at a time (chapter 6)?
+
+A layer is ranked once; its masks at growing sparsities lie within each other, so that each is applied over the one
+before, and the layer is put back once, after its last. The rest of the time is the caller's `evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradprune.core import files, tables
+from gradprune.core.checks import fraction, function, module, require
+from gradprune.core.masked import zero_pruned_
+from gradprune.core.progress import bar
+from gradprune.core.unchanged import Keeper
+from gradprune.core.words import in_our_words
+from gradprune.recovery.outcome import Measure, measured, name_of
+from gradprune.weights.eligible import Patterns, StatedAxes
+from gradprune.weights.granularity import Granularity, Ranked
+from gradprune.weights.request import Request, Score, checked_score, ranked_by
+from gradprune.weights.score import magnitude
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+_KEY = "gradprune.sensitivity"
+_LABELLED = 10  # layers that a picture names
+_SAMPLED = 2**14  # entries of a weight that tell it from another's
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What ``sensitivity`` found: for each layer alone, what `evaluate` gave at each sparsity.
+
+    Printed, it is a table; ``fit_budget`` takes it.
+
+    Args:
+        dense: what `evaluate` gave for the network as it was.
+        values: layer -> {sparsity: what `evaluate` gave}.
+        weights: layer -> how many weights it has.
+        score: what ranked the weights.
+        granularity: what went together.
+        eligible: the patterns and axes that said which layers take part, as ``prune`` takes them.
+
+    Chapter 6.
+    """
+
+    dense: float
+    values: dict[str, dict[float, float]] = field(hash=False)
+    weights: dict[str, int] = field(hash=False)
+    score: Score = magnitude
+    granularity: Granularity = "weight"
+    eligible: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def losses(self) -> dict[str, dict[float, float]]:
+        """Return by how much each value lies below the dense one, layer by layer; a gain is negative."""
+        return {name: {s: self.dense - value for s, value in row.items()} for name, row in self.values.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat row a layer: its name, its weights, and the value at each sparsity."""
+        return [
+            {"layer": name, "weights": self.weights[name]} | {f"{s:g}": value for s, value in row.items()}
+            for name, row in self.values.items()
+        ]
+
+    def to_frame(self) -> Any:
+        """Return the rows as a pandas DataFrame, a layer a row.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return tables.as_frame(self.rows()).set_index("layer")
+
+    def __str__(self) -> str:
+        return tables.as_text(self.rows(), self._notes())
+
+    def _repr_html_(self) -> str:
+        return tables.as_html(self.rows(), self._notes())
+
+    def _notes(self) -> list[str]:
+        return [f"What evaluate gave with one layer pruned to a sparsity; dense {tables.cell(self.dense)}."]
+
+    def plot(self) -> Figure:
+        """Draw the values over sparsity, a line a layer, beside the dense one. Needs matplotlib.
+
+        The layers that lose most are named.
+
+        Returns:
+            The figure, which no window shows.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from gradprune.gradients.plotting import new_figure
+
+        figure = new_figure(3.6)
+        axes = figure.subplots()
+        axes.axhline(self.dense, linestyle=":", color="gray", label="dense")
+        worst = sorted(self.values, key=lambda name: min(self.values[name].values()))
+        named = set(worst[:_LABELLED])
+        for name, row in self.values.items():
+            style = {"label": name} if name in named else {"color": "gray", "alpha": 0.4, "linewidth": 0.8}
+            axes.plot(list(row), list(row.values()), marker=".", **style)
+        axes.set(xlabel="sparsity of the one layer", ylabel="what evaluate gave")
+        if len(worst) > len(named):
+            axes.plot([], [], color="gray", alpha=0.4, label=f"{len(worst) - len(named)} more")
+        figure.legend(loc="outside right upper", fontsize="small")
+        return figure
+
+
+@in_our_words
+def sensitivity(
+    model: nn.Module,
+    evaluate: Measure,
+    sparsities: Iterable[float] | None = None,
+    *,
+    score: Score = magnitude,
+    granularity: Granularity = "weight",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    axes: StatedAxes = None,
+    file: str | os.PathLike[str] | None = None,
+) -> Sensitivity:
+    """Return what `evaluate` gives when each layer alone is pruned to each sparsity.
+
+    L layers at S sparsities are L times S evaluations and one of the dense network. The masks are those of
+    ``prune(model, score, scope={layer: sparsity})``, and each of a layer's lies within the one before. The model is
+    left bit by bit as it was, its buffers, modes and gradients too, whatever is raised meanwhile.
+
+    Args:
+        model: the network; it is pruned while the call runs.
+        evaluate: a function from the model to a number, or to a tensor with one result an example, of which the mean
+            is taken; the higher, the better (of a loss, give the negative). Use validation data.
+        sparsities: in (0, 1], growing; 0.3, 0.5, 0.7, 0.8, 0.9, 0.95 and 0.98 unless given. None for n of m.
+        score: as for ``prune``; asked once.
+        granularity: as for ``prune``.
+        include: as for ``prune``.
+        exclude: as for ``prune``.
+        axes: as for ``prune``.
+        file: where each result is written down, in JSON, whole or not at all. The same call with the file there goes
+            on from it.
+
+    Returns:
+        A ``Sensitivity``.
+
+    Raises:
+        TypeError: where an argument is of a wrong kind.
+        ValueError: where one is out of range, nothing is eligible, or the file is damaged, of another call or cannot be
+            written: before anything is evaluated. Also where `evaluate` returns anything but finite numbers.
+
+    Example:
+        >>> x = torch.ones(1, 8)
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+        >>> found = gp.sensitivity(model, lambda model: -model(x).abs(), [0.5, 0.9])
+        >>> list(found.values), list(found.values["0.weight"])
+        (['0.weight', '1.weight'], [0.5, 0.9])
+
+    Han et al. (2015), section 4.1 and figure 6; chapter 6.
+    """
+    module(model)
+    function("evaluate", evaluate)
+    request = Request.of(model, granularity=granularity, include=include, exclude=exclude, axes=axes)
+    levels = _levels(sparsities, request)
+    score = checked_score(score)
+    notes = _Notes(file, model, request, levels, score, granularity)
+    ranked = ranked_by(score, model, request.parameters)
+    keeper = Keeper(model)
+    with bar(1 + len(levels) * len(request.layers), "sensitivity", notes.done) as progress:
+        if notes.dense is None:
+            notes.add_dense(measured(evaluate, model, "for the dense network").mean)
+            progress.update()
+        for name in request.layers:
+            _scan_layer(model, keeper, evaluate, request, ranked, name, levels, notes, progress.update)
+    assert notes.dense is not None
+    weights = {name: weight.parameter.numel() for name, weight in request.layers.items()}
+    patterns = {"include": include, "exclude": exclude, "axes": axes}
+    return Sensitivity(notes.dense, notes.values, weights, score, granularity, patterns)
+
+
+def _levels(sparsities: Any, request: Request) -> list[float]:
+    """The sparsities as plain floats, checked."""
+    if request.n_of_m is not None:
+        n, m = request.n_of_m
+        require(sparsities is None, f"granularity {n}:{m} is itself a sparsity of {1 - n / m:g}: give no others")
+        return [1 - n / m]
+    if sparsities is None:
+        return list(SPARSITIES)
+    if isinstance(sparsities, str | bytes | Mapping) or not isinstance(sparsities, Iterable):
+        raise TypeError(f"sparsities must be several numbers, such as [0.5, 0.9], got {type(sparsities).__name__}")
+    levels = [fraction(f"sparsities[{at}]", value) for at, value in enumerate(sparsities)]
+    require(bool(levels), "sparsities is empty")
+    require(
+        levels[0] > 0 and all(a < b for a, b in pairwise(levels)),
+        f"sparsities must be positive and grow, got {levels}",
+    )
+    return levels
+
+
+def _scan_layer(
+    model: nn.Module,
+    keeper: Keeper,
+    evaluate: Measure,
+    request: Request,
+    ranked: Ranked,
+    name: str,
+    levels: list[float],
+    notes: _Notes,
+    update: Callable[[], Any],
+) -> None:
+    """Prune one layer further and further, and put it back."""
+    left = levels[len(notes.values[name]) :]
+    if not left:
+        return
+    parameter = request.layers[name].parameter
+    own = ranked.values[name].detach()
+    own = own.clone() if ranked.by == "magnitude" else own  # else it would change with the layer
+    with keeper.unchanged([parameter]):
+        for sparsity in left:
+            given = None if request.n_of_m is not None else sparsity
+            mask = request.alone(name, sparsity).keep(Ranked({name: own}, ranked.by), given)[name]
+            zero_pruned_([(parameter, mask)])
+            notes.add(name, sparsity, measured(evaluate, model, f"with {name!r} at sparsity {sparsity:g}", keeper).mean)
+            update()
+
+
+class _Notes:
+    """What is known so far, in memory and in the file."""
+
+    def __init__(
+        self,
+        file: Any,
+        model: nn.Module,
+        request: Request,
+        levels: list[float],
+        score: Score,
+        granularity: Granularity,
+    ) -> None:
+        self.dense: float | None = None
+        self.values: dict[str, dict[float, float]] = {name: {} for name in request.layers}
+        self._path: Path | None = None if file is None else files.place("file", file)
+        if self._path is not None:
+            self._call: dict[str, Any] = {
+                "layers": list(request.layers),
+                "sparsities": levels,
+                "score": name_of(score),
+                "granularity": str(granularity),
+                "weights": _digest(model),
+            }
+            if self._path.exists():
+                self._read(self._path)
+
+    @property
+    def done(self) -> int:
+        """How many evaluations are known."""
+        return (self.dense is not None) + sum(map(len, self.values.values()))
+
+    def add_dense(self, value: float) -> None:
+        """Note what the dense network gave."""
+        self.dense = value
+        self._write()
+
+    def add(self, name: str, sparsity: float, value: float) -> None:
+        """Note what a layer gave at a sparsity."""
+        self.values[name][sparsity] = value
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        told = {"values": {name: list(row.values()) for name, row in self.values.items()}}
+        with files.replacing(self._path) as part:
+            part.write_text(json.dumps({_KEY: self._call, "dense": self.dense} | told), encoding="utf-8")
+
+    def _read(self, path: Path) -> None:
+        call, dense, values = _parsed(path)
+        for key, wanted in self._call.items():
+            require(
+                call.get(key) == wanted,
+                f"{str(path)!r} is of another scan, with other {key}: give another file, or remove it",
+            )
+        self.dense = dense
+        for name, row in values.items():
+            self.values[name] = dict(zip(self._call["sparsities"], row, strict=False))
+
+
+def _parsed(path: Path) -> tuple[dict[str, Any], float | None, dict[str, list[float]]]:
+    """What is in a file, in the form in which it was written; ValueError where it is something else."""
+    wrong = f"{str(path)!r} is no scan of gp.sensitivity, or damaged: give another file, or remove it"
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        call, dense, values = dict(told[_KEY]), told["dense"], told["values"]
+        most = len(call["sparsities"])
+        sound = list(values) == call["layers"] and (dense is None or isinstance(dense, float))
+        sound = sound and all(
+            len(row) <= most and all(isinstance(value, float) for value in row) for row in values.values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(wrong) from None
+    require(sound, wrong)
+    return call, dense, values
+
+
+def _digest(model: nn.Module) -> int:
+    """A number that tells these weights from those of another training, by a sample of each."""
+    found = 0
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
+            flat = tensor.detach().flatten() if not tensor.is_contiguous() else tensor.detach().view(-1)
+            some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+            found = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), found))
+    return found

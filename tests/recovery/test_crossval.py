@@ -1,0 +1,167 @@
+"""Folds that are the same for every setting, intervals that know of their overlap, and the choice beside the best."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import gradprune as gp
+
+X = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(50)
+
+
+def build():
+    return nn.Linear(4, 1)
+
+
+def untrained(model, data, setting):
+    pass
+
+
+def test_each_example_is_evaluated_once_a_setting_and_never_trained_on_in_its_fold():
+    seen = {"a": [], "b": []}
+    trained = []
+
+    def train(model, data, setting):
+        trained.append(set(data[1].tolist()))
+        model.setting = setting
+
+    def evaluate(model, data):
+        rows = data[1].tolist()
+        assert not trained[-1] & set(rows)
+        assert trained[-1] | set(rows) == set(range(50))
+        seen[model.setting] += [rows]
+        return 0.0 if model.setting == "a" else 1.0
+
+    table = gp.cross_validate(build, train, evaluate, (X, Y), folds=4, settings=["a", "b"])
+    assert seen["a"] == seen["b"]
+    assert sorted(row for rows in seen["a"] for row in rows) == list(range(50))
+    assert sorted(map(len, seen["a"])) == [12, 12, 13, 13]
+    assert table.values == {"a": [0.0] * 4, "b": [1.0] * 4}
+
+
+def test_on_one_fold_all_settings_start_from_the_same_random_state_which_is_put_back():
+    drawn = {1: [], 2: []}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+
+    def train(model, data, setting):
+        drawn[setting].append((model.weight.sum().item(), torch.rand(()).item()))
+
+    gp.cross_validate(build, train, lambda m, d: 0.0, X, folds=3, settings={"a": 1, "b": 2})
+    assert drawn[1] == drawn[2]
+    assert len(set(drawn[1])) == 3
+    assert torch.equal(state, torch.get_rng_state())
+
+
+VALUES = {"sparse": [0.90, 0.80, 0.85, 0.95], "half": [0.94, 0.85, 0.88, 0.99], "dense": [0.95, 0.84, 0.90, 0.99]}
+
+
+def validated(values):
+    left = {name: list(row) for name, row in values.items()}
+    evaluate = lambda model, data: left[model.name].pop(0)  # noqa: E731
+
+    def train(model, data, setting):
+        model.name = setting
+
+    return gp.cross_validate(build, train, evaluate, X, folds=4, settings=list(values))
+
+
+def test_differences_are_paired_and_their_intervals_know_that_folds_share_examples():
+    table = validated(VALUES)
+    gaps = np.subtract(VALUES["half"], VALUES["sparse"])
+    error = gaps.std(ddof=1) * np.sqrt(1 / 4 + 1 / 3)
+    found = table.difference("half")
+    low, high = stats.t.interval(0.95, 3, gaps.mean(), error)
+    assert (found.mean, found.low, found.high) == pytest.approx((gaps.mean(), low, high))
+    assert found.p == pytest.approx(2 * stats.t.sf(gaps.mean() / error, 3))
+    assert table.standard_error("half") == pytest.approx(np.std(VALUES["half"], ddof=1) * np.sqrt(7 / 12))
+
+
+def test_the_one_standard_error_choice_is_the_first_that_is_about_as_good_as_the_best():
+    table = validated(VALUES)
+    assert (table.best, table.one_standard_error) == ("dense", "sparse")
+    close = validated(VALUES | {"dense": [1.0, 0.999, 1.0, 0.999], "sparse": [0.5, 0.6, 0.5, 0.6]})
+    assert close.one_standard_error == "dense"
+    assert "first within one standard error of it: 'sparse'" in str(table)
+
+
+def test_outcomes_are_those_of_holm():
+    table = validated(VALUES)
+    assert set(table.outcomes()) == {"half", "dense"}
+    apart = validated({"a": [0.1, 0.2, 0.1, 0.2], "b": [0.9, 1.0, 0.9, 1.01], "c": [0.1, 0.2, 0.1, 0.2]})
+    assert apart.outcomes() == {"b": "better", "c": "not shown"}
+    rows = apart.rows()
+    assert rows[0]["outcome"] == "reference"
+    assert rows[1]["low"] > 0
+
+
+class Guess(nn.Module):
+    """The mean of one column of what it was trained on."""
+
+    def fit(self, data, at):
+        self.at, self.guess = at, data[:, at].mean()
+
+
+def test_the_corrected_interval_says_a_difference_where_there_is_none_less_often_than_the_plain_one():
+    """Two settings that are alike, over many data sets."""
+    generator = torch.Generator().manual_seed(0)
+    plain = corrected = 0
+    for run in range(150):
+        table = gp.cross_validate(
+            lambda: Guess(),
+            lambda model, data, at: model.fit(data, at),
+            lambda model, data: -(data[:, model.at] - model.guess).square().mean(),
+            torch.randn(30, 2, generator=generator),
+            settings={"a": 0, "b": 1},
+            seed=run,
+        )
+        gap = table.difference("b")
+        corrected += gap.low > 0 or gap.high < 0
+        plain += stats.ttest_rel(table.values["b"], table.values["a"]).pvalue < 0.05
+    assert corrected < plain
+    assert corrected / 150 < 0.08
+
+
+def test_data_sets_arrays_and_several_tensors_come_back_in_their_form():
+    kinds = []
+
+    def evaluate(model, data):
+        kinds.append(type(data).__name__)
+        return torch.ones(len(data[0]))
+
+    for data in (X, X.numpy(), (X, Y), TensorDataset(X, Y)):
+        gp.cross_validate(build, untrained, evaluate, data, folds=2, settings=[1])
+    assert kinds[::2] == ["Tensor", "ndarray", "tuple", "Subset"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"folds": 1}, "folds"),
+        ({"folds": 51}, "fewer than folds"),
+        ({"settings": []}, "settings is empty"),
+        ({"settings": ["a", "a"]}, "one name"),
+        ({"reference": "z"}, "reference must be one of"),
+        ({"data": (X, Y[:3])}, "one length"),
+        ({"evaluate": lambda m, d: float("nan")}, "nan for 'a' on fold 0"),
+        ({"evaluate": lambda m, d: None}, "returned None"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(given, said):
+    arguments = {
+        "build": build, "train": untrained, "evaluate": lambda m, d: 1.0, "data": X, "folds": 2, "settings": ["a", "b"],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+        gp.cross_validate(**(arguments | given))
+
+
+def test_it_prints_a_table_and_draws_the_folds():
+    table = validated(VALUES)
+    assert "standard error" in str(table)
+    assert "<table>" in table._repr_html_()
+    assert list(table.to_frame().index) == list(VALUES)
+    assert [text.get_text() for text in table.plot().axes[0].get_xticklabels()] == list(VALUES)
