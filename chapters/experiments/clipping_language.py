@@ -18,8 +18,8 @@ seeds.
 
 "bounds": bounds at quantiles of the log, at two rates.
 
-"trace": of each run without a bound that ever does worse than guessing, the step of the largest norm before that; the
-same run again with that one step alone clipped to 1, and again with the step before it shortened by the same factor.
+"dealt": a control for the bound of 1. As many steps are shortened, by the same factors, but chance chooses which of
+those up to the last that the bound shortened.
 
 "recall": the sign of the first of 30 values (see clipping.py), plain SGD at a rate of 0.3, over bounds.
 """
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from pydoc_data import topics
@@ -40,21 +40,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import gradprune as gp
 from gradprune import lab
 
-SEEDS = list(range(12))
+SEEDS = list(range(24))
 TUNING_SEEDS = [100, 101]
 LETTERS, WIDTH, GAIN = 27, 48, 1.2
 BATCH, LENGTH, STEPS = 16, 60, 300
-RATES = [0.35, 0.5, 0.7, 1.0, 1.4, 2.0]
+RATES = [0.5, 0.7, 1.0, 1.4, 2.0]
+START_RATES = [1.4, 2.0, 2.8]
 LOG_RATE = 0.5
 QUANTILES = [0.1, 0.5, 0.9, 0.99, 1.0]
 BOUND_RATES = [0.7, 1.0]
-TRACE_RATES = [1.0, 1.4]
-GUESSING = math.log(LETTERS)
-RECALL_SEEDS = list(range(16))
-RECALL_BOUNDS = [0.001, 0.01, 0.1, 1.0, 10.0, 100.0, math.inf]
+DEALT_RATES = [1.0, 1.4]
+RECALL_BOUNDS = [0.001, 0.01, 0.1, 1.0, 10.0, math.inf]
 
 
 class Model(nn.Module):
@@ -82,92 +80,115 @@ def text() -> dict[str, Tensor]:
     return {"train": letters[: ends[0]], "validation": letters[ends[0] : ends[1]], "test": letters[ends[1] :]}
 
 
-def loss_of(model: nn.Module, pieces: Tensor) -> Tensor:
-    """The cross-entropy of each next letter, on average."""
-    return functional.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
+class Networks:
+    """Several networks of one shape, trained side by side: each parameter is a stack of theirs.
+
+    It computes what :class:`Model` does, for all at once, since one step of one small network is mostly overhead.
+    """
+
+    def __init__(self, seeds: Sequence[int], gain: float | None = GAIN) -> None:
+        models = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            models.append(Model(gain).state_dict())
+        self.parameters = {name: torch.stack([model[name] for model in models]).requires_grad_() for name in models[0]}
+
+    def losses(self, pieces: Tensor) -> Tensor:
+        """The cross-entropy of each next letter, one mean a network: (networks, pieces, letters) to (networks)."""
+        p = self.parameters
+        many, count, length = pieces.shape
+        letters = functional.one_hot(pieces[:, :, :-1].transpose(1, 2), LETTERS).float()
+        bias = (p["rnn.bias_ih_l0"] + p["rnn.bias_hh_l0"])[:, None]
+        read = torch.baddbmm(bias, letters.reshape(many, -1, LETTERS), p["rnn.weight_ih_l0"].transpose(1, 2))
+        back = p["rnn.weight_hh_l0"].transpose(1, 2)
+        state = read.new_zeros(many, count, WIDTH)
+        states = []
+        for given in read.view(many, length - 1, count, WIDTH).unbind(1):
+            state = torch.baddbmm(given, state, back).tanh()
+            states.append(state)
+        every = torch.stack(states, 2).view(many, -1, WIDTH)
+        scores = torch.baddbmm(p["head.bias"][:, None], every, p["head.weight"].transpose(1, 2))
+        wanted = pieces[:, :, 1:].reshape(many, -1)
+        return functional.cross_entropy(scores.transpose(1, 2), wanted, reduction="none").mean(1)
+
+    def step(self, rate: float, factors: Callable[[Tensor], Tensor]) -> Tensor:
+        """A step of descent with each network's gradient times its own factor, of its norm; return the norms."""
+        grads = {name: parameter.grad for name, parameter in self.parameters.items()}
+        norms = sum(grad.flatten(1).square().sum(1) for grad in grads.values()).sqrt()
+        scale = -rate * factors(norms)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter += scale.view(-1, *[1] * (parameter.dim() - 1)) * grads[name]
+                parameter.grad = None
+        return norms
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, part: str) -> float:
-    """The loss on all whole pieces of a part of the text."""
+def evaluate(networks: Networks, part: str) -> list[float]:
+    """The loss on all whole pieces of a part of the text, one a network."""
     letters = text()[part]
     count = (len(letters) - 1) // LENGTH
     pieces = torch.stack([letters[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)])
-    return round(loss_of(model, pieces).item(), 4)
+    many = len(networks.parameters["head.bias"])
+    return [round(loss, 4) for loss in networks.losses(pieces.expand(many, -1, -1)).tolist()]
+
+
+Factors = Callable[[Tensor, int], Tensor]
 
 
 def train(
-    rate: float, seed: int, clip_: Callable[[nn.Module, int], float], gain: float | None = GAIN, steps: int = STEPS
-) -> tuple[nn.Module, list[float], list[float]]:
-    """Train; return the model, the norms that `clip_(model, step)` found, and the losses."""
-    torch.manual_seed(seed)
-    model = Model(gain)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    rate: float, seeds: Sequence[int], factors: Factors, gain: float | None = GAIN, steps: int = STEPS
+) -> tuple[Networks, np.ndarray, np.ndarray]:
+    """Train a network for each seed; `factors(norms, step)` scale the gradients. Return them, norms and losses."""
+    networks = Networks(seeds, gain)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     letters = text()["train"]
     norms, losses = [], []
     for step in range(steps):
-        begins = torch.randint(len(letters) - LENGTH, (BATCH, 1), generator=generator)
-        loss = loss_of(model, letters[begins + torch.arange(LENGTH + 1)])
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(clip_(model, step))
-        losses.append(loss.item())
-        optimizer.step()
-    return model, norms, losses
+        begins = [torch.randint(len(letters) - LENGTH, (BATCH, 1), generator=g) for g in generators]
+        found = networks.losses(letters[torch.stack(begins) + torch.arange(LENGTH + 1)])
+        found.sum().backward()
+        norms.append(networks.step(rate, lambda norms, step=step: factors(norms, step)).tolist())
+        losses.append(found.tolist())
+    return networks, np.array(norms).T, np.array(losses).T
 
 
-def bounded(bound: float) -> Callable[[nn.Module, int], float]:
-    """Clip to this norm at every step."""
-    return lambda model, _: float(gp.clip_by_norm_(model, bound))
-
-
-def shortened(at: int, factor: float) -> Callable[[nn.Module, int], float]:
-    """Multiply the gradient of one step by a factor; leave all others."""
-
-    def clip_(model: nn.Module, step: int) -> float:
-        norm = float(gp.clip_by_norm_(model, math.inf))
-        if step == at:
-            for parameter in model.parameters():
-                assert parameter.grad is not None
-                parameter.grad *= factor
-        return norm
-
-    return clip_
+def bounded(bound: float) -> Factors:
+    """Clip to this norm at every step, as :func:`gradprune.clip_by_norm_` does."""
+    return lambda norms, _: torch.where(norms > bound, bound / (norms + 1e-6), 1.0)
 
 
 @cache
 def logged() -> list[float]:
     """The norms of a run without a bound."""
-    return [float(f"{norm:.4g}") for norm in train(LOG_RATE, TUNING_SEEDS[0], bounded(math.inf))[1]]
+    return [float(f"{norm:.4g}") for norm in train(LOG_RATE, TUNING_SEEDS[:1], bounded(math.inf))[1][0]]
 
 
-def reported(rate: float, bound: float, gain: float | None = GAIN, *, tune: bool = True) -> dict[str, Any]:
-    """What is kept of one setting over the seeds."""
-    tuning = [evaluate(train(rate, seed, bounded(bound), gain)[0], "validation") for seed in TUNING_SEEDS if tune]
-    runs = [train(rate, seed, bounded(bound), gain) for seed in SEEDS]
-    return ({"validation": round(float(np.mean(tuning)), 4)} if tune else {}) | {
-        "test": [evaluate(model, "test") for model, _, _ in runs],
-        "engaged": [round(float(np.mean(np.array(norms) > bound)), 4) for _, norms, _ in runs],
-        "largest": [float(f"{max(norms):.3g}") for _, norms, _ in runs],
+def reported(rate: float, bound: float, gain: float | None = GAIN) -> dict[str, Any]:
+    """What is kept of one setting."""
+    networks, norms, _ = train(rate, [*SEEDS, *TUNING_SEEDS], bounded(bound), gain)
+    many = len(SEEDS)
+    return {
+        "validation": round(float(np.mean(evaluate(networks, "validation")[many:])), 4),
+        "test": evaluate(networks, "test")[:many],
+        "engaged": [round(float(share), 4) for share in (norms[:many] > bound).mean(1)],
+        "largest": [float(f"{norm:.3g}") for norm in norms[:many].max(1)],
     }
 
 
-def traced(rate: float, seed: int) -> dict[str, Any]:
-    """Find the step of the largest norm before a run breaks, and see what becomes of the run without it."""
-    _, norms, losses = train(rate, seed, bounded(math.inf))
-    worse = [step for step in range(5, STEPS) if losses[step] > GUESSING]
-    if not worse:
-        return {"breaks": None}
-    breaks = worse[0]
-    at = int(np.argmax(norms[:breaks]))
-    until = min(STEPS, breaks + 20)
-    found: dict[str, Any] = {"breaks": breaks, "jump": at, "norm": norms[at], "before": float(np.median(norms[:at]))}
-    found["as it was"] = float(np.mean(losses[at + 1 : until]))
-    factor = min(1.0, 1 / norms[at])
-    for name, step in (("jump clipped", at), ("step before shortened", at - 1)):
-        found[name] = float(np.mean(train(rate, seed, shortened(step, factor), steps=until)[2][at + 1 :]))
-    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in found.items()}
+def dealt(rate: float, bound: float) -> dict[str, Any]:
+    """Shorten as many steps by the same factors as the bound does, but steps that chance chooses.
+
+    Of each network: up to the last step that the bound shortened, in an order of its own.
+    """
+    _, norms, _ = train(rate, SEEDS, bounded(bound))
+    factors = np.where(norms > bound, bound / (norms + 1e-6), 1.0)
+    for seed, row in zip(SEEDS, factors, strict=True):
+        last = int(np.nonzero(row < 1)[0].max(initial=0)) + 1
+        row[:last] = np.random.default_rng(seed).permutation(row[:last])
+    table = torch.from_numpy(factors.T.copy()).float()
+    networks, _, _ = train(rate, SEEDS, lambda norms, step: table[step])
+    return {"test": evaluate(networks, "test"), "shortened": [int(count) for count in (factors < 1).sum(1)]}
 
 
 def baseline() -> dict[str, Any]:
@@ -191,23 +212,23 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         return baseline()
     if part == "log":
         return {"norms": logged()}
-    if part == "trace":
-        return traced(rate, cell["seed"])
+    if part == "dealt":
+        return dealt(rate, cell["bound"])
     if part == "recall":
-        runs = [clipping.recall("SGD", clipping.name(cell["bound"]), 0.3, seed) for seed in RECALL_SEEDS]
+        runs = [clipping.recall("SGD", clipping.name(cell["bound"]), 0.3, seed) for seed in SEEDS]
         return clipping.reported(runs)
     if part == "bounds":
         bound = float(np.quantile(logged(), cell["quantile"]))
-        return {"bound": float(f"{bound:.3g}")} | reported(rate, bound, tune=False)
+        return {"bound": float(f"{bound:.3g}")} | reported(rate, bound)
     return reported(rate, cell["bound"], None if part == "start" else GAIN)
 
 
 CELLS: list[dict[str, Any]] = [{"part": "baseline"}, {"part": "log", "rate": LOG_RATE}]
 CELLS += [{"part": "rates", "rate": rate, "bound": bound} for rate in RATES for bound in (math.inf, 1.0)]
-CELLS += [{"part": "trace", "rate": rate, "seed": seed} for rate in TRACE_RATES for seed in SEEDS]
+CELLS += [{"part": "dealt", "rate": rate, "bound": 1.0} for rate in DEALT_RATES]
 CELLS += [{"part": "bounds", "rate": rate, "quantile": quantile} for rate in BOUND_RATES for quantile in QUANTILES]
 CELLS += [{"part": "recall", "bound": bound} for bound in RECALL_BOUNDS]
-CELLS += [{"part": "start", "rate": rate, "bound": bound} for rate in (1.0, 1.4, 2.0, 2.8) for bound in (math.inf, 1.0)]
+CELLS += [{"part": "start", "rate": rate, "bound": bound} for rate in START_RATES for bound in (math.inf, 1.0)]
 
 if __name__ == "__main__":
     lab.start(0)

@@ -153,7 +153,7 @@ function walkBoth({ w, b, rate, momentum, bound, kind }, cell) {
 }
 
 function pathMarks({ points }, shown, colour) {
-  const seen = points.slice(0, shown + 1);
+  const seen = points.slice(0, shown + 1).map(nearMap);
   const path = { x: seen.map(([w]) => w), y: seen.map(([, b]) => b), class: colour };
   return [
     { kind: "line", ...path },
@@ -161,8 +161,16 @@ function pathMarks({ points }, shown, colour) {
   ];
 }
 
+// A point off the map stands just outside it, in its direction from the middle: nothing is drawn far off the page.
+function nearMap([w, b]) {
+  const middle = (W.from + W.to) / 2;
+  const shrink = Math.min(1, 1.3 / Math.hypot(w - middle, b));
+  return [middle + shrink * (w - middle), shrink * b];
+}
+
 function stepMarks(values, from, colour) {
-  const steps = { x: values.map((_, i) => i + from), y: values, class: colour };
+  const within = (value) => Math.min(Math.max(value, SEEN.from / 2), SEEN.to * 2); // just off the axis
+  const steps = { x: values.map((_, i) => i + from), y: values.map(within), class: colour };
   return [
     { kind: "line", ...steps },
     { kind: "points", ...steps, radius: 2 },

@@ -119,8 +119,8 @@ class Clip(Live):
         free, bounded = (walks[START["w"], START["rate"], clipped] for clipped in (False, True))
         words = (
             f"From w = {START['w']} gradient descent at a rate of {START['rate']} has a loss too large for a number "
-            f"after {len(free.lengths)} steps. With a bound of {START['bound']:.0f} on the norm, {STEPS} steps of at most "
-            f"{bounded.lengths.max():.2f} end at a loss of {bounded.losses[-1]:.2f}."
+            f"after {len(free.lengths)} steps. With a bound of {START['bound']:.0f} on the norm, {STEPS} steps of "
+            f"at most {bounded.lengths.max():.2f} end at a loss of {bounded.losses[-1]:.2f}."
         )
         rows = [
             [w, figures.power_of_ten(rate), "yes" if clipped else "no", *_summary(walk)]
