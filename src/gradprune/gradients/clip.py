@@ -60,7 +60,7 @@ def clip_by_value_(params: Params, limit: float, *, nonfinite: NonFinite = "rais
         >>> weight.grad
         tensor([ 1.0000, -0.5000])
 
-    Mikolov (2012); chapter 2, equation 2.2.
+    Mikolov (2012); chapter 2, equation 2.5.
     """
     limit = checks.number("limit", limit, above=0.0, finite=False)
     found = Gathered(params, nonfinite, log, "value")

@@ -11,12 +11,12 @@ from page import facts, opened, set_slider, settled, write_page
 from playwright.sync_api import Browser, Locator
 
 from gradprune.lab.live import Clip
-from gradprune.lab.live.clip import CELL, START, STEPS
+from gradprune.lab.live.clip import CELL, SMALL_RATE, START, STEPS
 
 SETTINGS = [  # w, b, rate, momentum, bound, kind
     (1.2, -0.5, 0.05, 0.0, 1.0, "norm"),
     (1.2, -0.5, 0.05, 0.0, 1.0, "value"),
-    (1.2, -0.5, 0.05, 0.0, 1.0, "none"),
+    (1.2, -0.5, 2e-5, 0.0, 1.0, "norm"),
     (0.6, -0.8, 0.02, 0.0, 0.3, "value"),
     (0.6, -0.8, 0.02, 0.0, 4.0, "norm"),
     (0.8, 0.1, 0.005, 0.0, 64.0, "norm"),
@@ -54,7 +54,8 @@ def test_page_and_gradprune_take_the_same_steps(browser: Browser, tmp_path: Path
     figure = Clip(**dict(zip(NAMES, setting, strict=True)))
     with page_of(browser, tmp_path, figure) as root:
         seen, found = facts(root), numbers(root)
-    assert [seen[name] for name in NAMES] == [*(f"{value:g}" for value in setting[:-1]), figure.kind]
+    assert [float(seen[name]) for name in NAMES[:-1]] == list(setting[:-1])
+    assert seen["kind"] == figure.kind
     for name, clipped in (("unclipped", False), ("clipped", True)):
         mine, page = figure.walk(clipped), found[name]
         assert (len(page["lengths"]), page["finite"]) == (len(mine.lengths), mine.finite)
@@ -91,15 +92,11 @@ def test_the_cells_gradient_is_that_of_autograd_at_each_state(browser: Browser, 
 
 def test_every_setting_is_reached_by_keyboard_and_reset_restores_the_first(root: Locator) -> None:
     first, keyboard = facts(root), root.page.keyboard
-    ends = {"w": "1.4", "b": "1", "rate": "0.1", "momentum": "0.9", "bound": "63"}
+    ends = {"w": "1.4", "rate": "0.1", "bound": "63"}
     for name, last in ends.items():
         keyboard.press("Tab")
         assert settled(root, lambda: keyboard.press("End"))[name] == last
         assert settled(root, lambda: keyboard.press("ArrowLeft"))[name] != last
-    keyboard.press("Tab")
-    assert settled(root, lambda: keyboard.press("ArrowUp"))["kind"] == "value"
-    assert settled(root, lambda: keyboard.press("ArrowUp"))["kind"] == "none"
-    assert root.get_by_label("bound of the clip").is_disabled()
     keyboard.press("Tab")
     assert settled(root, lambda: keyboard.press("Enter"))["shown"] == str(STEPS)
     keyboard.press("Tab")
@@ -108,7 +105,7 @@ def test_every_setting_is_reached_by_keyboard_and_reset_restores_the_first(root:
         assert last[name] == first[name], name
 
 
-def test_where_the_map_is_pressed_and_dragged_to_the_walks_begin(root: Locator) -> None:
+def test_the_walks_begin_at_the_weight_where_the_map_is_pressed_and_dragged_to(root: Locator) -> None:
     chart = root.locator(".gp-live-layers > svg")
     chart.scroll_into_view_if_needed()
     shades, whole = root.locator("canvas.gp-live-heat").bounding_box(), chart.bounding_box()
@@ -126,15 +123,14 @@ def test_where_the_map_is_pressed_and_dragged_to_the_walks_begin(root: Locator) 
         mouse.down()
 
     seen = settled(root, press)
-    assert (float(seen["w"]), float(seen["b"])) == pytest.approx((0.5, 0.5), abs=0.015)
+    assert float(seen["w"]) == pytest.approx(0.5, abs=0.015)
     seen = settled(root, lambda: mouse.move(*at(1.1, -0.25)))
-    assert (float(seen["w"]), float(seen["b"])) == pytest.approx((1.1, -0.25), abs=0.015)
-    mouse.move(*at(3, -3))  # off the map: its corner
+    assert float(seen["w"]) == pytest.approx(1.1, abs=0.015)
+    mouse.move(*at(3, -3))  # off the map: its edge
     mouse.up()
-    root.page.wait_for_function(
-        "(root) => root.dataset.w === '1.4' && root.dataset.b === '-1'", arg=root.element_handle()
-    )
-    assert root.get_by_label("start, w").input_value() == "1.4"
+    root.page.wait_for_function("(root) => root.dataset.w === '1.4'", arg=root.element_handle())
+    assert float(facts(root)["b"]) == START["b"]
+    assert root.get_by_label("weight w at the start").input_value() == "1.4"
     dark, light = root.evaluate(
         """(root) => { const canvas = root.querySelector("canvas.gp-live-heat");
         const alpha = (x, y) => canvas.getContext("2d").getImageData(x, y, 1, 1).data[3];
@@ -143,23 +139,26 @@ def test_where_the_map_is_pressed_and_dragged_to_the_walks_begin(root: Locator) 
     assert dark > light + 50  # the wall at w = 1.4 and the plain
 
 
-def test_the_sentence_says_where_both_walks_end_and_what_the_weight_does(root: Locator) -> None:
-    words = root.locator(".gp-live-words")
-    assert "the loss overflows after 2 steps, the longest 1·10¹⁴⁷" in words.inner_text()
-    assert "Clipped by norm at 1, 60 steps of at most 0.05" in words.inner_text()
-    assert "none is turned" in words.inner_text()
-    assert "together by 38: above 1 it explodes" in words.inner_text()
-    seen = settled(root, root.get_by_label("by value").check)
-    turn = float(Clip(kind="value").walk().angles.max())
-    assert float(seen["clippedAngle"]) == pytest.approx(turn)
-    assert f"turned by up to {turn:.0f}°" in words.inner_text()
-    settled(root, root.get_by_label("none").check)
-    assert "Clipped" not in words.inner_text()
-    set_slider(root, "start, w", 1)
-    assert "at 1 it does neither" in words.inner_text()
-    seen = set_slider(root, "start, w", 0.8)
-    assert float(seen["factor"]) == pytest.approx(0.8**20)
-    assert "together by 0.012: below 1 it vanishes" in words.inner_text()
+def test_the_sentence_says_where_both_walks_end_and_what_the_weight_does(browser: Browser, tmp_path: Path) -> None:
+    with page_of(browser, tmp_path, Clip()) as root:
+        words = root.locator(".gp-live-words")
+        assert "the loss is too large for a number after 2 steps, the longest 1·10¹⁴⁷" in words.inner_text()
+        assert "With a bound of 1, 60 steps, the longest 0.05, end at a loss of 0.051" in words.inner_text()
+        assert "turned" not in words.inner_text()
+        assert "together by 38: above 1 it explodes" in words.inner_text()
+        seen = set_slider(root, "learning rate", -4.7)
+        assert float(seen["rate"]) == SMALL_RATE
+        assert "Without a bound, 60 steps, the longest 2.5, end at a loss of 1.5" in words.inner_text()
+        set_slider(root, "weight w at the start", 1)
+        assert "at 1 it does neither" in words.inner_text()
+        seen = set_slider(root, "weight w at the start", 0.8)
+        assert float(seen["factor"]) == pytest.approx(0.8**20)
+        assert "together by 0.012: below 1 it vanishes" in words.inner_text()
+    with page_of(browser, tmp_path, Clip(kind="value")) as root:
+        words = root.locator(".gp-live-words").inner_text()
+        turn = float(Clip(kind="value").walk().angles.max())
+        assert "With each entry at most 1, 60 steps" in words
+        assert f"turned by up to {turn:.0f}°" in words
 
 
 def test_play_shows_the_steps_one_after_the_other_and_less_motion_only_the_end(
@@ -180,11 +179,14 @@ def test_play_shows_the_steps_one_after_the_other_and_less_motion_only_the_end(
 
 
 def test_ranges_of_the_page_are_those_of_python(root: Locator) -> None:
-    sliders = {"w": "start, w", "b": "start, b", "rate": "learning rate", "momentum": "momentum"}
+    sliders = {"w": "weight w at the start", "rate": "learning rate", "bound": "bound on the norm"}
     for name, label in sliders.items():
         trait, ends = Clip.class_traits()[name], root.get_by_label(label)
         low, high = (float(ends.get_attribute(end) or "nan") for end in ("min", "max"))
-        assert trait.min <= low < high == trait.max
+        if name != "w":  # these go by powers of ten
+            low, high = 10**low, 10**high
+        assert trait.min <= low * 1.0001
+        assert 0.9 * trait.max < high < trait.max * 1.0001
 
 
 def test_walks_go_on_without_a_page() -> None:
@@ -193,8 +195,6 @@ def test_walks_go_on_without_a_page() -> None:
     assert figure.path()[0].tolist() == [START["w"], START["b"]]
     assert len(figure.path(clipped=False)) == 3
     assert (figure.path()[1] - figure.path()[0]).abs().tolist() == pytest.approx([0.05, 0.05])
-    figure.kind = "none"
-    assert figure.path().equal(figure.path(clipped=False))
     for name, wrong in {"w": 2.0, "bound": 0.0, "kind": "by unit"}.items():
         with pytest.raises(Exception, match=name):
             setattr(figure, name, wrong)

@@ -17,6 +17,7 @@ from gradprune.lab.live.figure import Live, Still
 
 CELL: dict[str, Any] = {"steps": 20, "first": 0.5, "target": 2.0}  # h_20 of h_0 = 0.5, and what it should be
 STEPS = 60  # of gradient descent
+SMALL_RATE = 2e-5  # one that the wall bears without a bound
 START: dict[str, Any] = {"w": 1.2, "b": -0.5, "rate": 0.05, "momentum": 0.0, "bound": 1.0, "kind": "norm"}
 
 
@@ -38,9 +39,9 @@ class Walk:
 class Clip(Live):
     """Gradient descent on the loss of a recurrent cell in its two parameters, with a clip and without.
 
-    `w` (0.2 to 1.4) and `b` (-1 to 1) are the start, `rate` (to 0.1), `momentum` (to 0.9), `bound` (0.1 to 64) and
-    `kind` ("none", "value" or "norm") are set by the reader or a program; `path()` is where the page's walk goes,
-    computed by gradprune.
+    The reader sets `w`, the weight at the start (0.2 to 1.4), the `rate` (1e-6 to 0.1) and the `bound` (0.1 to 64). A
+    program may also set `b`, the bias at the start (-1 to 1), `momentum` (to 0.9), and `kind`: whether the norm is
+    bounded, or each entry's "value". `path()` is where the page's walk goes, computed by gradprune.
 
     Example: ``lab.live.Clip(kind="value").path()``
     """
@@ -48,10 +49,10 @@ class Clip(Live):
     _esm = joined("clip.js")
     w = traitlets.Float(START["w"], min=0.2, max=1.4, help="the weight at the start").tag(sync=True)
     b = traitlets.Float(START["b"], min=-1.0, max=1.0, help="the bias at the start").tag(sync=True)
-    rate = traitlets.Float(START["rate"], min=0.001, max=0.1, help="the learning rate").tag(sync=True)
+    rate = traitlets.Float(START["rate"], min=1e-6, max=0.1, help="the learning rate").tag(sync=True)
     momentum = traitlets.Float(START["momentum"], min=0.0, max=0.9, help="of gradient descent").tag(sync=True)
     bound = traitlets.Float(START["bound"], min=0.1, max=64.0, help="of the clip").tag(sync=True)
-    kind = traitlets.Enum(("none", "value", "norm"), START["kind"], help="how it clips").tag(sync=True)
+    kind = traitlets.Enum(("norm", "value"), START["kind"], help="what is bounded").tag(sync=True)
     _cell = traitlets.Dict(CELL | {"walk": STEPS}).tag(sync=True)
     _start = traitlets.Dict(START).tag(sync=True)
 
@@ -85,7 +86,7 @@ class Clip(Live):
                 break
             if clipped and self.kind == "norm":
                 gp.clip_by_norm_(at, self.bound)
-            elif clipped and self.kind == "value":
+            elif clipped:
                 gp.clip_by_value_(at, self.bound)
             optimizer.step()
             step = optimizer.state[at]["momentum_buffer"] if self.momentum else _gradient(at)
@@ -98,37 +99,39 @@ class Clip(Live):
         return Walk(torch.stack(points), torch.stack(losses), **numbers, finite=finite)
 
     def still(self) -> Still:
-        """Return the map with the walks of the first setting, and what each kind of clip makes of them."""
-        walks = {kind: Clip(**START | {"kind": kind}).walk() for kind in ("none", "value", "norm")}
+        """Return the map with both walks of the first setting, and the ends of walks from two starts at two rates."""
+        settings = [(w, rate) for w in (START["w"], 0.6) for rate in (START["rate"], SMALL_RATE)]
+        walks = {
+            (*setting, clipped): Clip(w=setting[0], rate=setting[1]).walk(clipped)
+            for setting in settings
+            for clipped in (False, True)
+        }
         drawing, axes = figures.new()
         w, b = torch.meshgrid(torch.linspace(0.2, 1.4, 120), torch.linspace(-1, 1, 100), indexing="xy")
         axes.contourf(w, b, self.loss(w, b).clamp_min(1e-3).log10(), levels=14, cmap="Greys", alpha=0.8)
-        for kind, marker, colour in (
-            ("none", "s-", "unclipped"),
-            ("value", "^--", "clipped"),
-            ("norm", "o-", "clipped"),
-        ):
-            label = kind if kind == "none" else f"by {kind}"
-            style = {"color": figures.COLOURS[colour], "label": label, "markersize": 3}
-            near = walks[kind].points.abs().amax(1) < 1e6  # further off nothing can be drawn
-            axes.plot(*walks[kind].points[near].T.numpy(), marker, **style)
+        for clipped, marker, colour in ((False, "s-", "unclipped"), (True, "o-", "clipped")):
+            walk = walks[START["w"], START["rate"], clipped]
+            near = walk.points.abs().amax(1) < 1e6  # further off nothing can be drawn
+            style = {"color": figures.COLOURS[colour], "label": "with the bound" if clipped else "no bound"}
+            axes.plot(*walk.points[near].T.numpy(), marker, markersize=3, **style)
         axes.set(xlim=(0.2, 1.4), ylim=(-1, 1), xlabel="weight w", ylabel="bias b", title="The loss from above")
-        axes.legend(title="clip", loc="upper left")
-        none, value, norm = walks.values()
+        figures.legend(axes)
+        free, bounded = (walks[START["w"], START["rate"], clipped] for clipped in (False, True))
         words = (
-            f"From w = {START['w']}, b = {START['b']} gradient descent without a bound overflows after "
-            f"{len(none.lengths)} steps. Clipped at {START['bound']:.0f}, {STEPS} steps stay on the map: by norm none "
-            f"is longer than {norm.lengths.max():.2f} and none is turned, by value they are up to "
-            f"{value.lengths.max():.2f} long and turned by up to {value.angles.max():.0f} degrees."
+            f"From w = {START['w']} gradient descent at a rate of {START['rate']} has a loss too large for a number "
+            f"after {len(free.lengths)} steps. With a bound of {START['bound']:.0f} on the norm, {STEPS} steps of "
+            f"at most {bounded.lengths.max():.2f} end at a loss of {bounded.losses[-1]:.2f}."
         )
-        rows = [[kind, *_summary(walk)] for kind, walk in walks.items()]
-        return Still(drawing, words, ["clip", "steps", "longest", "turned by", "last loss"], rows)
+        rows = [
+            [w, figures.power_of_ten(rate), "yes" if clipped else "no", *_summary(walk)]
+            for (w, rate, clipped), walk in walks.items()
+        ]
+        return Still(drawing, words, ["from w", "rate", "bound", "steps", "longest", "last loss"], rows)
 
 
 def _summary(walk: Walk) -> list[str]:
-    """How many steps, the longest, the largest angle, and the last loss."""
-    longest, turn = float(walk.lengths.max()), float(walk.angles.max())
-    return [str(len(walk.lengths)), figures.power_of_ten(longest), f"{turn:.0f}", f"{walk.losses[-1]:.2f}"]
+    """How many steps, the longest, and the last loss."""
+    return [str(len(walk.lengths)), figures.power_of_ten(float(walk.lengths.max())), f"{walk.losses[-1]:.2f}"]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
