@@ -22,18 +22,20 @@ SEEDS = list(range(6))
 RATES, THRESHOLDS = [0.1, 0.3, 1.0], [0.0, 0.1, 0.3]
 
 
+def accuracy(rate: float, threshold: float, seed: int) -> float:
+    """Train one network; return its test accuracy."""
+    data = lab.data.load("digits", seed=seed)
+    model = build(data, seed)
+    waiting = gp.ErrorFeedback(model, threshold=threshold)
+    send = (lambda at: waiting.step()) if threshold else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    lab.train.fit(model, data, steps=STEPS, optimizer=optimizer, seed=seed, watch=False, after_backward=send)
+    return round(lab.train.accuracy(model, data.test), 4)
+
+
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Return the test accuracies, one a seed."""
-    found = []
-    for seed in SEEDS:
-        data = lab.data.load("digits", seed=seed)
-        model = build(data, seed)
-        waiting = gp.ErrorFeedback(model, threshold=cell["threshold"])
-        optimizer = torch.optim.SGD(model.parameters(), lr=cell["rate"])
-        send = None if not cell["threshold"] else lambda at, waiting=waiting: waiting.step()
-        lab.train.fit(model, data, steps=STEPS, optimizer=optimizer, seed=seed, watch=False, after_backward=send)
-        found.append(round(lab.train.accuracy(model, data.test), 4))
-    return {"accuracy": found}
+    return {"accuracy": [accuracy(cell["rate"], cell["threshold"], seed) for seed in SEEDS]}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from gradprune.lab import claims
 # Cells whose output differs from run to run and machine to machine: (notebook, a part of the cell's code).
 OUTPUT_MAY_DIFFER = {
     ("02_clipping", "lab.device()"),
-    ("03_gradient_threshold_pruning", "lab.device()"),
 }
 IGNORED_AT_MOST = 0.05  # of a notebook's code cells
 DRAWERS = {"matplotlib", "pylab", "seaborn", "plotly", "bokeh", "altair", "PIL"}
