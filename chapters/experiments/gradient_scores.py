@@ -28,6 +28,7 @@ TUNING_SEEDS = [100, 101]
 RATES = [0.003, 0.01, 0.03]
 SPARSITIES = [0.8, 0.9, 0.95, 0.98]
 SCORES = ["random", "magnitude", "gradient", "snip", "grasp", "synflow"]  # taylor ranks as snip does
+CONTROLS = ["magnitude, by layer"]  # the same share of each layer
 SAMPLES = 512  # of the training part, in batches of 128, that a score looks at
 ROUNDS = 100  # of SynFlow
 
@@ -52,17 +53,19 @@ def score_of(name: str, data: lab.data.Dataset, seed: int) -> Score:
         "snip": partial(gp.snip, **looked_at),
         "grasp": partial(gp.grasp, **looked_at),
         "synflow": partial(gp.synflow, inputs=data.train.x[:1]),
-    }[name]
+    }[name.split(",")[0]]
 
 
 def prune(model: nn.Module, name: str, sparsity: float, data: lab.data.Dataset, seed: int) -> gp.Masks:
     """Remove a share of the weights of all layers together; nothing keeps a layer from being emptied.
 
-    SynFlow goes there in rounds, each of which removes the same fraction of what is left, as it is meant to.
+    SynFlow goes there in rounds, each of which removes the same fraction of what is left, as it is meant to. "By layer"
+    each layer loses the same share.
     """
     score = score_of(name, data, seed)
     if name != "synflow":
-        return gp.prune(model, score, sparsity=sparsity, min_keep=0)
+        scope = "layer" if name.endswith("by layer") else "global"
+        return gp.prune(model, score, sparsity=sparsity, scope=scope, min_keep=0)
     masks = None
     for done in range(1, ROUNDS + 1):
         share = sparsity if done == ROUNDS else 1 - (1 - sparsity) ** (done / ROUNDS)
@@ -125,7 +128,7 @@ if __name__ == "__main__":
     cells += [
         {"when": when, "score": score, "sparsity": sparsity}
         for when in ("at initialisation", "after training")
-        for score in SCORES
+        for score in SCORES + CONTROLS
         for sparsity in SPARSITIES
     ]
     first = partial(measure, first_rate=whole[0]["learning_rate"])

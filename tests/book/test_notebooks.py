@@ -23,9 +23,7 @@ from conftest import CHAPTERS, ROOT, is_deeper
 from gradprune.lab import claims
 
 # Cells whose output differs from run to run and machine to machine: (notebook, a part of the cell's code).
-OUTPUT_MAY_DIFFER = {
-    ("03_gradient_threshold_pruning", "lab.device()"),
-}
+OUTPUT_MAY_DIFFER: set[tuple[str, str]] = set()
 IGNORED_AT_MOST = 0.05  # of a notebook's code cells
 DRAWERS = {"matplotlib", "pylab", "seaborn", "plotly", "bokeh", "altair", "PIL"}
 FIRST, DOCUMENTS = ["Predict first", "The failure"], ["What the documents say"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import gradprune as gp
 from gradprune import lab
 
 
@@ -40,3 +41,75 @@ def test_a_small_dense_network_trained_again_reads_what_its_row_says():
     model = lab.models.residual(row["width"])
     experiment.base.train(model, 0, experiment.STEPS)
     assert lab.train.accuracy(model, experiment.base.data(0).test) == pytest.approx(row["test"], abs=0.06)
+
+
+def stored(name: str, **cell: object) -> dict:
+    """The one row of a stored result that has these values."""
+    rows = lab.experiment.load(name)["rows"]
+    (row,) = (row for row in rows if all(row.get(key) == value for key, value in cell.items()))
+    return row
+
+
+@pytest.mark.parametrize(("result", "steps"), [("sent_bytes", "STEPS"), ("sent_longer", "LONGER")])
+def test_four_workers_send_as_much_and_read_as_well_as_their_row_says(result, steps):
+    experiment, seen = script("sent_bytes"), {}
+    cell = experiment.cell("density", 0.001, "waits")
+    row = stored(result, **cell)
+    model, data = experiment.train(cell, getattr(experiment, steps), row["learning_rate"], 0, seen=seen)
+    assert seen[0]["bytes"] == row["bytes"][0]
+    assert lab.train.accuracy(model, data.test) == pytest.approx(row["accuracy"][0], abs=0.06)
+
+
+@pytest.mark.parametrize(("rule", "amount"), [("density", 0.01), ("threshold", 0.05), ("ratio", 3.0)])
+def test_the_simulated_workers_send_what_gradprune_would(rule, amount):
+    experiment, data = script("sent_bytes"), lab.data.load("mnist1d", seed=0)
+    torch.manual_seed(0)
+    model = lab.models.mlp([data.features, 128, 128, 10], "relu")
+    x, y = (part[: experiment.BATCH].unflatten(0, (experiment.WORKERS, -1)) for part in (data.train.x, data.train.y))
+    found, sizes = experiment.gradients(model, x, y), [p.numel() for p in model.parameters()]
+    sent = found * experiment.chosen(found, sizes, rule, amount)
+    for worker in range(experiment.WORKERS):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(x[worker]), y[worker]).backward()
+        gp.ErrorFeedback(model, **{rule: amount}).step()
+        by_gradprune = torch.cat([p.grad.flatten() for p in model.parameters()])
+        torch.testing.assert_close(sent[worker], by_gradprune)
+
+
+def test_networks_pruned_by_a_gradient_read_what_their_rows_say(monkeypatch):
+    monkeypatch.syspath_prepend(repository() / "chapters" / "experiments")
+    experiment = script("gradient_pruned")
+    cell = {"data": "digits", "seed": 0, "score": "gradient"}
+    row, found = stored("gradient_pruned", **cell), experiment.measure(cell)
+    assert found["sparsity"] == pytest.approx(row["sparsity"], abs=0.03)
+    assert found["trained on"] == pytest.approx(row["trained on"], abs=0.03)
+
+
+def test_feedback_at_a_rate_and_a_threshold_reads_what_its_row_says(monkeypatch):
+    monkeypatch.syspath_prepend(repository() / "chapters" / "experiments")
+    row = stored("rate_times_threshold", rate=0.3, threshold=0.1)
+    found = script("rate_times_threshold").accuracy(0.3, 0.1, 0)
+    assert found == pytest.approx(row["accuracy"][0], abs=0.03)
+
+
+def test_a_thresholded_training_with_feedback_reads_what_its_row_says():
+    experiment = script("gradient_thresholds")
+    row = stored("gradient_thresholds", data="digits", optimizer="SGD", rule="fixed 0.03", feedback=True)
+    model, data = experiment.train("digits", "SGD", "fixed 0.03", True, row["learning_rate"], 0, seen={})
+    assert lab.train.accuracy(model, data.test) == pytest.approx(row["accuracy"][0], abs=0.05)
+
+
+def test_magnitude_by_layer_before_training_reads_what_its_row_says():
+    experiment = script("gradient_scores")
+    cell = {"when": "at initialisation", "score": "magnitude, by layer", "sparsity": 0.9}
+    row = stored("gradient_scores", **cell)
+    model, data = experiment.train(*cell.values(), 0.0, row["learning_rate"], 0, seen={})
+    assert lab.train.accuracy(model, data.test) == pytest.approx(row["accuracy"][0], abs=0.06)
+
+
+def test_the_share_of_a_gradient_above_half_its_mean_is_what_is_stored():
+    experiment = script("gradient_tails")
+    row = stored("gradient_tails", data="digits", steps=300)
+    at = experiment.RATIOS.index(0.5)
+    found = experiment.survives(experiment.gradients("digits", 300, 0), 0.5)
+    assert found == pytest.approx(row["kept"][at][0], abs=0.03)

@@ -83,7 +83,7 @@ class ErrorFeedback:
         0.5 tensor([2., 0.])
 
     Seide et al. (2014) and Strom (2015) for the residual, Karimireddy et al. (2019) for why it helps, Lin et al.
-    (2018), section 3, for momentum, clipping and warm-up; chapter 3, equations 3.5 and 3.6.
+    (2018), section 3, for momentum, clipping and warm-up; chapter 3, equations 3.5, 3.6 and 3.15.
     """
 
     @in_our_words

@@ -65,7 +65,7 @@ def threshold_gradients_(
         >>> gp.threshold_gradients_(weight, 0.5), weight.grad
         (0.5, tensor([ 0., -2.,  0.,  1.]))
 
-    Chapter 3, equations 3.1 and 3.3.
+    Chapter 3, equations 3.1 and 3.9.
     """
     name, amount = one_of(threshold=threshold, ratio=ratio)
     amount = checks.number(name, amount, least=0.0)
