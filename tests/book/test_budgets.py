@@ -20,7 +20,6 @@ NOT_YET = {
     "03_gradient_threshold_pruning",
     "05_correction",
     "07_every_architecture",
-    "10_the_documents_line_by_line",
 }
 AT_MOST = {
     "minutes": 45,
