@@ -113,3 +113,19 @@ def test_the_share_of_a_gradient_above_half_its_mean_is_what_is_stored():
     at = experiment.RATIOS.index(0.5)
     found = experiment.survives(experiment.gradients("digits", 300, 0), 0.5)
     assert found == pytest.approx(row["kept"][at][0], abs=0.03)
+
+
+def test_the_network_of_a_document_trained_again_reads_what_its_row_says():
+    experiment = script("procedures")
+    cell = {"what": "rule", "rule": "document 2, program", "threshold": 0.4}
+    stored = experiment.row("digits", **cell)
+    again = experiment.measure({"data": "digits"} | cell, [0])
+    assert again["test"][0] == pytest.approx(stored["test"][0], abs=0.03)
+    assert again["zeros"][0] == pytest.approx(stored["zeros"][0], abs=0.02)
+
+
+def test_the_stored_network_of_the_documents_reads_what_its_row_says():
+    data = lab.data.load("digits", seed=0)
+    model = lab.experiment.network("documents_network", lab.models.mlp([64, 64, 32, 10]))
+    stored = script("procedures").row("digits", "left alone")["test"][0]
+    assert lab.train.accuracy(model, data.test) == pytest.approx(stored, abs=0.01)
