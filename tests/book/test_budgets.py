@@ -18,7 +18,6 @@ WINDOW = {"width": 1200, "height": 900}
 NOT_YET = {
     "02_clipping",
     "03_gradient_threshold_pruning",
-    "05_correction",
     "07_every_architecture",
     "10_the_documents_line_by_line",
 }
