@@ -7,9 +7,11 @@ Every training takes STEPS steps, those of the dense network of `residual_prunin
 "Corrected": pruned at once and trained on from a tenth of the rate (fine-tuned) or from the whole of it (learning rate
 rewound), pruned in ROUNDS rounds that share the steps, or given back the weights of step EARLY (weights rewound); the
 optimizer starts anew, and so does the schedule. The dense network is trained on as long at both rates. "Mask": the mask
-of the trained network on its own initial weights, or one thing of the two changed. "Smaller": a dense network of the
-width whose parameters, or FLOPs, are nearest to those that the pruned network has left. "Costs": what each pruned
-network takes, and the bytes of its file as torch writes it.
+of the trained network on its own initial weights, or one thing of the two changed; "shares made equal" draws at random
+a mask that leaves the same share of every layer. "Shared by": weights rewound, but the layers share the loss by another
+rule than one ranking of all weights. "Smaller": a dense network of the width whose parameters, or FLOPs, are nearest to
+those that the pruned network has left. "Costs": what each pruned network takes, and the bytes of its file as torch
+writes it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from gradprune import lab
 SEEDS = list(range(5))
 SPARSITIES = [0.8, 0.9, 0.95, 0.98]
 ASKED = [0.9, 0.95]
+RULES, RULED = ["lamp"], [0.9, 0.95, 0.98]
+EQUAL = "shares made equal"
 EARLY, ROUNDS = STEPS // 10, 4
 METHODS = ["fine-tuned", "rounds", "weights rewound", "learning rate rewound"]
 FURTHER_BATCHES = 1000  # added to the seed: what is trained on sees the batches in another order
@@ -51,7 +55,7 @@ def _early(seed: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def corrected(seed: int, method: str, sparsity: float) -> nn.Module:
+def corrected(seed: int, method: str, sparsity: float, rule: str = "global") -> nn.Module:
     """Return the trained network, pruned to `sparsity` (0: not at all) and corrected in STEPS steps."""
     model, batches = base.dense(seed), seed + FURTHER_BATCHES
     share = 0.1 if method == "fine-tuned" else 1.0
@@ -60,7 +64,7 @@ def corrected(seed: int, method: str, sparsity: float) -> nn.Module:
             masks = gp.prune(model, sparsity=1 - (1 - sparsity) ** (number / ROUNDS))
             base.train(model, seed, STEPS // ROUNDS, share, masks, order=batches + number)
         return model
-    masks = gp.prune(model, sparsity=sparsity) if sparsity else None
+    masks = gp.prune(model, sparsity=sparsity, scope=rule) if sparsity else None
     if method == "weights rewound":
         model.load_state_dict(_early(seed))
         if masks is not None:
@@ -94,17 +98,19 @@ def _permuted(mask: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-@torch.no_grad()
 def changed(seed: int, change: str, sparsity: float) -> tuple[nn.Module, gp.Masks]:
     """Return the initial network under the mask that magnitude finds after training, one thing changed."""
     found = gp.prune(base.dense(seed), sparsity=sparsity)
     model, others = initial(seed), dict(initial(seed, draw=1).named_parameters())
     torch.manual_seed(seed + 20_000)
+    if change == EQUAL:
+        return model, gp.prune(model, gp.random, sparsity=sparsity, scope="layer")
     masks = {}
-    for name, mask in found.items():
-        weight = model.get_parameter(name)
-        masks[name], new = CHANGES[change](mask, weight.clone(), others[name])
-        weight.copy_(new)
+    with torch.no_grad():
+        for name, mask in found.items():
+            weight = model.get_parameter(name)
+            masks[name], new = CHANGES[change](mask, weight.clone(), others[name])
+            weight.copy_(new)
     return model, gp.Masks(masks).apply_(model)
 
 
@@ -145,6 +151,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     elif what == "mask":
         model, masks = changed(seed, cell["change"], sparsity)
         base.train(model, seed, STEPS, masks=masks)
+    elif what == "shared by":
+        model = corrected(seed, "weights rewound", sparsity, cell["rule"])
     else:
         of, wanted = (0, 1)[cell["equal"] == "FLOPs"], left(seed, sparsity)
         width = min(range(1, 33), key=lambda width: abs(size(width)[of] - wanted[of]))
@@ -163,8 +171,9 @@ def cells(seed: int) -> list[dict[str, Any]]:
         *({"what": "costs", "sparsity": s} for s in (0.0, *SPARSITIES)),
         *dense,
         *({"what": "corrected", "method": method, "sparsity": s} for s in SPARSITIES for method in METHODS),
-        *({"what": "mask", "change": change, "sparsity": s} for s in ASKED for change in CHANGES),
+        *({"what": "mask", "change": change, "sparsity": s} for s in ASKED for change in (*CHANGES, EQUAL)),
         *({"what": "smaller", "equal": of, "sparsity": s} for s in SPARSITIES for of in ("parameters", "FLOPs")),
+        *({"what": "shared by", "rule": rule, "sparsity": s} for s in RULED for rule in RULES),
     ]
     return [{"seed": seed} | row for row in rows]
 

@@ -1,7 +1,10 @@
 """Does one run of a stored table, measured again, come out as it is stored, where no chapter does that?"""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
 import gradprune as gp
 from gradprune import lab
@@ -52,7 +55,7 @@ def stored(name: str, **cell: object) -> dict:
 
 @pytest.mark.parametrize(("result", "steps"), [("sent_bytes", "STEPS"), ("sent_longer", "LONGER")])
 def test_four_workers_send_as_much_and_read_as_well_as_their_row_says(result, steps):
-    experiment, seen = script("sent_bytes"), {}
+    experiment, seen = lab.experiment.script("sent_bytes"), {}
     cell = experiment.cell("density", 0.001, "waits")
     row = stored(result, **cell)
     model, data = experiment.train(cell, getattr(experiment, steps), row["learning_rate"], 0, seen=seen)
@@ -62,7 +65,7 @@ def test_four_workers_send_as_much_and_read_as_well_as_their_row_says(result, st
 
 @pytest.mark.parametrize(("rule", "amount"), [("density", 0.01), ("threshold", 0.05), ("ratio", 3.0)])
 def test_the_simulated_workers_send_what_gradprune_would(rule, amount):
-    experiment, data = script("sent_bytes"), lab.data.load("mnist1d", seed=0)
+    experiment, data = lab.experiment.script("sent_bytes"), lab.data.load("mnist1d", seed=0)
     torch.manual_seed(0)
     model = lab.models.mlp([data.features, 128, 128, 10], "relu")
     x, y = (part[: experiment.BATCH].unflatten(0, (experiment.WORKERS, -1)) for part in (data.train.x, data.train.y))
@@ -76,31 +79,29 @@ def test_the_simulated_workers_send_what_gradprune_would(rule, amount):
         torch.testing.assert_close(sent[worker], by_gradprune)
 
 
-def test_networks_pruned_by_a_gradient_read_what_their_rows_say(monkeypatch):
-    monkeypatch.syspath_prepend(repository() / "chapters" / "experiments")
-    experiment = script("gradient_pruned")
+def test_networks_pruned_by_a_gradient_read_what_their_rows_say():
+    experiment = lab.experiment.script("gradient_pruned")
     cell = {"data": "digits", "seed": 0, "score": "gradient"}
     row, found = stored("gradient_pruned", **cell), experiment.measure(cell)
     assert found["sparsity"] == pytest.approx(row["sparsity"], abs=0.03)
     assert found["trained on"] == pytest.approx(row["trained on"], abs=0.03)
 
 
-def test_feedback_at_a_rate_and_a_threshold_reads_what_its_row_says(monkeypatch):
-    monkeypatch.syspath_prepend(repository() / "chapters" / "experiments")
+def test_feedback_at_a_rate_and_a_threshold_reads_what_its_row_says():
     row = stored("rate_times_threshold", rate=0.3, threshold=0.1)
-    found = script("rate_times_threshold").accuracy(0.3, 0.1, 0)
+    found = lab.experiment.script("rate_times_threshold").accuracy(0.3, 0.1, 0)
     assert found == pytest.approx(row["accuracy"][0], abs=0.03)
 
 
 def test_a_thresholded_training_with_feedback_reads_what_its_row_says():
-    experiment = script("gradient_thresholds")
+    experiment = lab.experiment.script("gradient_thresholds")
     row = stored("gradient_thresholds", data="digits", optimizer="SGD", rule="fixed 0.03", feedback=True)
     model, data = experiment.train("digits", "SGD", "fixed 0.03", True, row["learning_rate"], 0, seen={})
     assert lab.train.accuracy(model, data.test) == pytest.approx(row["accuracy"][0], abs=0.05)
 
 
 def test_magnitude_by_layer_before_training_reads_what_its_row_says():
-    experiment = script("gradient_scores")
+    experiment = lab.experiment.script("gradient_scores")
     cell = {"when": "at initialisation", "score": "magnitude, by layer", "sparsity": 0.9}
     row = stored("gradient_scores", **cell)
     model, data = experiment.train(*cell.values(), 0.0, row["learning_rate"], 0, seen={})
@@ -108,7 +109,7 @@ def test_magnitude_by_layer_before_training_reads_what_its_row_says():
 
 
 def test_the_share_of_a_gradient_above_half_its_mean_is_what_is_stored():
-    experiment = script("gradient_tails")
+    experiment = lab.experiment.script("gradient_tails")
     row = stored("gradient_tails", data="digits", steps=300)
     at = experiment.RATIOS.index(0.5)
     found = experiment.survives(experiment.gradients("digits", 300, 0), 0.5)
@@ -116,7 +117,7 @@ def test_the_share_of_a_gradient_above_half_its_mean_is_what_is_stored():
 
 
 def test_the_network_of_a_document_trained_again_reads_what_its_row_says():
-    experiment = script("procedures")
+    experiment = lab.experiment.script("procedures")
     cell = {"what": "rule", "rule": "document 2, program", "threshold": 0.4}
     stored = experiment.row("digits", **cell)
     again = experiment.measure({"data": "digits"} | cell, [0])
@@ -127,5 +128,44 @@ def test_the_network_of_a_document_trained_again_reads_what_its_row_says():
 def test_the_stored_network_of_the_documents_reads_what_its_row_says():
     data = lab.data.load("digits", seed=0)
     model = lab.experiment.network("documents_network", lab.models.mlp([64, 64, 32, 10]))
-    stored = script("procedures").row("digits", "left alone")["test"][0]
+    stored = lab.experiment.script("procedures").row("digits", "left alone")["test"][0]
     assert lab.train.accuracy(model, data.test) == pytest.approx(stored, abs=0.01)
+
+
+def first_row(name: str, **cell: object) -> dict:
+    """The row of a stored table that has these values."""
+    return next(row for row in lab.experiment.load(name)["rows"] if all(row[key] == cell[key] for key in cell))
+
+
+DIGITS = {"data": "digits", "network": "perceptron"}
+
+
+@pytest.fixture
+def tested() -> Callable[[nn.Module], float]:
+    """The test accuracy of a perceptron on the digits, seed 0."""
+    split = lab.data.load("digits", seed=0).test
+    return lambda model: lab.train.accuracy(model, split)
+
+
+def test_a_corrected_perceptron_reads_what_its_row_says(tested):
+    row = first_row("correction", **DIGITS, way="magnitude", sparsity=0.9, rounds=1, steps=300)
+    _, model, _ = lab.experiment.script("correction").corrected(row, row["share of the dense rate"], seed=0)
+    assert tested(model) == pytest.approx(row["accuracy"][0], abs=0.04)
+
+
+def test_a_perceptron_of_five_rounds_reads_what_its_row_says(tested):
+    row = first_row("rewinding", **DIGITS, method="learning-rate rewinding", sparsity=0.98)
+    model, _ = lab.experiment.script("rewinding").run("digits", "perceptron", "learning-rate rewinding", 0)
+    assert tested(model) == pytest.approx(row["accuracy"][0], abs=0.04)
+
+
+def test_a_perceptron_pruned_on_the_cubic_curve_reads_what_its_row_says(tested):
+    row = first_row("gradual", **DIGITS, method="cubic", sparsity=0.9)
+    model, _ = lab.experiment.script("gradual").corrected(row, row["share of the dense rate"], seed=0)
+    assert tested(model) == pytest.approx(row["accuracy"][0], abs=0.04)
+
+
+def test_a_perceptron_of_the_comparison_of_libraries_reads_what_its_row_says(tested):
+    row = first_row("peers", **DIGITS, method="gradprune, gradual", sparsity=0.9)
+    model, _, _ = lab.experiment.script("peers").corrected(row, (row["share of the dense rate"], row["option"]), seed=0)
+    assert tested(model) == pytest.approx(row["accuracy"][0], abs=0.04)
