@@ -24,6 +24,8 @@ from cycler import cycler
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 # One colour, one meaning, in every chapter. Each has a contrast of at least 3 to 1 against white and against the dark
 # page.
@@ -232,11 +234,15 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def _require_room(figure: Figure) -> None:
     figure.canvas.draw()
     width, _ = figure.canvas.get_width_height()
-    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
-    words = [text for axes in figure.axes for text in (axes.title, axes._left_title, axes.xaxis.label)]
-    for text in [*words, *(text for legend in legends for text in legend.get_texts())]:
+    legends = [legend for legend in figure.findobj(Legend) if isinstance(legend, Legend)]
+    named = {text.get_text() for legend in legends for text in legend.get_texts()}
+    for axes in figure.axes:
+        named |= {axes.get_title(loc="left"), axes.get_title(), axes.get_xlabel()}
+    for text in figure.findobj(Text):
+        if not isinstance(text, Text) or text.get_text() not in named - {""}:
+            continue
         extent = text.get_window_extent()
-        if text.get_text() and (extent.x0 < -1 or extent.x1 > width + 1):
+        if extent.x0 < -1 or extent.x1 > width + 1:
             raise ValueError(f"the figure cuts {text.get_text()!r} off: shorten it, or give the legend fewer columns")
 
 
