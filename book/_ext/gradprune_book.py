@@ -221,8 +221,8 @@ def leave_out_aliases(app: Sphinx, what: str, name: str, obj: object, skip: bool
 def shorten_defaults(
     app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Write a default that a dataclass makes anew as what Sphinx can read."""
-    return (signature and signature.replace("<factory>", "..."), returns)
+    """Write a default that a dataclass makes anew, or that is a function, as what Sphinx can read."""
+    return (signature and re.sub(r"<function (\w+)[^>]*>", r"\1", signature.replace("<factory>", "...")), returns)
 
 
 def written_chapters(root: Path) -> dict[str, str]:
