@@ -77,6 +77,8 @@ document.addEventListener("DOMContentLoaded", () => {
 // The definition of a term, beside a link to the glossary, on hover and on focus. It stays while the pointer is on it, and
 // Escape puts it away.
 document.addEventListener("DOMContentLoaded", () => {
+  const links = document.querySelectorAll("a[data-definition]");
+  if (links.length === 0) return;
   const tip = document.createElement("div");
   Object.assign(tip, { id: "gp-tip", className: "gp-tip", role: "tooltip", hidden: true });
   let leaving = 0;
@@ -101,12 +103,12 @@ document.addEventListener("DOMContentLoaded", () => {
     tip.style.top = `${scrollY + (below ? at.bottom + 4 : at.top - tip.offsetHeight - 4)}px`;
     if (tip.querySelector(".math")) window.MathJax?.typesetPromise?.([tip]);
   };
-  for (const link of document.querySelectorAll("a[data-definition]")) {
+  for (const link of links) {
     link.addEventListener("mouseenter", () => show(link));
     link.addEventListener("focus", () => show(link));
     link.addEventListener("blur", hide);
   }
-  for (const part of [tip, ...document.querySelectorAll("a[data-definition]")])
+  for (const part of [tip, ...links])
     part.addEventListener("mouseleave", () => {
       leaving = setTimeout(hide, 200);
     });

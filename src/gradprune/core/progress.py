@@ -6,20 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any, Protocol
-
-
-class Bar(Protocol):
-    """What of a bar is used."""
-
-    def update(self, n: int = 1) -> Any:
-        """Count `n` more."""
-
-    def set_description(self, desc: str) -> Any:
-        """Say what is being done."""
-
-    def close(self) -> Any:
-        """Leave the bar as it is."""
+from typing import Any
 
 
 class _NoBar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from gradprune.core.checks import module, require_values
 from gradprune.core.encoded import bitmask_bytes
 from gradprune.core.evaluate import call, evaluated
 from gradprune.core.flops import Count, Flops, count_flops, nonzeros
+from gradprune.core.tables import as_frame, html_table
 
 INDEX_BYTES = 4  # of a column or row index in CSR
 COMPRESSED_AT_A_TIME = 2**22  # bytes
@@ -81,12 +82,8 @@ class Report:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("a DataFrame needs pandas: pip install pandas") from error
         rows = [{**row._asdict(), "sparsity": row.sparsity} for row in (*self.rows, self.total)]
-        return pandas.DataFrame(rows).set_index("name")
+        return as_frame(rows).set_index("name")
 
     def __str__(self) -> str:
         table = [list(_COLUMNS), *self._cells()]
@@ -101,18 +98,8 @@ class Report:
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._notes()])
 
     def _repr_html_(self) -> str:
-        import html  # slow to import, and only notebooks need it
-
-        def row(cells: Iterable[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
         *body, total = self._cells()
-        rows = "".join(row(cells, "td") for cells in body)
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return (
-            f"<table><thead>{row(_COLUMNS, 'th')}</thead><tbody>{rows}</tbody>"
-            f"<tfoot>{row(total, 'th')}</tfoot></table>{notes}"
-        )
+        return html_table(_COLUMNS, body, total, self._notes())
 
     def __rich__(self) -> Any:
         from rich.console import Group

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import count
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 from cycler import cycler
 from IPython.display import display
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
@@ -50,6 +51,7 @@ PAGE_BACKGROUNDS = ("#ffffff", "#121212")  # of the theme, light and dark
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}(?!\d*e)")
 _serial = count()
+Kind = TypeVar("Kind", bound=Artist)
 
 _STYLE = {
     "axes.edgecolor": _INK,
@@ -116,11 +118,14 @@ def to_svg(figure: Figure, alt: str, *, prefix: str | None = None) -> str:
     """Return `figure` as `<figure role="img">` around an inline SVG in the page's ink.
 
     `prefix` starts the ids inside the SVG; left out, it is one that no other figure of this process has.
+
+    Raises ValueError where a title, a label or the legend is wider than the figure.
     """
     _require_alt(alt)
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    _require_room(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
@@ -144,10 +149,10 @@ def to_png(figure: Figure) -> bytes:
 
     Raises ValueError where a title, a label or the legend is wider than the figure.
     """
-    _require_room(figure)
     buffer = io.BytesIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+    _require_room(figure)
     return buffer.getvalue()
 
 
@@ -232,18 +237,19 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _require_room(figure: Figure) -> None:
-    figure.canvas.draw()
-    width, _ = figure.canvas.get_width_height()
-    legends = [legend for legend in figure.findobj(Legend) if isinstance(legend, Legend)]
-    named = {text.get_text() for legend in legends for text in legend.get_texts()}
+    """Of a figure that was just written, and so laid out."""
+    named = {text.get_text() for legend in _drawn(figure, Legend) for text in legend.get_texts()}
     for axes in figure.axes:
         named |= {axes.get_title(loc="left"), axes.get_title(), axes.get_xlabel()}
-    for text in figure.findobj(Text):
-        if not isinstance(text, Text) or text.get_text() not in named - {""}:
-            continue
+    width, _ = figure.canvas.get_width_height()
+    for text in _drawn(figure, Text):
         extent = text.get_window_extent()
-        if extent.x0 < -1 or extent.x1 > width + 1:
+        if text.get_text() in named - {""} and (extent.x0 < -1 or extent.x1 > width + 1):
             raise ValueError(f"the figure cuts {text.get_text()!r} off: shorten it, or give the legend fewer columns")
+
+
+def _drawn(figure: Figure, kind: type[Kind]) -> list[Kind]:
+    return [part for part in figure.findobj(kind) if isinstance(part, kind)]
 
 
 def _require_alt(alt: str) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
-from gradprune.core import tables
 from gradprune.core.checks import fraction, function, module, number, require, require_values
 from gradprune.core.encoded import bitmask_bytes
 from gradprune.core.flops import count_flops, nonzeros
+from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
 from gradprune.recovery.hull import Point, loss_at, lower_hull, steps_to
 from gradprune.recovery.outcome import Measure
@@ -33,7 +33,7 @@ _UNIT = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latenc
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(Mapping[str, float]):
+class Plan(Table, Mapping[str, float]):
     """A sparsity for each layer, as ``prune(model, scope=plan)`` takes it, and what it is predicted to cost.
 
     Printed, it is a table.
@@ -54,6 +54,8 @@ class Plan(Mapping[str, float]):
 
     Chapter 6.
     """
+
+    _named_by: ClassVar[str | None] = "layer"
 
     sparsities: dict[str, float]
     cost: Cost
@@ -95,25 +97,11 @@ class Plan(Mapping[str, float]):
         """Return one flat row a layer: its weights, how many stay, its cost before and after, its predicted loss."""
         return [dict(row) for row in self.layers]
 
-    def to_frame(self) -> Any:
-        """Return the rows as a pandas DataFrame, a layer a row.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return tables.as_frame(self.rows()).set_index("layer")
-
     def __repr__(self) -> str:
         return (
             f"Plan({_UNIT[self.cost]} {self.predicted:,.6g} of {self.dense:,.6g}, at most {self.limit:,.6g}; predicted "
             f"loss {self.loss:.4g}; {len(self)} layers)"
         )
-
-    def __str__(self) -> str:
-        return tables.as_text(self.rows(), [repr(self)])
-
-    def _repr_html_(self) -> str:
-        return tables.as_html(self.rows(), [repr(self)])
 
     def plot(self) -> Figure:
         """Draw the sparsity of each layer. Needs matplotlib.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradprune.core import tables
 from gradprune.core.checks import function, require, whole
 from gradprune.core.paired import Difference, holm, paired, standard_error
 from gradprune.core.progress import bar
+from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import mean_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CrossValidation:
+class CrossValidation(Table):
     """What ``cross_validate`` found: each setting's value on each fold. Printed, it is a table.
 
     Args:
@@ -35,6 +35,8 @@ class CrossValidation:
 
     Chapter 6.
     """
+
+    _named_by: ClassVar[str | None] = "setting"
 
     values: dict[str, list[float]] = field(hash=False)
     reference: str
@@ -84,20 +86,6 @@ class CrossValidation:
             | self._compared(setting, outcomes)
             for setting in self.values
         ]
-
-    def to_frame(self) -> Any:
-        """Return the rows as a pandas DataFrame, a setting a row.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return tables.as_frame(self.rows()).set_index("setting")
-
-    def __str__(self) -> str:
-        return tables.as_text(self.rows(), self._notes())
-
-    def _repr_html_(self) -> str:
-        return tables.as_html(self.rows(), self._notes())
 
     def plot(self) -> Figure:
         """Draw each setting's folds, their mean and standard error, and the line of one standard error.

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from gradprune.core import tables
 from gradprune.core.checks import function, module, number, require, require_writable, warn, whole
 from gradprune.core.masked import count_alive, zero_pruned_
 from gradprune.core.progress import bar, state
+from gradprune.core.tables import Table
 from gradprune.core.unchanged import Keeper
 from gradprune.core.words import in_our_words
 from gradprune.recovery.bounds import difference_at_least, mean_at_least
@@ -71,7 +71,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Table):
     """What ``largest_sparsity`` found.
 
     Args:
@@ -112,20 +112,6 @@ class Found:
             | {"passed": look.passed, "probe": look.probe}
             for look in self.curve
         ]
-
-    def to_frame(self) -> Any:
-        """Return the rows as a pandas DataFrame.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return tables.as_frame(self.rows())
-
-    def __str__(self) -> str:
-        return tables.as_text(self.rows(), [repr(self)])
-
-    def _repr_html_(self) -> str:
-        return tables.as_html(self.rows(), [repr(self)])
 
     def plot(self) -> Figure:
         """Draw what `evaluate` gave over sparsity: what passed, what did not, and the answer. Needs matplotlib.

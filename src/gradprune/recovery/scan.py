@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gradprune.core import files, tables
+from gradprune.core import files
 from gradprune.core.checks import fraction, function, module, require
 from gradprune.core.masked import zero_pruned_
 from gradprune.core.progress import bar
+from gradprune.core.tables import Table, cell
 from gradprune.core.unchanged import Keeper
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import Measure, measured, name_of
@@ -40,7 +41,7 @@ _SAMPLED = 2**14  # entries of a weight that tell it from another's
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Table):
     """What ``sensitivity`` found: for each layer alone, what `evaluate` gave at each sparsity.
 
     Printed, it is a table; ``fit_budget`` takes it.
@@ -55,6 +56,8 @@ class Sensitivity:
 
     Chapter 6.
     """
+
+    _named_by: ClassVar[str | None] = "layer"
 
     dense: float
     values: dict[str, dict[float, float]] = field(hash=False)
@@ -74,22 +77,8 @@ class Sensitivity:
             for name, row in self.values.items()
         ]
 
-    def to_frame(self) -> Any:
-        """Return the rows as a pandas DataFrame, a layer a row.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return tables.as_frame(self.rows()).set_index("layer")
-
-    def __str__(self) -> str:
-        return tables.as_text(self.rows(), self._notes())
-
-    def _repr_html_(self) -> str:
-        return tables.as_html(self.rows(), self._notes())
-
     def _notes(self) -> list[str]:
-        return [f"What evaluate gave with one layer pruned to a sparsity; dense {tables.cell(self.dense)}."]
+        return [f"What evaluate gave with one layer pruned to a sparsity; dense {cell(self.dense)}."]
 
     def plot(self) -> Figure:
         """Draw the values over sparsity, a line a layer, beside the dense one. Needs matplotlib.

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from gradprune.core import files, tables
+from gradprune.core import files
 from gradprune.core.checks import choice, function, module, require, whole
 from gradprune.core.progress import bar
 from gradprune.core.steps import Optimizers
+from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import Measure, mean_of, name_of
 from gradprune.weights.hold import Hold
@@ -104,7 +105,7 @@ class Trial(Mapping[str, Any]):
             raise _optuna().TrialPruned()
 
 
-class Study:
+class Study(Table):
     """What ``search`` found: its trials, the best of them, and with a cost those that no other beats in both.
 
     Printed, it is a table of the best trials.
@@ -135,14 +136,6 @@ class Study:
         """
         return [self._row(trial) for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
-    def to_frame(self) -> Any:
-        """Return the rows as a pandas DataFrame.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return tables.as_frame(self.rows())
-
     @property
     def best(self) -> Trial:
         """The trial of the highest value; its settings are those that were given in the space."""
@@ -158,12 +151,6 @@ class Study:
         if not self.two_aims:
             return [row for row in rows if row["value"] == max(r["value"] for r in rows)]
         return sorted((row for row in rows if not any(_beats(other, row) for other in rows)), key=lambda r: r["cost"])
-
-    def __str__(self) -> str:
-        return tables.as_text(self._shown(), self._notes())
-
-    def _repr_html_(self) -> str:
-        return tables.as_html(self._shown(), self._notes())
 
     def plot(self) -> Figure:
         """Draw the values: over the trials with the best so far, or with a cost over it with the front.

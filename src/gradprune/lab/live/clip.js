@@ -1,5 +1,5 @@
 // Chapter 2: put a start on a loss with a wall, and see where gradient descent goes with a bound and without.
-import { createChart, plain, powerOfTen } from "./chart.js";
+import { createChart, plain, scientific } from "./chart.js";
 import { button, slider } from "./controls.js";
 import { clipByNorm, clipByValue } from "./gradients.js";
 import { createHeat } from "./heat.js";
@@ -205,8 +205,7 @@ function facts(setting, { unclipped, clipped }, cell, shown) {
 const few = (value) => {
   const inText = value === 0 || (value >= 0.001 && value < 1e4);
   if (inText) return plain(Number(value.toPrecision(2)));
-  const [digits, exponent] = value.toExponential(0).split("e");
-  return `${digits}·${powerOfTen(10 ** Number(exponent))}`;
+  return scientific(value);
 };
 
 function sentence({ w, bound, kind }, { unclipped, clipped }, cell) {
