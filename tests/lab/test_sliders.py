@@ -167,7 +167,7 @@ def test_a_slider_that_cannot_be_is_refused():
         (lambda a: None, "unexpected keyword argument 'b'"),
         (lambda a, b: None, "cannot unpack"),
         (lambda a, b: (draw()[0], " "), "a figure needs alt text"),
-        (lambda a, b: ("no figure", "words"), "savefig"),
+        (lambda a, b: ("no figure", "words"), "draw returns a figure and a sentence, not 'no figure'"),
     ],
 )
 def test_a_drawing_that_fails_is_named_by_its_values(broken, why):

@@ -122,11 +122,8 @@ def to_svg(figure: Figure, alt: str, *, prefix: str | None = None) -> str:
     Raises ValueError where a title, a label or the legend is wider than the figure.
     """
     _require_alt(alt)
-    buffer = io.StringIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    _require_room(figure)
-    svg = buffer.getvalue()
+    written = _write(figure, 72, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = written.decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
@@ -149,11 +146,7 @@ def to_png(figure: Figure) -> bytes:
 
     Raises ValueError where a title, a label or the legend is wider than the figure.
     """
-    buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    _require_room(figure)
-    return buffer.getvalue()
+    return _write(figure, 110, format="png", facecolor="white", metadata={"Software": None})
 
 
 def for_page() -> bool:
@@ -234,6 +227,15 @@ def power_of_ten(value: float) -> str:
 
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _write(figure: Figure, dpi: int, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.set_dpi(dpi)  # for good: what is measured afterwards was laid out at it
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, **options)
+    _require_room(figure)
+    return buffer.getvalue()
 
 
 def _require_room(figure: Figure) -> None:

@@ -76,6 +76,8 @@ def explore(draw: Draw, **sliders: Sequence[Any]) -> Explorer:
     for key in itertools.product(*sliders.values()):
         try:
             figure, text = draw(**dict(zip(names, key, strict=True)))
+            if not isinstance(figure, Figure):
+                raise TypeError(f"draw returns a figure and a sentence, not {figure!r}")
             frame = _frame(figure, text, _setting(names, key))
         except Exception as error:
             raise RuntimeError(f"drawing the picture for {_setting(names, key)} failed: {error}") from error
