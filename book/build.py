@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
@@ -25,6 +26,7 @@ ROOT = BOOK.parent
 BUILD = BOOK / "_build"
 CACHE = BUILD / ".jupyter_cache"
 HTML = BUILD / "html"
+AT_ONCE = min(4, os.cpu_count() or 1)  # kernels; each computes on one core, and more than four would want memory
 
 
 class StepFailed(Exception):
@@ -80,34 +82,47 @@ def run_chapters() -> None:
         stamp.write_text(package)
     cache = get_cache(str(CACHE))
     chapters = notebooks()
-    for number, path in enumerate(chapters, 1):
-        print(f"book 2/3: chapter {number} of {len(chapters)}, {path.name}", end=" ... ", flush=True)
-        print(run_chapter(cache, path), flush=True)
-
-
-def run_chapter(cache: JupyterCacheAbstract, path: Path) -> str:
-    """Run one notebook unless its result is cached; return what was done."""
-    notebook = nbformat.read(path, as_version=4)
-    try:
-        cache.match_cache_notebook(notebook)
-    except KeyError:
-        pass
-    else:
-        return "unchanged"
-    began = time.perf_counter()
-    try:
-        execute(notebook, path.parent, widget_state=True)
-    except (CellControlSignal, RuntimeError) as error:  # the second where the kernel dies
-        print("failed", flush=True)
+    stale = [path for path in chapters if not is_cached(cache, path)]
+    print(f"book 2/3: chapters, {len(chapters) - len(stale)} of {len(chapters)} unchanged", flush=True)
+    failed: dict[Path, Exception] = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs = {pool.submit(run_chapter, path): path for path in stale}
+        for number, run in enumerate(as_completed(runs), 1):
+            path = runs[run]
+            print(f"book 2/3: chapter {number} of {len(stale)}, {path.name}", end=" ... ", flush=True)
+            try:
+                notebook, took = run.result()
+            except (CellControlSignal, RuntimeError) as error:  # the second where the kernel dies
+                failed[path] = error
+                print("failed", flush=True)
+            else:  # written here and not where it ran: the cache is for one thread
+                bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": took})  # the page prints it
+                cache.cache_notebook_bundle(bundle, overwrite=True, check_validity=False)
+                print(f"{took:.0f} s", flush=True)
+    if failed:
+        names = [f"chapters/{path.name}" for path in sorted(failed)]
         raise StepFailed(
-            f"running chapters/{path.name}",
-            str(error),
-            f"run `jupyter lab chapters/{path.name}`, mend the cell that raised, then run `make book`",
-        ) from error
-    took = time.perf_counter() - began
-    bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": took})  # the page prints it
-    cache.cache_notebook_bundle(bundle, overwrite=True, check_validity=False)
-    return f"{took:.0f} s"
+            f"running {' and '.join(names)}",
+            "\n".join(map(str, failed.values())),
+            f"run `jupyter lab {names[0]}`, mend the cell that raised, then run `make book`",
+        )
+
+
+def is_cached(cache: JupyterCacheAbstract, path: Path) -> bool:
+    """Whether the notebook has run as it stands."""
+    try:
+        cache.match_cache_notebook(nbformat.read(path, as_version=4))
+    except KeyError:
+        return False
+    return True
+
+
+def run_chapter(path: Path) -> tuple[nbformat.NotebookNode, float]:
+    """Run one notebook; return it with its outputs, and the seconds it took."""
+    notebook = nbformat.read(path, as_version=4)
+    began = time.perf_counter()
+    execute(notebook, path.parent, widget_state=True)
+    return notebook, time.perf_counter() - began
 
 
 def write_pages() -> bool:
