@@ -540,7 +540,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
 def test_a_loop_that_was_killed_at_any_step_ends_with_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
     whole, weights = run(None, **options)
     total = sum(e.steps[1] - e.steps[0] for e in whole.entries)
