@@ -31,8 +31,9 @@ def test_gaps_without_spread_are_better_unless_they_are_zero():
     assert paired([0.5, 0.5], [0.5, 0.5]).p == 1
 
 
-def test_a_difference_is_written_with_signs_and_no_negative_zero():
-    assert str(Difference(0.004, -0.001, 0.126, 0.1)) == "+0.00 (+0.00 to +0.13)"
+def test_a_difference_is_written_with_the_signs_that_it_has_before_rounding():
+    assert str(Difference(0.004, -0.001, 0.126, 0.1)) == "+0.00 (-0.00 to +0.13)"
+    assert str(Difference(-1e-17, -0.004, 1e-17, 1)) == "+0.00 (-0.00 to +0.00)"
     assert Difference(-0.071, -0.101, -0.041, 0.1).short == "-0.07 ±0.03"
 
 

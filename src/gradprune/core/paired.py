@@ -56,7 +56,7 @@ class Difference:
         return f"{_signed(self.mean)} ±{self.high - self.mean:.2f}"
 
     def __str__(self) -> str:
-        """Return the mean and the interval, with signs and two decimals."""
+        """Return the mean and the interval, with two decimals and the signs before rounding: -0.00 is below zero."""
         return f"{_signed(self.mean)} ({_signed(self.low)} to {_signed(self.high)})"
 
 
@@ -95,4 +95,5 @@ def _outcome(mean: float, shown: bool) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}"
+    """A number below zero keeps its sign where it rounds to zero: so a printed interval says on which side it ends."""
+    return f"{0.0 if abs(value) < 1e-9 else value:+.2f}"
