@@ -49,8 +49,8 @@ def reconstruct_(
 
     The layers come in the order in which they run. What each multiplies is recorded as the layers before it, pruned
     already, give it; of these inputs X and its weights W, those V are taken that change its answers least, as the
-    smallest ``|X (V - W)'|^2 + damping |V - W|^2``. Biases stay as they are. The model runs in eval mode; modes, buffers
-    and gradients stay, and whatever is raised meanwhile, so do all weights.
+    smallest ``|X (V - W)'|^2 + damping |V - W|^2``. Biases stay as they are. The model runs in eval mode; modes,
+    buffers and gradients stay, and whatever is raised meanwhile, so do all weights.
 
     In memory are, beside the model, a copy of the weights that are changed, one layer's X'X in float64 with its
     factors, and for each batch what one block of the model is given.
@@ -98,9 +98,9 @@ def reconstruct_(
     choices: dict[str, _Share] = {}
     wanted: Mapping[str, Tensor] = {}
     if masks is not None:
-        others = {"sparsity": sparsity, "score": score, "include": include, "exclude": exclude}
-        others |= {} if scope == "layer" else {"scope": scope}
-        others |= {} if granularity == "weight" else {"granularity": granularity}
+        others: dict[str, Any] = {"sparsity": sparsity, "score": score, "include": include, "exclude": exclude}
+        others |= {"scope": None if scope == "layer" else scope}
+        others |= {"granularity": None if granularity == "weight" else granularity}
         given = [f"{name}=" for name, value in others.items() if value is not None]
         require(not given, f"masks say what is pruned; they do not go with {', '.join(given)}")
         layers, wanted = _masked(model, masks, axes)
@@ -355,13 +355,12 @@ def _complete(weight: Weight, pieces: Mapping[Piece, Gram], rows: int) -> Iterat
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Let language models of transformers keep no keys and values for a next token that does not come."""
-    configs = {
-        id(config): config for m in model.modules() if getattr(config := getattr(m, "config", None), "use_cache", None)
-    }
+    every = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in every if getattr(config, "use_cache", None) is True}
     try:
         for config in configs.values():
-            config.use_cache = False
+            config.use_cache = False  # type: ignore[union-attr]
         yield
     finally:
         for config in configs.values():
-            config.use_cache = True
+            config.use_cache = True  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class Passes:
         if self._chain.writes[block]:
             given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
         positional = [given.pop(i) for i in range(len(given)) if i in given]
-        output = self._chain.blocks[block](*positional, **given)
+        named = {str(name): value for name, value in given.items()}
+        output = self._chain.blocks[block](*positional, **named)
         return output[0] if self._chain.first[block] else output
 
 
@@ -187,7 +189,7 @@ def _chained(done: list[_Call], layers: Mapping[str, Weight]) -> Chain | None:
         return None
     slot: int | str | None = None
     first: list[bool] = []
-    for one, following in zip(done, done[1:], strict=False):
+    for one, following in pairwise(done):
         several = isinstance(one.output, tuple | list) and len(one.output) > 0
         passed = one.output[0] if several else one.output
         found = [key for key, value in following.arguments.items() if value is passed]

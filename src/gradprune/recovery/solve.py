@@ -76,7 +76,8 @@ class System:
     def upper(self) -> Tensor:
         """The upper triangular U with H^-1 = U'U: with H = R R', R upper triangular, it is R^-1."""
         r = torch.linalg.cholesky(self.h.flip(0, 1)).flip(0, 1)
-        return torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+        u: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+        return u
 
 
 def _definite(h: Tensor) -> bool:

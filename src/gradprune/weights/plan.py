@@ -56,7 +56,7 @@ def plan(
 def kept_of_layers(
     units: Units, sparsity: float | None, scope: Scope, min_keep: int | None = None
 ) -> tuple[dict[str, int], str]:
-    """How many units each layer keeps where that needs no scores, and a warning; `scope` is a dict, "layer" or "erk"."""
+    """How many units each layer keeps where no scores are needed, and a warning; `scope` is a dict, layer or erk."""
     sizes = {name: weight.parameter.numel() for name, weight in units.layers.items()}
     if isinstance(scope, Mapping):
         counts = {name: kept_of(size, scope.get(name, sparsity or 0.0)) for name, size in sizes.items()}
