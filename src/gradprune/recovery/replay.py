@@ -54,7 +54,11 @@ class Passes:
         self._kept: list[Arguments] = []
 
     def run(self, name: str, seen: _Seen) -> None:
-        """Let all batches pass by the weight of this name."""
+        """Let all batches pass by the weight of this name.
+
+        Weights that autocast has cast are forgotten: they are from before the last one was changed.
+        """
+        torch.clear_autocast_cache()
         block = None if self._chain is None else self._chain.inside.get(name)
         if block is None:
             self._kept, self._at = [], None
@@ -65,6 +69,7 @@ class Passes:
                         call(self._model, batch)
             return
         self._advance(block)
+        torch.clear_autocast_cache()
         with seen.watching():
             for arguments in self._kept:
                 seen.begin()
