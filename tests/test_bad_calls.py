@@ -176,6 +176,7 @@ CALLS = {
             "include": "*",
             "exclude": "2.*",
             "axes": None,
+            "solve": "exact",
             "damp": 0.01,
         },
     ),

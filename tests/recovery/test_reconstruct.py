@@ -195,7 +195,7 @@ def test_a_whole_model_answers_nearer_to_the_dense_one_than_by_plain_masking(nam
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("how", [{"sparsity": 0.5}, {"sparsity": 0.5, "score": gp.magnitude}])
+@pytest.mark.parametrize("how", [{"sparsity": 0.5, "solve": "one pass"}, {"sparsity": 0.5, "score": gp.magnitude}])
 def test_what_is_kept_between_blocks_is_what_the_whole_model_would_give(name, how, monkeypatch):
     model, batches = made(name)
     whole = copy.deepcopy(model)
@@ -234,6 +234,30 @@ def test_a_block_that_writes_into_what_it_is_given_is_replayed_on_a_copy():
         assert close(model.state_dict()[own], solved(inputs, weight.detach(), masks[own]))
         with torch.no_grad():
             x = block(x.clone())
+
+
+def damped_error(dense, found, x):
+    """What a layer's answers differ by, with the damping."""
+    change, wide = (found.weight - dense.weight).detach().double(), x.double()
+    return float((wide @ change.T).square().sum() + DAMP * wide.square().sum(0).mean() * change.square().sum())
+
+
+def test_exact_weights_for_the_chosen_masks_answer_better_than_those_of_one_pass():
+    models = {solve: nn.Sequential(nn.Linear(12, 16)) for solve in ("dense", "exact", "one pass")}
+    for model in models.values():
+        model.load_state_dict({k: v for k, v in two_layers().state_dict().items() if k.startswith("0")})
+    masks = [gp.reconstruct_(models[solve], [X], sparsity=0.5, solve=solve) for solve in ("exact", "one pass")]
+    assert masks[0] == masks[1]
+    exact, one_pass = (damped_error(models["dense"][0], models[solve][0], X) for solve in ("exact", "one pass"))
+    assert exact < one_pass
+    assert close(models["exact"][0].weight, solved(X, models["dense"][0].weight.detach(), masks[0]["0.weight"]))
+
+
+def test_one_pass_for_given_masks_is_that_of_the_choice():
+    one, other = two_layers(), two_layers()
+    masks = gp.reconstruct_(one, [X], sparsity=0.5, solve="one pass")
+    gp.reconstruct_(other, [X], masks=masks, solve="one pass")
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- counts

@@ -43,6 +43,7 @@ def reconstruct_(
     include: Patterns = None,
     exclude: Patterns = None,
     axes: StatedAxes = None,
+    solve: Literal["exact", "one pass"] = "exact",
     damp: float = 0.01,
 ) -> Masks:
     """Prune layer by layer, and let the weights that stay make good what the others gave; nothing is trained.
@@ -59,11 +60,11 @@ def reconstruct_(
         model: the network; its weights are changed in place.
         batches: some hundred examples of the training data: pairs (inputs, targets), whose targets are not used, or
             inputs alone, tensors or dicts.
-        sparsity: the fraction of the weights that goes. Which go is chosen together with what the others become, by
-            blocks of 128 columns, unless `score` says it.
-        masks: name -> bool tensor, what stays (True), for a model that is not pruned yet: the weights are then the
-            least squares for these masks. Give either this or `sparsity`.
-        score: as for ``prune``, of the model as it was: what goes is as there, and the weights are the least squares.
+        sparsity: the fraction of the weights that goes. Which go is chosen as SparseGPT does, by what each costs once
+            the others have answered for those to its left, in blocks of 128 columns, unless `score` says it.
+        masks: name -> bool tensor, what stays (True), for a model that is not pruned yet. Give either this or
+            `sparsity`.
+        score: as for ``prune``, of the model as it was: what goes is as there.
         scope: how the layers share. ``"layer"``, the same fraction of each layer, and of each block of its columns;
             ``"row"``, also the same number of each output unit's weights; ``"erk"`` or a dict, as for ``prune``; others
             with a `score` only.
@@ -71,6 +72,9 @@ def reconstruct_(
         include: as for ``prune``.
         exclude: as for ``prune``; a model's last layer, which gives its answers, is mostly left out.
         axes: as for ``prune``.
+        solve: ``"exact"``, the least squares for the masks, each row by itself, which never answers worse than the
+            masked weights; ``"one pass"``, SparseGPT's weights: of each column's loss only those to its right hear,
+            which costs less by a factor that grows with the square of the columns, and gives back less.
         damp: what is added to the diagonal of X'X, as a fraction of its mean. Of what the batches leave open, it keeps
             weights where they were.
 
@@ -91,10 +95,11 @@ def reconstruct_(
         >>> masks.sparsity, int((model.weight == 0).sum())
         (0.5, 16)
 
-    Frantar and Alistarh (2023), algorithm 1, for masks that are chosen; Hassibi and Stork (1993), section 3, of all
-    pruned weights of a row at once, for masks that are given; chapter 5.
+    Frantar and Alistarh (2023), algorithm 1, for masks that are chosen and for one pass; Hassibi and Stork (1993),
+    section 3, of all pruned weights of a row at once, for exact weights; chapter 5.
     """
     damp = checks.number("damp", damp, least=0.0)
+    checks.choice("solve", solve, ("exact", "one pass"))
     choices: dict[str, _Share] = {}
     wanted: Mapping[str, Tensor] = {}
     if masks is not None:
@@ -115,7 +120,7 @@ def reconstruct_(
     if masks is None and score is not None:
         wanted = request.masks(model, score, sparsity=sparsity)
     _check_weights(layers, wanted)
-    work = _Work(model, layers, wanted, choices, damp)
+    work = _Work(model, layers, wanted, choices, exact=solve == "exact", damp=damp)
     with evaluated(model), as_written(), torch.no_grad(), plain_layers(), _without_cache(model):
         found = work.done(inputs)
     return Masks(found).apply_(model)
@@ -242,9 +247,12 @@ class _Work:
         layers: Mapping[str, Weight],
         wanted: Mapping[str, Tensor],
         choices: Mapping[str, _Share],
+        *,
+        exact: bool,
         damp: float,
     ) -> None:
-        self._model, self._layers, self._wanted, self._choices, self._damp = model, layers, wanted, choices, damp
+        self._model, self._layers, self._wanted, self._choices = model, layers, wanted, choices
+        self._exact, self._damp = exact, damp
         self._masks: dict[str, Tensor] = {}
         self._before: list[tuple[Tensor, Tensor]] = []
         self._open: list[str] = []
@@ -311,10 +319,12 @@ class _Work:
         name = piece.name
         if name in self._wanted:
             keep = as_matrix(self._layers[name], self._wanted[name])[piece.first : piece.first + piece.rows]
+            if not self._exact:
+                return eliminate(dense, system, lambda costs, at: keep[:, at : at + costs.shape[1]], _WIDTH)
             return least_squares(dense, system, keep), keep
-        part = (piece.first, piece.rows, rows)
-        choose, width = _choose(self._choices[name], name, part, dense.shape[1])
-        return eliminate(dense, system, choose, width)
+        choose, width = _choose(self._choices[name], name, (piece.first, piece.rows, rows), dense.shape[1])
+        new, keep = eliminate(dense, system, choose, width)
+        return least_squares(dense, system, keep) if self._exact else new, keep
 
     def _write(self, weight: Weight, new: Tensor, keep: Tensor) -> None:
         parameter = weight.parameter
