@@ -2,9 +2,9 @@
 
 The direct side is the published algorithm written out for a chain of blocks, with torch's Cholesky: the inputs of a
 block are kept for every batch; layer by layer X'X is summed, a group of columns at a time is chosen and what it loses
-passed on (SparseGPT, here one pass), or each row's normal equations are solved (masks given). Both sides prune the same layers in the
-same order, from the same inputs, in float64 or, for the direct side of masks that are chosen, in float32 as published.
-The network is transformers' Llama with random weights.
+passed on (SparseGPT, here one pass), or each row's normal equations are solved (masks given). Both sides prune the same
+layers in the same order, from inputs that the pruned ones before give, in float64; of masks that are chosen the direct
+side works in float32, as published. The network is transformers' Llama with random weights.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-AT_A_TIME = 2**22  # entries: of inputs that are squared, of reduced systems that are solved together
+AT_A_TIME = 2**20  # entries: of inputs that are squared, of reduced systems that are solved together
 _LEAST = 1e-10  # the share of an input that must not follow from those before it, or the damping is raised to this
 _BATCHED = 64  # columns; on a CPU larger systems are factored faster one by one
 _COLUMNS = 8  # that are eliminated one by one before the others hear of it by one product
