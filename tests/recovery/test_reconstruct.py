@@ -624,3 +624,50 @@ def test_the_masks_are_held_by_an_optimizer_as_those_of_prune_are():
         model(X).sum().backward()
         optimizer.step()
         assert masks.holds(model)
+
+
+class Sliding(nn.Module):
+    """Blocks of two kinds, which get different masks where a batch has one, as in models of sliding attention."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Scaled() for _ in range(4))
+
+    def forward(self, x, mask=None):
+        masks = (None, None) if mask is None else (mask, 1 - mask)
+        for i, block in enumerate(self.blocks):
+            x = block(x, masks[i % 2])
+        return x
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x, mask):
+        hidden = torch.relu(self.layer(x))
+        return x + (hidden if mask is None else hidden * mask)
+
+
+def test_blocks_are_no_chain_where_one_batch_gives_them_different_things(monkeypatch):
+    model, mask = Sliding(), (torch.arange(12) % 2).float()
+    whole, batches = copy.deepcopy(model), [{"x": X}, {"x": X.flip(0), "mask": mask}]
+    with torch.no_grad():
+        layers = reconstruct.Request.of(model).layers
+        assert replay.look(model, batches[:1], layers)[1] is not None
+        groups, chain = replay.look(model, batches, layers)
+    assert chain is None
+    masks = gp.reconstruct_(model, batches, sparsity=0.5)
+    monkeypatch.setattr(reconstruct, "look", lambda *_: (groups, None))
+    assert gp.reconstruct_(whole, batches, sparsity=0.5) == masks
+
+
+def test_weights_that_lie_in_one_memory_are_told_apart():
+    model, plain = two_layers(), two_layers()
+    flat = torch.cat([model[0].weight.detach().flatten(), model[2].weight.detach().flatten()])
+    for layer, at in ((model[0], 0), (model[2], model[0].weight.numel())):
+        layer.weight = nn.Parameter(flat[at : at + layer.weight.numel()].view(layer.weight.shape))
+    assert gp.reconstruct_(model, [X], sparsity=0.5) == gp.reconstruct_(plain, [X], sparsity=0.5)
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters(), strict=True))

@@ -60,7 +60,9 @@ class _Seen(Products):
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Weight]) -> None:
         super().__init__(model)
-        self._by_memory = {memory(w.parameter): w for w in layers.values()}
+        self._by_memory: dict[int | None, list[Weight]] = {}
+        for weight in layers.values():
+            self._by_memory.setdefault(memory(weight.parameter), []).append(weight)
         self._last: tuple[Any, ...] = ()
 
     def met(self, piece: Piece, again: bool, inputs: Iterable[Tensor]) -> None:
@@ -72,6 +74,7 @@ class _Seen(Products):
         if found is None:
             return
         target, at = found
+        x = x if x.layout == torch.strided else x.to_dense()
         x, operand = (x, place(weight)) if weight.dim() == 2 else _folded(x, place(weight))
         if len(operand.size) == 2:
             self._tell(_piece(target, at, operand), x)
@@ -97,23 +100,30 @@ class _Seen(Products):
 
     def _weight(self, operand: Tensor) -> tuple[Weight, Place] | None:
         """Whose weight an operand is, and where the whole of it lies: where the parameter is, or a copy of it."""
+        if operand.layout != torch.strided:
+            return None
         at = place(operand)
-        target = self._by_memory.get(at.memory)
+        target = self._at(at)
         if target is not None:
             return target, place(target.parameter)
         copy = self.copied_from(at)
-        while copy is not None and copy.indices is None:
-            target = self._by_memory.get(copy.source.memory)
+        while copy is not None:
+            target = self._at(copy.source)
             if target is not None:
-                _require_known(target, copy.source == place(target.parameter))
+                whole = copy.indices is None and copy.source == place(target.parameter)
+                _require_known(target, whole)
                 return target, copy.result
-            copy = self.copied_from(copy.source)
-        owner = self._copied_by_index(copy)
-        _require_known(owner, owner is None)
+            copy = self.copied_from(copy.source) if copy.indices is None else None
         return None
 
-    def _copied_by_index(self, copy: Any) -> Weight | None:
-        return None if copy is None else self._by_memory.get(copy.source.memory)
+    def _at(self, operand: Place) -> Weight | None:
+        """The weight in whose memory an operand starts; several may lie in one."""
+        for weight in self._by_memory.get(operand.memory, ()):
+            own = place(weight.parameter)
+            reach = sum((size - 1) * stride for size, stride in zip(own.size, own.stride, strict=True))
+            if own.offset <= operand.offset <= own.offset + reach:
+                return weight
+        return None
 
     def _tell(self, piece: Piece, x: Tensor) -> None:
         matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -163,8 +173,8 @@ def _piece(weight: Weight, whole: Place, operand: Place) -> Piece:
     return Piece(weight.name, first, outputs[0])
 
 
-def _require_known(weight: Weight | None, known: bool) -> None:
-    if weight is not None and not known:
+def _require_known(weight: Weight, known: bool) -> None:
+    if not known:
         raise ValueError(
             f"how {weight.name!r} of a {type(weight.module).__name__} multiplies its inputs is not known: exclude it"
         )

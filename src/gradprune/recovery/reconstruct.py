@@ -19,7 +19,7 @@ from gradprune.core.select import keep_largest
 from gradprune.core.words import in_our_words
 from gradprune.recovery.inputs import Collected, NotShared, Piece, as_matrix, columns_of, write_matrix_
 from gradprune.recovery.replay import Passes, look
-from gradprune.recovery.solve import Choose, Gram, System, eliminate, least_squares
+from gradprune.recovery.solve import Choose, Gram, System, dtype_on, eliminate, least_squares
 from gradprune.weights.eligible import Patterns, StatedAxes, stated
 from gradprune.weights.granularity import Granularity, Units, with_axes
 from gradprune.weights.mask import Masks
@@ -302,7 +302,7 @@ class _Work:
             weight = self._layers[name]
             dense = as_matrix(weight, weight.parameter)
             pieces = {piece: gram for piece, gram in grams.items() if piece.name == name}
-            new = torch.empty(dense.shape, dtype=torch.float64, device=dense.device)
+            new = torch.empty(dense.shape, dtype=dtype_on(dense.device), device=dense.device)
             keep = torch.empty(dense.shape, dtype=torch.bool, device=dense.device)
             for piece, gram in _complete(weight, pieces, len(dense)):
                 if id(gram) not in systems:

@@ -8,8 +8,8 @@ run again: what it takes is kept for every batch. Where a model is none, every l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -123,16 +123,21 @@ def look(
 ) -> tuple[list[list[str]], Chain | None]:
     """Return the weights in order of execution, those of common inputs together, and the chain that most are in.
 
-    The first batch is run, and others while there are weights that none has reached.
+    Products are looked at in the first batch, and in others while there are weights that none has reached; whether the
+    model is a chain, in all: what its blocks are given beside may be the same for one batch and not for another.
     """
     seen = Look(model, layers)
-    calls: dict[nn.Module, list[_Call]] = {}
-    for batch in batches:
-        with seen.watching(), _recorded(model, calls if not calls else {}):
+    chain: Chain | None = None
+    for number, batch in enumerate(batches):
+        calls: dict[nn.Module, list[_Call]] = {}
+        watched = len(seen.order) < len(layers)
+        if not watched and chain is None:
+            break
+        with seen.watching() if watched else nullcontext(), _recorded(model, calls):
             seen.begin()
             call(model, batch)
-        if len(seen.order) == len(layers):
-            break
+        found = _longest(calls, layers)
+        chain = found if number == 0 else _both(chain, found)
     missing = [name for name in layers if name not in seen.order]
     if missing:
         raise ValueError(
@@ -140,7 +145,16 @@ def look(
             + (f", nor of {len(missing) - 1} other weights" if len(missing) > 1 else "")
             + ": exclude it, or give batches that do"
         )
-    return seen.groups(), _longest(calls, layers)
+    return seen.groups(), chain
+
+
+def _both(one: Chain | None, other: Chain | None) -> Chain | None:
+    """A chain that is the same for two batches."""
+    if one is None or other is None or one.blocks != other.blocks:
+        return None
+    if (one.slot, one.first) != (other.slot, other.first):
+        return None
+    return replace(one, writes=[a or b for a, b in zip(one.writes, other.writes, strict=True)])
 
 
 @contextmanager

@@ -19,12 +19,16 @@ _BATCHED = 64  # columns; on a CPU larger systems are factored faster one by one
 _COLUMNS = 8  # that are eliminated one by one before the others hear of it by one product
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    """The precision in which systems are summed and solved: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64  # pragma: no mutate: needs a Mac
+
+
 class Gram:
     """X'X over all inputs, in float64 where the device has it: rounding is amplified by as much as inputs are alike."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # pragma: no mutate: needs a Mac
-        self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
+        self._sum = torch.zeros(columns, columns, dtype=dtype_on(device), device=device)
         self.samples = 0
 
     def add(self, x: Tensor) -> None:
