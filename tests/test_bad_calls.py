@@ -163,6 +163,27 @@ CALLS = {
             "scope": "global",
         },
     ),
+    "reconstruct_": (
+        lambda c: gp.reconstruct_,
+        lambda c: {
+            "model": c.model,
+            "batches": c.pairs(),
+            "sparsity": 0.5,
+            "masks": None,
+            "score": None,
+            "scope": "layer",
+            "granularity": "weight",
+            "include": "*",
+            "exclude": "2.*",
+            "axes": None,
+            "solve": "exact",
+            "damp": 0.01,
+        },
+    ),
+    "reconstruct_, masks": (
+        lambda c: gp.reconstruct_,
+        lambda c: {"model": c.model, "batches": c.pairs(), "masks": c.masks},
+    ),
     "sensitivity": (
         lambda c: gp.sensitivity,
         lambda c: {

@@ -18,6 +18,7 @@ from gradprune.recovery.crossval import CrossValidation, cross_validate
 from gradprune.recovery.distill import distill_loss
 from gradprune.recovery.history import Entry, History, Round
 from gradprune.recovery.largest import Found, Look, largest_sparsity
+from gradprune.recovery.reconstruct import reconstruct_
 from gradprune.recovery.scan import Sensitivity, sensitivity
 from gradprune.recovery.search import Study, Trial, search
 from gradprune.weights.activation import activation
@@ -82,6 +83,7 @@ __all__ = [
     "prune",
     "random",
     "recalibrate_",
+    "reconstruct_",
     "report",
     "rotation",
     "search",

@@ -302,3 +302,37 @@ def test_torchs_defaults_do_not_leak_in(default):
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------- Wanda
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.3])
+def test_wanda_on_a_language_model_is_one_line_and_the_formula_of_its_paper(sparsity):
+    """|W| times the norm of the input, compared within each output, on what the layers' hooks record."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words = {"vocab_size": 50, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_head=2, n_layer=2, **words)).eval()
+    batches = [{"input_ids": torch.randint(50, (4, 16))} for _ in range(3)]
+    layers = {n: m for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
+    squares, dense, hooks = {}, {n: m.weight.detach().clone() for n, m in layers.items()}, []
+    for name, layer in layers.items():
+
+        def record(_, args, name=name):
+            squares[name] = squares.get(name, 0) + args[0].detach().reshape(-1, args[0].shape[-1]).square().sum(0)
+
+        hooks.append(layer.register_forward_pre_hook(record))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    masks = gp.prune(model, sparsity=sparsity, scope="row", score=lambda dense: gp.activation(dense, batches))
+    assert set(masks) == {f"{name}.weight" for name in layers}
+    for name, weight in dense.items():
+        metric = (weight.abs() * squares[name].sqrt()[:, None]).T  # Conv1D has its outputs last
+        goes = metric.argsort(dim=1, stable=True)[:, : round(sparsity * metric.shape[1])]
+        wanted = torch.ones_like(metric, dtype=torch.bool).scatter_(1, goes, False)
+        assert torch.equal(masks[f"{name}.weight"].T, wanted)
+        assert not bool(layers[name].weight.T[~wanted].any())

@@ -89,11 +89,17 @@ def plain_attention() -> Iterator[None]:
     """Attention as products and a softmax: the fused kernels have no second derivative and hide what they multiply."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    with plain_layers(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Without the one kernel for a whole attention layer, in which no product of a weight is seen."""
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 

@@ -21,6 +21,7 @@ _FOREIGN = {  # what is ours -> what others call it; of those that a function ha
     "include=": "layers modules targets parameters",
     "exclude=": "ignored_layers ignore skip",
     "within=": "mask masks",
+    "damp=": "percdamp dampening_frac",
     "final=": "sparsity final_sparsity target_sparsity amount",
     "initial=": "initial_sparsity",
     "begin=": "begin_step start",

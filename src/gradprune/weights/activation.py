@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from gradprune.core.batches import inputs_of, items
 from gradprune.core.checks import require
 from gradprune.core.evaluate import as_written, call, evaluated, plain_attention, plain_kernels
-from gradprune.core.owners import Owners, Place, aten, place
+from gradprune.core.owners import Place, aten, place
+from gradprune.core.products import Products
 from gradprune.weights.differentiate import floating
 from gradprune.weights.precision import product
 
-# Where the two operands of a product stand among the operator's arguments.
-_PRODUCTS = {
-    aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1,
-    aten.addmv: 1, aten._addmm_activation: 1,
-}  # fmt: skip
 _SQUARES_FROM = 1e-30  # sums of squares in float32 below it may have lost some
 
 
@@ -68,7 +64,7 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     return scores
 
 
-class _InputNorms(Owners):
+class _InputNorms(Products):
     """Adds up the squares of what each entry of a weight multiplies, by the memory of the weight and the layer."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -88,47 +84,16 @@ class _InputNorms(Owners):
         norms = [total.as_strided(at.size, at.stride, at.offset).sqrt() for total in found]
         return torch.stack(norms).sum(dim=0) if norms else None
 
-    def ran(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        if operator in _PRODUCTS:
-            start = _PRODUCTS[operator]
-            left, right = args[start : start + 2]
-            right = right.unsqueeze(-1) if right.dim() == 1 else right
-            self._product(left, right)
-        elif operator is aten.convolution:
-            self._convolution(*args)
-        elif str(operator).endswith("grouped_mm") and len(args) >= 2:
-            offs = args[2] if len(args) > 2 else kwargs.get("offs")
-            self._groups(args[0], args[1], offs)
+    def multiplied(self, owner: nn.Module, x: Tensor, weight: Tensor) -> None:
+        self._add(owner, weight, self._sums(x, -2).unsqueeze(-1))
 
-    def _product(self, left: Tensor, right: Tensor) -> None:
-        weight_owner, weight = self.weight_among((left, right))
-        if weight is right:
-            self._add(weight_owner, right, self._sums(left, -2).unsqueeze(-1))
-        elif weight is left:
-            self._add(weight_owner, left, self._sums(right, -1).unsqueeze(-2))
-
-    def _convolution(self, x: Tensor, weight: Tensor, *options: Any) -> None:
-        owner, found = self.weight_among((weight,))
-        if found is None:
-            return
+    def convolved(self, owner: nn.Module, x: Tensor, weight: Tensor, options: tuple[Any, ...]) -> None:
         *_, transposed, _, groups = options
         channels = self._sums(x.transpose(0, 1).flatten(1), 1).view(groups, -1, *[1] * (weight.dim() - 2))
         if transposed:  # [in, out / groups, ...]
             self._add(owner, weight, channels.flatten(0, 1).unsqueeze(1))
         else:  # group g of the filters sees the g-th share of the channels
             self._add(owner, weight, channels.repeat_interleave(weight.shape[0] // groups, dim=0))
-
-    def _groups(self, left: Tensor, right: Tensor, offs: Tensor | None) -> None:
-        if offs is None:
-            self._product(left, right)
-            return
-        cuts = offs.cpu().long()
-        if right.dim() == 3:
-            for rows, matrix in zip(left.tensor_split(cuts), right, strict=False):
-                self._product(rows, matrix)
-        elif left.dim() == 3:
-            for matrix, columns in zip(left, right.tensor_split(cuts, dim=1), strict=False):
-                self._product(matrix, columns)
 
     def _sums(self, x: Tensor, dim: int) -> Tensor:
         """The sums of the squares over a dimension, in float32, or in float64 where that has not the range."""

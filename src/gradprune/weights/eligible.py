@@ -40,7 +40,7 @@ def eligible(
         TypeError: where the model does not say what its layers are, or a parameter cannot be written.
     """
     require_layers(checks.module(model))
-    every = _stated(weights_of(model), axes)
+    every = stated(weights_of(model), axes)
     pool = {name: w for name, w in every.items() if not w.reason and w.parameter.requires_grad}
     beside = {name: w for name, w in every.items() if name not in pool and (not w.reason or w.guessed)}
     if not pool and include is None:
@@ -73,7 +73,7 @@ def as_patterns(argument: str, patterns: Any) -> list[str]:
     raise TypeError(f"{argument} must be a glob pattern or a list of them, such as '0.*', got {patterns!r}")
 
 
-def _stated(every: dict[str, Weight], axes: StatedAxes) -> dict[str, Weight]:
+def stated(every: dict[str, Weight], axes: StatedAxes) -> dict[str, Weight]:
     """The weights with the axes that the caller states."""
     if axes is None:
         return every

@@ -37,19 +37,15 @@ def plan(
         return partial(_keep_n_of_m, units, *n_of_m)
     if threshold is not None:
         return partial(_keep_at_least, units, threshold, _floors(units, min_keep or 0))
-    if isinstance(scope, Mapping):
-        sizes = {name: weight.parameter.numel() for name, weight in units.layers.items()}
-        counts = {name: _stay(size, scope.get(name, sparsity or 0.0)) for name, size in sizes.items()}
-        return partial(_keep_per_layer, units, _whole_units(units, counts), "")
+    if isinstance(scope, Mapping) or scope in ("layer", "erk"):
+        counts, warning = kept_of_layers(units, sparsity, scope, min_keep)
+        return partial(_keep_per_layer, units, counts, warning)
     assert sparsity is not None
     if scope == "row":
         return _plan_rows(units, sparsity, min_keep)
     total = sum(weight.parameter.numel() for weight in units.layers.values())
-    budget = _stay(total, sparsity)
+    budget = kept_of(total, sparsity)
     floors, warning = _affordable_floors(units, budget, min_keep)
-    if scope in ("layer", "erk"):
-        counts = _whole_units(units, _allocate(units, scope, budget, floors))
-        return partial(_keep_per_layer, units, counts, warning)
     most = sum(units.available(name) * units.cost(name) for name in units.layers)
     require(budget <= most, f"sparsity {sparsity} lets {budget} weights stay, but `within` allows only {most}")
     transform = allocate.lamp if scope == "lamp" else None
@@ -57,7 +53,21 @@ def plan(
     return partial(_keep_over_all, units, budget, floors, transform, warning, noticed)
 
 
-def _stay(weights: int, sparsity: float) -> int:
+def kept_of_layers(
+    units: Units, sparsity: float | None, scope: Scope, min_keep: int | None = None
+) -> tuple[dict[str, int], str]:
+    """How many units each layer keeps where no scores are needed, and a warning; `scope` is a dict, layer or erk."""
+    sizes = {name: weight.parameter.numel() for name, weight in units.layers.items()}
+    if isinstance(scope, Mapping):
+        counts = {name: kept_of(size, scope.get(name, sparsity or 0.0)) for name, size in sizes.items()}
+        return _whole_units(units, counts), ""
+    budget = kept_of(sum(sizes.values()), sparsity or 0.0)
+    floors, warning = _affordable_floors(units, budget, min_keep)
+    return _whole_units(units, _allocate(units, scope, budget, floors)), warning
+
+
+def kept_of(weights: int, sparsity: float) -> int:
+    """How many of so many weights a sparsity keeps."""
     return weights - round(sparsity * weights)
 
 
@@ -119,7 +129,7 @@ def _keep_n_of_m(units: Units, n: int, m: int, ranked: Ranked) -> dict[str, Tens
         else:
             grouped = values.movedim(dim, -1)
             among = canonical(weight, allowed).movedim(dim, -1).reshape(-1, m)
-            mask = _keep_in_rows(name, grouped.reshape(-1, m), n, ranked.by, among).logical_and_(among)
+            mask = keep_in_rows(name, grouped.reshape(-1, m), n, ranked.by, among).logical_and_(among)
             mask = mask.view(grouped.shape).movedim(-1, dim)
         masks[name] = as_stored(weight, mask)
     return masks
@@ -254,7 +264,7 @@ def _plan_rows(units: Units, sparsity: float, min_keep: int | None) -> Choose:
     empty = []
     for name, weight in units.layers.items():
         rows = _rows(units, name, weight.parameter)
-        counts[name] = _stay(rows.shape[1], sparsity)
+        counts[name] = kept_of(rows.shape[1], sparsity)
         most = rows.shape[1] if units.within is None else _least(_rows(units, name, units.within[name]).sum(1))
         require(
             counts[name] <= most,
@@ -277,13 +287,13 @@ def _keep_per_row(units: Units, counts: Mapping[str, int], warning: str, ranked:
     masks = {}
     for name, count in counts.items():
         allowed = None if units.within is None else _rows(units, name, units.within[name])
-        mask = _keep_in_rows(name, _rows(units, name, ranked.values[name]), count, ranked.by, allowed)
+        mask = keep_in_rows(name, _rows(units, name, ranked.values[name]), count, ranked.by, allowed)
         weight = units.layers[name]
         masks[name] = as_stored(weight, mask.view(canonical(weight, weight.parameter).shape))
     return masks
 
 
-def _keep_in_rows(name: str, values: Tensor, count: int, by: By, allowed: Tensor | None) -> Tensor:
+def keep_in_rows(name: str, values: Tensor, count: int, by: By, allowed: Tensor | None) -> Tensor:
     """A mask that is True for the `count` largest of each row, of those allowed first; the later of equals stays."""
     require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
     mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)

@@ -80,7 +80,8 @@ def prune(
             Give either this or `threshold`.
         threshold: what scores less than this goes.
         scope: how the layers share. ``"global"`` ranks all weights together; ``"layer"`` takes the same fraction of
-            each layer, ``"row"`` the same number of each output unit's weights; ``"erk"`` and ``"lamp"`` are those of
+            each layer, ``"row"`` the same number of each output unit's weights, ``round(sparsity * K)`` of K (of a
+            filter all its weights), and goes with single weights only; ``"erk"`` and ``"lamp"`` are those of
             ``gradprune.weights.allocate``; a dict gives sparsities by name or glob pattern, and `sparsity` is then for
             the other layers (0 unless given).
         granularity: what goes together. ``"weight"``, single weights; ``"channel"``, all weights of an output unit or

@@ -1,0 +1,245 @@
+"""How is one layer's input seen after another's, without running the whole model for each (chapter 5)?
+
+Mostly a model is a chain: the blocks of a ``ModuleList`` or ``Sequential``, of which each takes what the one before
+returned, and beside that only what all are given. Of such a chain the blocks before the one that is looked at need not
+run again: what it takes is kept for every batch. Where a model is none, every look runs it from its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradprune.core.evaluate import call
+from gradprune.core.layers import Weight
+from gradprune.recovery.inputs import Look, Passed, _Seen
+
+Arguments = dict[int | str, Any]  # by position and by name
+
+
+@dataclass
+class _Call:
+    """One call of a block."""
+
+    module: nn.Module
+    arguments: Arguments
+    versions: dict[int | str, int]
+    output: Any = None
+    writes: bool = False  # into what it is given
+
+
+@dataclass
+class Chain:
+    """Blocks of which each takes what the one before returned."""
+
+    blocks: list[nn.Module]
+    slot: int | str  # which argument that is
+    first: list[bool]  # whether it is the first of several things returned
+    writes: list[bool]
+    inside: dict[str, int] = field(default_factory=dict)  # weight -> its block
+
+
+class Passes:
+    """Runs every batch through what is needed of the model, once the weights before have their final values."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], chain: Chain | None) -> None:
+        self._model, self._batches, self._chain = model, batches, chain
+        self._at: int | None = None  # the block whose arguments are kept
+        self._kept: list[Arguments] = []
+
+    def run(self, name: str, seen: _Seen) -> None:
+        """Let all batches pass by the weight of this name.
+
+        Weights that autocast has cast are forgotten: they are from before the last one was changed.
+        """
+        torch.clear_autocast_cache()
+        block = None if self._chain is None else self._chain.inside.get(name)
+        if block is None:
+            self._kept, self._at = [], None
+            with seen.watching():
+                for batch in self._batches:
+                    seen.begin()
+                    with suppress(Passed):
+                        call(self._model, batch)
+            return
+        self._advance(block)
+        torch.clear_autocast_cache()
+        with seen.watching():
+            for arguments in self._kept:
+                seen.begin()
+                with suppress(Passed):
+                    self._run(block, arguments)
+
+    def _advance(self, block: int) -> None:
+        """Keep what a block is given."""
+        assert self._chain is not None
+        if self._at is None or self._at > block:
+            self._kept = [_given_to(self._chain.blocks[0], self._model, batch) for batch in self._batches]
+            self._at = 0
+        while self._at < block:
+            for arguments in self._kept:
+                arguments[self._chain.slot] = self._run(self._at, arguments)
+            self._at += 1
+
+    def _run(self, block: int, arguments: Arguments) -> Any:
+        assert self._chain is not None
+        given = dict(arguments)
+        if self._chain.writes[block]:
+            given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
+        positional = [given.pop(i) for i in range(len(given)) if i in given]
+        named = {str(name): value for name, value in given.items()}
+        output = self._chain.blocks[block](*positional, **named)
+        return output[0] if self._chain.first[block] else output
+
+
+def _given_to(block: nn.Module, model: nn.Module, batch: Any) -> Arguments:
+    """What a block is given when the model runs on a batch."""
+    found: list[Arguments] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(dict(enumerate(args)) | kwargs)
+        raise Passed
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with suppress(Passed):
+            call(model, batch)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+# ------------------------------------------------------------------------------------------------------- what is there
+
+
+def look(
+    model: nn.Module, batches: Sequence[Any], layers: Mapping[str, Weight]
+) -> tuple[list[list[str]], Chain | None]:
+    """Return the weights in order of execution, those of common inputs together, and the chain that most are in.
+
+    Products are looked at in the first batch, and in others while there are weights that none has reached; whether the
+    model is a chain, in all: what its blocks are given beside may be the same for one batch and not for another.
+    """
+    seen = Look(model, layers)
+    chain: Chain | None = None
+    for number, batch in enumerate(batches):
+        calls: dict[nn.Module, list[_Call]] = {}
+        watched = len(seen.order) < len(layers)
+        if not watched and chain is None:
+            break
+        with seen.watching() if watched else nullcontext(), _recorded(model, calls):
+            seen.begin()
+            call(model, batch)
+        found = _longest(calls, layers)
+        chain = found if number == 0 else _both(chain, found)
+    missing = [name for name in layers if name not in seen.order]
+    if missing:
+        raise ValueError(
+            f"the batches reach no product of {missing[0]!r} with anything"
+            + (f", nor of {len(missing) - 1} other weights" if len(missing) > 1 else "")
+            + ": exclude it, or give batches that do"
+        )
+    return seen.groups(), chain
+
+
+def _both(one: Chain | None, other: Chain | None) -> Chain | None:
+    """A chain that is the same for two batches."""
+    if one is None or other is None or one.blocks != other.blocks:
+        return None
+    if (one.slot, one.first) != (other.slot, other.first):
+        return None
+    return replace(one, writes=[a or b for a, b in zip(one.writes, other.writes, strict=True)])
+
+
+@contextmanager
+def _recorded(model: nn.Module, calls: dict[nn.Module, list[_Call]]) -> Iterator[None]:
+    """Note each call of the blocks of lists and sequences."""
+    handles = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments: Arguments = dict(enumerate(args)) | kwargs
+        versions = {key: value._version for key, value in arguments.items() if isinstance(value, Tensor)}
+        open_calls.append(_Call(block, arguments, versions))
+
+    def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        done = open_calls.pop()
+        done.output = output
+        done.writes = any(done.arguments[key]._version != version for key, version in done.versions.items())
+        for container in containers[block]:
+            calls.setdefault(container, []).append(done)
+
+    containers: dict[nn.Module, list[nn.Module]] = {}
+    open_calls: list[_Call] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            for block in module:
+                containers.setdefault(block, []).append(module)
+    try:
+        for block in containers:
+            if not isinstance(block, torch.jit.ScriptModule):
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(block.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _longest(calls: Mapping[nn.Module, list[_Call]], layers: Mapping[str, Weight]) -> Chain | None:
+    """The chain with the most weights, in two blocks or more."""
+    best: Chain | None = None
+    for done in calls.values():
+        chain = _chained(done, layers)
+        if chain is not None and (best is None or len(chain.inside) > len(best.inside)):
+            best = chain
+    return best
+
+
+def _chained(done: list[_Call], layers: Mapping[str, Weight]) -> Chain | None:
+    """The calls as a chain, if they are one."""
+    blocks = [each.module for each in done]
+    if len(blocks) < 2 or len(set(blocks)) < len(blocks):
+        return None
+    slot: int | str | None = None
+    first: list[bool] = []
+    for one, following in pairwise(done):
+        several = isinstance(one.output, tuple | list) and len(one.output) > 0
+        passed = one.output[0] if several else one.output
+        found = [key for key, value in following.arguments.items() if value is passed]
+        if not isinstance(passed, Tensor) or len(found) != 1 or (slot is not None and found[0] != slot):
+            return None
+        slot = found[0]
+        first.append(several)
+    assert slot is not None
+    given = done[0].arguments
+    for each in done:
+        if each.arguments.keys() != given.keys():
+            return None
+        others = [key for key in given if key != slot]
+        if not all(_plain_and_same(given[key], each.arguments[key]) for key in others):
+            return None
+    parts = [set(block.modules()) for block in blocks]
+    inside = {name: i for name, weight in layers.items() for i, part in enumerate(parts) if weight.module in part}
+    if len(set(inside.values())) < 2:
+        return None
+    return Chain(blocks, slot, [*first, False], [each.writes for each in done], inside)
+
+
+def _plain_and_same(one: Any, other: Any) -> bool:
+    """Whether two arguments are one value, of a kind in which no call leaves anything behind, as in a cache."""
+    if isinstance(one, Tensor):
+        return one is other
+    if isinstance(one, tuple | list):
+        same = type(one) is type(other) and len(one) == len(other)
+        return same and all(map(_plain_and_same, one, other))
+    if isinstance(one, dict):
+        same = type(one) is type(other) and one.keys() == other.keys()
+        return same and all(_plain_and_same(one[key], other[key]) for key in one)
+    plain = one is None or isinstance(one, bool | int | float | str | torch.dtype | torch.device)
+    return plain and type(one) is type(other) and bool(one == other)
