@@ -205,16 +205,20 @@ class _Concatenations(torch.overrides.TorchFunctionMode):
     def say_sizes(self, library: ModuleType, nodes: Any, graph: Any) -> None:
         """Tell each concatenation of channels its sizes, and all others that they join no channels."""
         infer = library.dependency.shape_infer.infer_out_channels_recursively
-        for node in nodes.values():
-            if type(node.module).__name__ != "_ConcatOp":
+        graph.REGISTERED_PRUNERS[library.ops.OPTYPE.CONCAT].get_out_channels = _channels_joined
+        found = {node.grad_fn: node for node in nodes.values() if type(node.module).__name__ == "_ConcatOp"}
+        for node in found.values():
+            node.enable_index_mapping = False  # it is said below
+        for function, (dim, parts, axes) in self.seen.items():  # in the order of the forward pass
+            node = found.get(function)
+            if node is None:
                 continue
-            dim, parts, axes = self.seen.get(node.grad_fn, (0, [], 0))
             sizes = {function: size for function, size in parts if function is not None}
             known = [(infer(graph, n, [0]), sizes.get(n.grad_fn)) for n in node.inputs]
             of_channels = 0 < dim in (1, axes - 1) and all(a == b for a, b in known if a is not None)
-            node.enable_index_mapping = False  # it is said below
             node.module.concat_sizes = [size for _, size in parts]
             if of_channels:
+                node.module.joined = sum(node.module.concat_sizes)
                 self.nodes.append((node, parts))
 
     def map(self, library: ModuleType) -> None:
@@ -230,6 +234,10 @@ class _Concatenations(torch.overrides.TorchFunctionMode):
                         free = (d for d in here.dependencies if d.target is there and d.index_mapping[1] is None)
                         if (dependency := next(free, None)) is not None:
                             dependency.index_mapping[1] = mapping(offset=ends, reverse=back)
+
+
+def _channels_joined(concatenation: Any) -> int | None:
+    return getattr(concatenation, "joined", None)
 
 
 def _map_splits(library: ModuleType, graph: Any) -> None:

@@ -108,9 +108,7 @@ def replace_(module: nn.Module, attribute: str, tensor: Tensor) -> None:
         return
     old = module._parameters[attribute]
     assert old is not None
-    new = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
-    module._parameters[attribute] = new
+    module._parameters[attribute] = nn.Parameter(tensor, requires_grad=old.requires_grad)
 
 
 def _select_(module: nn.Module, attribute: str, dim: int, keep: Tensor) -> None:

@@ -38,9 +38,10 @@ from gradprune.deploy.cut import Undo, columns, cut_, replace_, rows
 from gradprune.deploy.widths import remember_dense_
 from gradprune.weights.mask import Masks
 
-ROUNDS = 50  # what reads a layer's channels may lose the last that it wrote for another, layer after layer
 # How far outputs may be apart, as a share of the largest: sums of other lengths are rounded otherwise.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+Constants = Mapping[Part, tuple[Tensor, Tensor]]  # which channels that enter a layer are constant, and their values
 
 
 def shrink(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -94,9 +95,8 @@ def shrink(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = 
     remember_dense_(small)
     reference = _outputs(small, example)
     done = _Shrinking(small, example, reference)
-    for _ in range(ROUNDS):
-        if not done.once():
-            break
+    while done.once():  # a layer whose outputs nobody reads any more reads nothing itself
+        pass
     done.warn()
     return small
 
@@ -106,12 +106,13 @@ class _Shrinking:
 
     def __init__(self, model: nn.Module, example: Any, reference: list[Any]) -> None:
         self.model, self.example, self.reference = model, example, reference
-        self.stay: dict[str, str] = {}  # layer -> why its zero channels stay
-        self.refused: set[frozenset[str]] = set()  # groups that do not come out equal
+        self.stay: dict[str, str] = {}  # layer -> why its zero channels stay, as of the last round
+        self.refused: dict[frozenset[str], tuple[str, str]] = {}  # groups that do not come out equal: the same of them
         self.tied = _tied(model)
 
     def once(self) -> bool:
         """Take out whatever can go now; say whether anything did."""
+        self.stay = dict(self.refused.values())
         groups = coupled(self.model, self.example, "gp.shrink")
         open_to = [group for group in groups if self._open(group)]
         looked_at = (part for group in open_to for part in group.parts if reads(part) or writes_in_place(part))
@@ -120,10 +121,9 @@ class _Shrinking:
         self._explain(open_to, found)
         if not plans:
             return False
-        folds = {id(group): _folds(units, found) for group, units in plans}
-        if self._attempt(plans, folds):
+        if self._attempt(plans, found):
             return True
-        return any([self._attempt([plan], folds, alone=True) for plan in plans])
+        return any([self._attempt([plan], found, alone=True) for plan in plans])
 
     def warn(self) -> None:
         """Say what is zero and stays."""
@@ -140,7 +140,7 @@ class _Shrinking:
             self.stay[_first(dead[0])] = group.stays
         return False
 
-    def _explain(self, groups: Iterable[Coupled], found: Mapping[Part, tuple[Tensor, Tensor]]) -> None:
+    def _explain(self, groups: Iterable[Coupled], found: Constants) -> None:
         """Raise where a channel has no weights and cannot go for the zeros that a filter pads with; remember others."""
         for group in groups:
             for unit in group.units:
@@ -156,13 +156,14 @@ class _Shrinking:
                         _first(unit), "what reads them gets no constant; something between depends on the position"
                     )
 
-    def _attempt(self, plans: Sequence[tuple[Coupled, list[Unit]]], folds: Mapping[int, Any], *, alone: bool = False
-                 ) -> bool:  # fmt: skip
+    def _attempt(self, plans: Sequence[tuple[Coupled, list[Unit]]], found: Constants, *, alone: bool = False) -> bool:
         """Cut, compare, and put it back where the outputs differ."""
+        folds = [_folds(units, found) for _, units in plans]
         undo = Undo(self.model.modules())
         try:
+            for fold in folds:  # before any cut: a layer may lose outputs too
+                _fold_(fold)
             for group, units in plans:
-                _fold_(folds[id(group)])
                 _cut_(group, units)
             self._tie_()
             why = _difference(self.reference, _outputs(self.model, self.example))
@@ -176,8 +177,7 @@ class _Shrinking:
         undo()
         if alone:
             group, units = plans[0]
-            self.refused.add(_key(group))
-            self.stay[_first(units[0])] = why
+            self.refused[_key(group)] = _first(units[0]), why
         return False
 
     def _tie_(self) -> None:
@@ -197,8 +197,8 @@ class _Shrinking:
 
 
 def _dead(unit: Unit) -> bool:
-    """Whether a layer writes the unit with zeros only."""
-    return any(writes(part) and not bool(rows(part, cs).any()) for part, cs in unit.items())
+    """Whether one of its filters, at least, has no weights."""
+    return any(writes(part) and not bool(rows(part, cs).any(1).all()) for part, cs in unit.items())
 
 
 def _is_written(unit: Unit) -> bool:
@@ -210,7 +210,7 @@ def writes_in_place(part: Part) -> bool:
     return part.side == "both" and writes(part)
 
 
-def _removable(group: Coupled, found: Mapping[Part, tuple[Tensor, Tensor]]) -> list[Unit]:
+def _removable(group: Coupled, found: Constants) -> list[Unit]:
     """The units that go: constant or unread everywhere, one at least of each layer left, equal numbers in each group of
     a grouped convolution."""
     units = [unit for unit in group.units if _goes(unit, found)]
@@ -226,7 +226,7 @@ def _removable(group: Coupled, found: Mapping[Part, tuple[Tensor, Tensor]]) -> l
     return chosen
 
 
-def _goes(unit: Unit, found: Mapping[Part, tuple[Tensor, Tensor]]) -> bool:
+def _goes(unit: Unit, found: Constants) -> bool:
     readers = [(part, list(cs)) for part, cs in unit.items() if reads(part)]
     if not readers:
         return False
@@ -262,7 +262,7 @@ def _balanced(group: Coupled, units: list[Unit], fixed: Sequence[Part]) -> list[
 # ------------------------------------------------------------------------------------------------------- constants
 
 
-def _folds(units: Iterable[Unit], found: Mapping[Part, tuple[Tensor, Tensor]]) -> dict[Part, Tensor]:
+def _folds(units: Iterable[Unit], found: Constants) -> dict[Part, Tensor]:
     """What each layer's bias gains when constants that are not zero go; raise where that is not exact."""
     gained: dict[Part, Tensor] = {}
     for unit in units:

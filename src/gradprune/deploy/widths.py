@@ -46,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> masks = gp.prune(model, sparsity=0.5, granularity="channel", include="0.*")
-        >>> gp.save(gp.shrink(model, torch.ones(1, 4), masks), folder / "small.safetensors")
+        >>> gp.save(gp.shrink(model, torch.ones(1, 4), masks), "small.safetensors")
 
     Chapter 8.
     """
@@ -94,8 +94,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> model = build()
         >>> masks = gp.prune(model, sparsity=0.5, granularity="channel", include="0.*")
-        >>> gp.save(gp.shrink(model, torch.ones(1, 4), masks), folder / "small.safetensors")
-        >>> gp.load(build(), folder / "small.safetensors")[0]
+        >>> gp.save(gp.shrink(model, torch.ones(1, 4), masks), "small.safetensors")
+        >>> gp.load(build(), "small.safetensors")[0]
         Linear(in_features=4, out_features=4, bias=True)
 
     Chapter 8.
@@ -201,7 +201,6 @@ class _Saved:
             if key not in made:
                 grad = held.requires_grad if held is not None else module._parameters["weight"].requires_grad  # type: ignore[union-attr]
                 made[key] = nn.Parameter(tensor, requires_grad=grad)
-                made[key].__dict__.update(getattr(held, "__dict__", {}))
             module._parameters[attribute] = made[key]
 
 
