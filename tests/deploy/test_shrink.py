@@ -144,8 +144,7 @@ def test_whatever_channels_are_zero_the_outputs_are_the_same(kind, seed, share):
         try:
             small = gp.shrink(model, IMAGES)
         except ValueError as error:  # the norm is another layer's, and this one's still gives constants
-            assert "cannot be folded" in str(error)
-            small = model
+            small = model if "cannot be folded" in str(error) else None
         torch.manual_seed(seed)
         x = torch.randn(3, 3, 4, 4)
         assert torch.allclose(small(x), model(x), atol=1e-5)
@@ -177,7 +176,9 @@ def test_constants_are_folded_into_a_bias_that_is_made_where_there_is_none():
     ],
 )
 def test_a_constant_before_padding_is_an_error_that_names_the_operator(build, called):
-    model = trained(lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), build(), nn.Conv2d(build().out_channels, 2, 1)))
+    model = trained(
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), build(), nn.Conv2d(build().out_channels, 2, 1))
+    )
     with torch.no_grad():
         model[0].weight[2] = 0
         model[0].bias[2] = 0.25
@@ -222,7 +223,7 @@ def test_what_depends_on_the_position_stays_with_a_warning():
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.AvgPool2d(3, 1, padding=1), nn.Conv2d(6, 2, 1))
     with torch.no_grad():
         model[0].weight[0] = 0  # its bias is averaged with zeros at the edge
-    with pytest.warns(UserWarning, match="channels of '0' are zero and stay: what reads them gets no constant"):
+    with pytest.warns(UserWarning, match=r"channels of '0' are zero and stay: what reads them gets no constant"):
         small = gp.shrink(model, IMAGES)
     assert apart(model, small, IMAGES) == 0
 
@@ -403,23 +404,23 @@ def test_a_network_that_cannot_be_followed_is_an_error_that_says_so():
             with torch.no_grad():
                 return self.a(x)
 
-    with pytest.raises(ValueError, match="cannot follow this Detached from layer to layer.*no output depends"):
+    with pytest.raises(ValueError, match=r"cannot follow this Detached from layer to layer.*no output depends"):
         gp.shrink(Detached(), torch.randn(2, 4))
 
 
 def test_an_example_that_does_not_fit_is_the_models_own_error():
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
         gp.shrink(silenced_pair(), torch.randn(2, 5))
 
 
 def test_wrong_arguments_are_refused_in_our_words():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         gp.shrink(silenced_pair().state_dict(), torch.randn(2, 4))
-    with pytest.raises(TypeError, match="masks must be a mapping"):
+    with pytest.raises(TypeError, match=r"masks must be a mapping"):
         gp.shrink(silenced_pair(), torch.randn(2, 4), 0.5)
-    with pytest.raises(ValueError, match="no parameter 'x'"):
+    with pytest.raises(ValueError, match=r"no parameter 'x'"):
         gp.shrink(silenced_pair(), torch.randn(2, 4), {"x": torch.ones(3, dtype=torch.bool)})
-    with pytest.raises(TypeError, match="script module"):
+    with pytest.raises(TypeError, match=r"script module"):
         gp.shrink(torch.jit.script(silenced_pair()), torch.randn(2, 4))
 
 
@@ -438,8 +439,10 @@ def test_at_equal_channels_it_is_torch_prunings_own_network():
     for group in pruner.step(interactive=True):
         for dependency, channels in group:
             layer = names.get(dependency.target.module)
-            if layer is not None and pruner.DG.is_out_channel_pruning_fn(dependency.handler) and hasattr(
-                masked.get_submodule(layer), "weight"
+            if (
+                layer is not None
+                and pruner.DG.is_out_channel_pruning_fn(dependency.handler)
+                and hasattr(masked.get_submodule(layer), "weight")
             ):
                 silence_([masked.get_submodule(layer)], channels)
         group.prune()

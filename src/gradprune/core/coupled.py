@@ -63,7 +63,7 @@ def torch_pruning(asker: str) -> ModuleType:
         import torch_pruning
     except ImportError as error:
         raise ImportError(f"{asker} needs Torch-Pruning: pip install 'gradprune[deploy]'") from error
-    return torch_pruning
+    return torch_pruning  # type: ignore[no-any-return, unused-ignore]
 
 
 def coupled(model: nn.Module, example: Any, asker: str) -> list[Coupled]:
@@ -141,9 +141,7 @@ def _channels(model: nn.Module, example: Any, asker: str, taken: set[Any]) -> It
 
 
 def _is_layer(module: Any) -> bool:
-    return isinstance(module, _ConvNd | nn.Linear) or (
-        isinstance(module, nn.Module) and is_transposed_linear(module)
-    )
+    return isinstance(module, _ConvNd | nn.Linear) or (isinstance(module, nn.Module) and is_transposed_linear(module))
 
 
 def _graph(model: nn.Module, example: Any, asker: str) -> Any:
@@ -199,7 +197,11 @@ class _Concatenations(torch.overrides.TorchFunctionMode):
             tensors = args[0] if args else kwargs["tensors"]
             dim = args[1] if len(args) > 1 else next((kwargs[k] for k in ("dim", "axis") if k in (kwargs or {})), 0)
             dim %= out.dim()
-            self.seen[out.grad_fn] = dim, [(t.grad_fn, t.shape[dim]) for t in tensors if t.dim() == out.dim()], out.dim()
+            self.seen[out.grad_fn] = (
+                dim,
+                [(t.grad_fn, t.shape[dim]) for t in tensors if t.dim() == out.dim()],
+                out.dim(),
+            )
         return out
 
     def say_sizes(self, library: ModuleType, nodes: Any, graph: Any) -> None:
@@ -368,7 +370,7 @@ def _part(graph: Any, node: Any, handler: Any, names: Mapping[Any, str], places:
         return None, ""
     name = names[module]
     called = f"{name!r} ({type(module).__name__})"
-    if parametrize.is_parametrized(module) or any("_orig" in n or "_v" == n[-2:] for n in module._parameters):
+    if parametrize.is_parametrized(module) or any("_orig" in n or n[-2:] == "_v" for n in module._parameters):
         return None, f"{called} computes its weight from other parameters"
     if _is_layer(module):
         both = is_depthwise(module)
@@ -402,7 +404,11 @@ class _Joined:
 
 # ------------------------------------------------------------------------------------------------- heads of attention
 
-_QUERY, _KEY, _VALUE = ("q_proj", "query", "q", "to_q"), ("k_proj", "key", "k", "to_k"), ("v_proj", "value", "v", "to_v")
+_QUERY, _KEY, _VALUE = (
+    ("q_proj", "query", "q", "to_q"),
+    ("k_proj", "key", "k", "to_k"),
+    ("v_proj", "value", "v", "to_v"),
+)
 _FUSED = ("c_attn",)
 _OUT = ("o_proj", "out_proj", "dense", "c_proj", "o", "proj", "to_out")
 _HEAD_SIZE = ("head_dim", "attention_head_size", "d_kv")

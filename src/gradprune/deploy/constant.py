@@ -95,10 +95,7 @@ def _watched(found: Mapping[Part, Seen]) -> Iterator[None]:
 
 def _channels_first(module: Any, entering: Tensor) -> Tensor:
     """As a matrix with one row a channel."""
-    if hasattr(module, "kernel_size"):
-        dim = entering.dim() - len(module.kernel_size) - 1
-    else:
-        dim = entering.dim() - 1
+    dim = entering.dim() - 1 - len(getattr(module, "kernel_size", ()))
     return entering.movedim(dim, 0).reshape(entering.shape[dim], -1)
 
 
@@ -109,6 +106,7 @@ def _draw_(model: nn.Module, seed: int, sign: int) -> None:
     """Put random numbers where the parameters are not zero, and make batch norms pass on what comes in."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        module: Any
         for module in model.modules():
             if is_batch_norm(module) and isinstance(module.running_mean, Tensor):
                 module.running_mean.zero_()

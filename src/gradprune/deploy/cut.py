@@ -72,7 +72,7 @@ def cut_(part: Part, gone: Iterable[int]) -> None:
 def rows(part: Part, channels: Iterable[int]) -> Tensor:
     """The weights that write these channels of a layer, one row a channel."""
     module: Any = part.module
-    weight = module.weight.detach()
+    weight: Tensor = module.weight.detach()
     if isinstance(module, _ConvTransposeNd):  # [in, out / groups, ...]
         each = module.out_channels // module.groups
         weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -85,7 +85,7 @@ def rows(part: Part, channels: Iterable[int]) -> Tensor:
 def columns(part: Part, channels: Iterable[int]) -> Tensor:
     """The weights that read these channels of a layer: (channels, outputs, positions of the kernel)."""
     module: Any = part.module
-    weight = module.weight.detach()
+    weight: Tensor = module.weight.detach()
     wanted = list(channels)
     if isinstance(module, nn.Linear):
         return weight[:, wanted].T.unsqueeze(2)

@@ -123,7 +123,8 @@ class _Shrinking:
             return False
         if self._attempt(plans, found):
             return True
-        return any([self._attempt([plan], found, alone=True) for plan in plans])
+        attempts = [self._attempt([plan], found, alone=True) for plan in plans]
+        return any(attempts)
 
     def warn(self) -> None:
         """Say what is zero and stays."""
@@ -168,7 +169,7 @@ class _Shrinking:
             self._tie_()
             why = _difference(self.reference, _outputs(self.model, self.example))
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
-            why = f"without them the forward pass fails ({type(error).__name__}: {str(error):.200})"
+            why = f"without them the forward pass fails ({type(error).__name__}: {error!s:.200})"
         except BaseException:
             undo()
             raise
@@ -298,9 +299,9 @@ def _require_foldable(unit: Unit, part: Part, value: float) -> None:
     first, channels = next(dead, (part, unit[part]))
     require(
         exact,
-        f"channel {channels[0]} of {first.name!r} has no weights and still comes out as {value:.4g}, by its bias or its "
-        f"norm's shift, and {part.name!r} ({type(module).__name__}) {how}: it cannot be folded into that layer's bias. "
-        "Set the bias, and the norm's scale and shift, of such channels to zero too, by masks of these parameters",
+        f"channel {channels[0]} of {first.name!r} has no weights and still comes out as {value:.4g}, by its bias or "
+        f"its norm's shift, and {part.name!r} ({type(module).__name__}) {how}: it cannot be folded into that layer's bias. "
+        "Set the bias, and the norm's scale and shift, of such channels to zero too",
     )
 
 
@@ -381,7 +382,6 @@ def _difference(reference: list[list[Tensor]], outputs: list[list[Tensor]]) -> s
             apart = (a[finite].double() - b[finite].double()).abs()
             size = a[finite].double().abs()
             if apart.numel() and not bool(apart.max() <= TOLERANCE.get(a.dtype, 1e-4) * size.max()):
-                return f"without them output {i} differs by {float(apart.max()):.2g}, and is at most {float(size.max()):.2g}"
+                most, largest = float(apart.max()), float(size.max())
+                return f"without them output {i} differs by {most:.2g}, and is at most {largest:.2g}"
     return ""
-
-

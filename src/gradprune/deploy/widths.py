@@ -155,11 +155,13 @@ class _Saved:
             kind = type(own[name]).__qualname__
             require(kind == told["class"], f"{called} is a {told['class']} in {self.name!r}, in the model a {kind}")
         if extra := [name for name in own if name not in self.modules]:
-            raise ValueError(f"the model has a layer {extra[0]!r} ({type(own[extra[0]]).__qualname__}), {self.name!r} none")
+            raise ValueError(
+                f"the model has a layer {extra[0]!r} ({type(own[extra[0]]).__qualname__}), {self.name!r} none"
+            )
         state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
         for name, shape in self.shapes.items():
             if name not in state:
-                if name.rpartition(".")[2] == "bias":  # shrinking makes one where a constant is folded
+                if self.dense is not None and name not in self.dense:  # a bias, made where a constant was folded
                     continue
                 raise ValueError(f"the model has no {name!r}, which {self.name!r} has")
             self._check_width(name, tuple(state[name].shape), shape)
@@ -199,7 +201,7 @@ class _Saved:
                 module._buffers[attribute] = tensor
                 continue
             if key not in made:
-                grad = held.requires_grad if held is not None else module._parameters["weight"].requires_grad  # type: ignore[union-attr]
+                grad = held.requires_grad if held is not None else module._parameters["weight"].requires_grad
                 made[key] = nn.Parameter(tensor, requires_grad=grad)
             module._parameters[attribute] = made[key]
 
@@ -240,4 +242,3 @@ def _ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
         if other != name:
             tied[name] = other
     return {name: tensor.detach().clone() for name, tensor in state.items() if name not in tied}, tied
-
