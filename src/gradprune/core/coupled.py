@@ -106,6 +106,18 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return any(kind.__name__ == "Conv1D" and hasattr(module, "nf") for kind in type(module).__mro__)
 
 
+def groups_of(part: Part) -> int:
+    """Of how many groups a side is, each of which has to be as wide as the others; 1 where there are none."""
+    module: Any = part.module
+    return int(module.groups) if isinstance(module, _ConvNd) and not is_depthwise(module) else 1
+
+
+def place(group: Coupled, unit: Unit) -> tuple[int, ...]:
+    """In which groups of the grouped convolutions among the group's layers a unit is."""
+    fixed = [part for part in group.parts if groups_of(part) > 1]
+    return tuple(c // (width(part) // groups_of(part)) for part in fixed for c in unit.get(part, ()))
+
+
 def reads(part: Part) -> bool:
     """Whether the part is the input side of a layer that sums over channels."""
     return part.side == "in"

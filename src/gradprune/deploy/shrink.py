@@ -25,7 +25,8 @@ from gradprune.core.coupled import (
     Part,
     Unit,
     coupled,
-    is_depthwise,
+    groups_of,
+    place,
     reads,
     torch_pruning,
     width,
@@ -216,7 +217,7 @@ def _removable(group: Coupled, found: Constants) -> list[Unit]:
     a grouped convolution."""
     units = [unit for unit in group.units if _goes(unit, found)]
     left = Counter({part: width(part) for part in group.parts})
-    fixed = [part for part in group.parts if _groups(part) > 1]
+    fixed = [part for part in group.parts if groups_of(part) > 1]
     if fixed:
         units = _balanced(group, units, fixed)
     chosen = []
@@ -236,26 +237,17 @@ def _goes(unit: Unit, found: Constants) -> bool:
     return all(u or c for u, c in zip(unread, constant, strict=True)) and (all(unread) or _dead(unit))
 
 
-def _groups(part: Part) -> int:
-    module = part.module
-    return module.groups if isinstance(module, _ConvNd) and not is_depthwise(module) else 1
-
-
 def _balanced(group: Coupled, units: list[Unit], fixed: Sequence[Part]) -> list[Unit]:
     """As many units as leave each group of every grouped convolution with equally many channels, and one at least."""
-
-    def places(unit: Unit) -> tuple[int, ...]:
-        return tuple(c // (width(part) // _groups(part)) for part in fixed for c in unit.get(part, ()))
-
-    every: dict[tuple[int, ...], int] = Counter(places(unit) for unit in group.units)
+    every: dict[tuple[int, ...], int] = Counter(place(group, unit) for unit in group.units)
     by_place: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
     for unit in units:
-        by_place[places(unit)].append(unit)
-    most = min((min(len(by_place.get(place, ())), count - 1) for place, count in every.items()), default=0)
-    chosen = [unit for place in every for unit in by_place.get(place, ())[:most]]
+        by_place[place(group, unit)].append(unit)
+    most = min((min(len(by_place.get(at, ())), count - 1) for at, count in every.items()), default=0)
+    chosen = [unit for at in every for unit in by_place.get(at, ())[:most]]
     for part in fixed:
-        counts = Counter(c // (width(part) // _groups(part)) for unit in chosen for c in unit.get(part, ()))
-        if len({counts[g] for g in range(_groups(part))}) > 1:
+        counts = Counter(c // (width(part) // groups_of(part)) for unit in chosen for c in unit.get(part, ()))
+        if len({counts[g] for g in range(groups_of(part))}) > 1:
             return []
     return chosen
 
@@ -300,8 +292,9 @@ def _require_foldable(unit: Unit, part: Part, value: float) -> None:
     require(
         exact,
         f"channel {channels[0]} of {first.name!r} has no weights and still comes out as {value:.4g}, by its bias or "
-        f"its norm's shift, and {part.name!r} ({type(module).__name__}) {how}: it cannot be folded into that layer's bias. "
-        "Set the bias, and the norm's scale and shift, of such channels to zero too",
+        f"its norm's shift, and {part.name!r} ({type(module).__name__}) {how}: it cannot be folded into that "
+        "layer's bias. Set the bias, and the norm's scale and shift, of such channels to zero too, as "
+        "gp.prune(..., granularity='group', example=...) does",
     )
 
 
