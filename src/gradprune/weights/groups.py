@@ -57,7 +57,8 @@ def prune_groups(
     """Return the masks by which whole coupled channels go; arguments and errors as of ``prune``."""
     score = checked_score(score)
     require(example is not None, "granularity='group' needs example=, the model's input: what is coupled is traced")
-    require(scope in ("global", "layer"), f"granularity='group' goes with scope 'global' or 'layer', got {scope!r}")
+    shared = isinstance(scope, str) and scope in ("global", "layer")
+    require(shared, f"granularity='group' goes with scope 'global' or 'layer', got {scope!r}")
     if (sparsity is None) == (threshold is None):
         raise ValueError(f"give exactly one of sparsity and threshold; got {'neither' if sparsity is None else 'both'}")
     if sparsity is not None:
