@@ -26,6 +26,7 @@ from gradprune.core.evaluate import call, evaluated, tensors_in
 
 Side = Literal["out", "in", "both", "parameter"]
 
+OUTPUTS = "they come out of the network"
 OVER_CHANNELS = "normalises over channels, so that taking one out would change the others"
 
 
@@ -132,7 +133,7 @@ def writes(part: Part) -> bool:
 
 
 def _channels(model: nn.Module, example: Any, asker: str, taken: set[Any]) -> Iterator[Coupled]:
-    graph = _graph(model, example, asker)
+    graph, splits = _graph(model, example, asker)
     names = {module: name for name, module in model.named_modules()}
     places = {
         id(p): (name, module, attribute)
@@ -145,7 +146,7 @@ def _channels(model: nn.Module, example: Any, asker: str, taken: set[Any]) -> It
         if not _is_layer(root) or is_depthwise(root):
             continue
         size = width(Part("", root, "out"))
-        group = _follow(graph, root, [c for c in range(size) if (root, c) not in seen], names, places)
+        group = _follow(graph, root, [c for c in range(size) if (root, c) not in seen], names, places, splits)
         for unit in group.units:
             seen |= {(part.module, c) for part, cs in unit.items() if writes(part) for c in cs}
         if group.units and not taken & {(part.module, part.side) for part in group.parts}:
@@ -156,10 +157,11 @@ def _is_layer(module: Any) -> bool:
     return isinstance(module, _ConvNd | nn.Linear) or (isinstance(module, nn.Module) and is_transposed_linear(module))
 
 
-def _graph(model: nn.Module, example: Any, asker: str) -> Any:
+def _graph(model: nn.Module, example: Any, asker: str) -> tuple[Any, dict[Any, int]]:
+    """The library's graph, and the sizes of the axes that views in it split."""
     library = torch_pruning(asker)
 
-    joined = _Concatenations()
+    joined = _Shapes()
 
     def forward(network: nn.Module, inputs: Any) -> list[torch.Tensor]:
         with joined:
@@ -183,7 +185,7 @@ def _graph(model: nn.Module, example: Any, asker: str) -> Any:
             graph.build_dependency(model, example, forward_fn=forward, customized_pruners=pruners, verbose=False)
             joined.map(library)
             _map_splits(library, graph)
-            return graph
+            return graph, joined.splits
         except Exception as error:
             raise ValueError(
                 f"Torch-Pruning cannot follow this {type(model).__name__} from layer to layer, "
@@ -192,15 +194,17 @@ def _graph(model: nn.Module, example: Any, asker: str) -> Any:
             ) from error
 
 
-class _Concatenations(torch.overrides.TorchFunctionMode):
-    """The sizes that torch.cat joins, which the gradient's graph does not keep.
+class _Shapes(torch.overrides.TorchFunctionMode):
+    """What the gradient's graph does not keep: the sizes that torch.cat joins, and which views split channels.
 
-    The library guesses them, fails where it cannot, and takes no notice of what comes from the network's input.
+    The library guesses the sizes, fails where it cannot, and takes no notice of what comes from the network's input. A
+    view by heads or groups it takes for one that leaves each channel in its place.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[Any, tuple[int, list[tuple[Any, int]], int]] = {}
+        self.splits: dict[Any, int] = {}
         self.nodes: list[tuple[Any, list[tuple[Any, int]]]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -209,11 +213,10 @@ class _Concatenations(torch.overrides.TorchFunctionMode):
             tensors = args[0] if args else kwargs["tensors"]
             dim = args[1] if len(args) > 1 else next((kwargs[k] for k in ("dim", "axis") if k in (kwargs or {})), 0)
             dim %= out.dim()
-            self.seen[out.grad_fn] = (
-                dim,
-                [(t.grad_fn, t.shape[dim]) for t in tensors if t.dim() == out.dim()],
-                out.dim(),
-            )
+            parts = [(t.grad_fn, t.shape[dim]) for t in tensors if t.dim() == out.dim()]
+            self.seen[out.grad_fn] = dim, parts, out.dim()
+        elif isinstance(out, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
+            self.splits[out.grad_fn] = _split(args[0].shape, out.shape)
         return out
 
     def say_sizes(self, library: ModuleType, nodes: Any, graph: Any) -> None:
@@ -248,6 +251,17 @@ class _Concatenations(torch.overrides.TorchFunctionMode):
                         free = (d for d in here.dependencies if d.target is there and d.index_mapping[1] is None)
                         if (dependency := next(free, None)) is not None:
                             dependency.index_mapping[1] = mapping(offset=ends, reverse=back)
+
+
+def _split(before: torch.Size, after: torch.Size) -> int:
+    """The size of the axis, the last or the second, that became two, beside another; 0 where none did."""
+    if len(before) < 3 or len(after) != len(before) + 1:
+        return 0
+    last = after[:-2] == before[:-1] and after[-2] * after[-1] == before[-1] and after[-2] > 1
+    second = after[0] == before[0] and after[3:] == before[2:] and after[1] * after[2] == before[1]
+    if last:
+        return before[-1]
+    return before[1] if second and after[1] > 1 and after[2] > 1 else 0
 
 
 def _channels_joined(concatenation: Any) -> int | None:
@@ -317,7 +331,9 @@ def _transposed_linear_pruner(library: ModuleType) -> Any:
     return TransposedLinearPruner()
 
 
-def _follow(graph: Any, root: nn.Module, channels: list[int], names: Mapping[Any, str], places: Any) -> Coupled:
+def _follow(
+    graph: Any, root: nn.Module, channels: list[int], names: Mapping[Any, str], places: Any, splits: set[Any]
+) -> Coupled:
     """Walk from a layer's outputs as ``DependencyGraph.get_pruning_group`` does, but keep apart what it merges.
 
     It answers for a set of channels at once and drops which of two channels led to one place; here such two are joined.
@@ -338,6 +354,8 @@ def _follow(graph: Any, root: nn.Module, channels: list[int], names: Mapping[Any
         if (node, handler, pairs) in visited:
             continue
         visited.add((node, handler, pairs))
+        if _is_split(node, graph, splits):
+            stays = "a view splits them, into heads or groups, in a way that is not followed"
         for place, first in pairs:
             for other in reached[node, handler][place]:
                 joined.join(first, other)
@@ -367,6 +385,16 @@ def _follow(graph: Any, root: nn.Module, channels: list[int], names: Mapping[Any
     return Coupled(every, stays)
 
 
+def _is_split(node: Any, graph: Any, splits: Mapping[Any, int]) -> bool:
+    """Whether a view splits the channels, and not the positions, as far as their number tells."""
+    size = splits.get(node.grad_fn, 0)
+    if not size or type(node.module).__name__ != "_ReshapeOp":
+        return False
+    from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
+
+    return any(infer_out_channels_recursively(graph, before, [0]) in (size, None) for before in node.inputs)
+
+
 def _part(graph: Any, node: Any, handler: Any, names: Mapping[Any, str], places: Any) -> tuple[Part | None, str]:
     """The side of a layer that a step of the walk has reached, and why its channels cannot go."""
     module = node.module
@@ -377,7 +405,7 @@ def _part(graph: Any, node: Any, handler: Any, names: Mapping[Any, str], places:
         part = Part(called, owner, "parameter", attribute, node.pruning_dim % module.dim())
         return part, f"{name!r} ({type(owner).__name__}) {OVER_CHANNELS}" if over else ""
     if type(module).__name__ == "_OutputOp":
-        return None, "they come out of the network"
+        return None, OUTPUTS
     if module not in names:
         return None, ""
     name = names[module]
@@ -440,6 +468,8 @@ def _heads(model: nn.Module) -> Iterator[Coupled]:
         if found is None:
             continue
         size, queries, keys, values, out = found
+        own = (*vars(module), *module._modules, *module._parameters, *module._buffers)
+        stays = "its positions are relative, by head" if any("relative" in attribute for attribute in own) else ""
         heads, read = len(values) // size, width(out) // size
         if heads < 1 or read % heads or len(values) % size:
             continue
@@ -448,14 +478,14 @@ def _heads(model: nn.Module) -> Iterator[Coupled]:
         for head in range(heads):
             unit: dict[Part, tuple[int, ...]] = {out: _block(head, repeat * size)}
             for places, of_one in ((queries, repeat), (keys, 1), (values, 1)):
-                for place in _block(head, of_one * size):
-                    part, c = places[place]
+                for at in _block(head, of_one * size):
+                    part, c = places[at]
                     unit[part] = (*unit.get(part, ()), c)
             units.append(unit)
         sizes = {**dict.fromkeys(_HEADS, repeat), **dict.fromkeys(_KV_HEADS, 1)}
         sizes |= {a: repeat * size for a in _WIDTHS if getattr(module, a, None) == read * size}
-        yield Coupled(units, sizes={a: n for a, n in sizes.items() if type(getattr(module, a, None)) is int},
-                      owner=module)  # fmt: skip
+        owned = {attribute: n for attribute, n in sizes.items() if type(getattr(module, attribute, None)) is int}
+        yield Coupled(units, stays, owned, module)
 
 
 def _projections(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Any:

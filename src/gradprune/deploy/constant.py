@@ -9,7 +9,7 @@ read from the network itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ def constants(model: nn.Module, example: Any, parts: Iterable[Part]) -> dict[Par
                 _draw_(model, draw, sign)
                 generic = [_random_like(example, seed) for seed in range(INPUTS)]
                 for part, seen in _run(model, readers, generic).items():
-                    constant[part] &= seen.constant()
+                    now = seen.constant()
+                    constant[part] &= now if len(now) else torch.zeros_like(constant[part])
     return {part: (constant[part], seen.least) for part, seen in own.items() if seen.least is not None}
 
 
@@ -73,7 +74,8 @@ def _run(model: nn.Module, parts: list[Part], inputs: Iterable[Any]) -> dict[Par
     found = {part: Seen() for part in parts}
     with evaluated(model), as_written(), torch.no_grad(), _watched(found):
         for one in inputs:
-            call(model, one)
+            with suppress(Exception):  # noise may be what the model does not take; the example has been run before
+                call(model, one)
     return found
 
 

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from gradprune.core import checks
 from gradprune.core.checks import require, require_values
 from gradprune.core.coupled import (
-    OVER_CHANNELS,
+    OUTPUTS,
     Coupled,
     Part,
     Unit,
@@ -138,7 +138,7 @@ class _Shrinking:
         if not group.stays:
             return any(reads(part) for part in group.parts)
         dead = [unit for unit in group.units if _is_written(unit) and _dead(unit)]
-        if dead and OVER_CHANNELS in group.stays:
+        if dead and group.stays != OUTPUTS:
             self.stay[_first(dead[0])] = group.stays
         return False
 
