@@ -157,7 +157,7 @@ def _is_layer(module: Any) -> bool:
     return isinstance(module, _ConvNd | nn.Linear) or (isinstance(module, nn.Module) and is_transposed_linear(module))
 
 
-def _graph(model: nn.Module, example: Any, asker: str) -> tuple[Any, dict[Any, int]]:
+def _graph(model: nn.Module, example: Any, asker: str) -> tuple[Any, dict[Any, tuple[int, int]]]:
     """The library's graph, and the sizes of the axes that views in it split."""
     library = torch_pruning(asker)
 
@@ -204,7 +204,7 @@ class _Shapes(torch.overrides.TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[Any, tuple[int, list[tuple[Any, int]], int]] = {}
-        self.splits: dict[Any, int] = {}
+        self.splits: dict[Any, tuple[int, int]] = {}
         self.nodes: list[tuple[Any, list[tuple[Any, int]]]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -253,15 +253,15 @@ class _Shapes(torch.overrides.TorchFunctionMode):
                             dependency.index_mapping[1] = mapping(offset=ends, reverse=back)
 
 
-def _split(before: torch.Size, after: torch.Size) -> int:
-    """The size of the axis, the last or the second, that became two, beside another; 0 where none did."""
+def _split(before: torch.Size, after: torch.Size) -> tuple[int, int]:
+    """The size of the axis, the last or the second, that became two, and that of the other; zeros where none did."""
     if len(before) < 3 or len(after) != len(before) + 1:
-        return 0
+        return 0, 0
     last = after[:-2] == before[:-1] and after[-2] * after[-1] == before[-1] and after[-2] > 1
     second = after[0] == before[0] and after[3:] == before[2:] and after[1] * after[2] == before[1]
     if last:
-        return before[-1]
-    return before[1] if second and after[1] > 1 and after[2] > 1 else 0
+        return before[-1], before[1]
+    return (before[1], before[-1]) if second and after[1] > 1 and after[2] > 1 else (0, 0)
 
 
 def _channels_joined(concatenation: Any) -> int | None:
@@ -332,7 +332,12 @@ def _transposed_linear_pruner(library: ModuleType) -> Any:
 
 
 def _follow(
-    graph: Any, root: nn.Module, channels: list[int], names: Mapping[Any, str], places: Any, splits: set[Any]
+    graph: Any,
+    root: nn.Module,
+    channels: list[int],
+    names: Mapping[Any, str],
+    places: Any,
+    splits: Mapping[Any, tuple[int, int]],
 ) -> Coupled:
     """Walk from a layer's outputs as ``DependencyGraph.get_pruning_group`` does, but keep apart what it merges.
 
@@ -385,14 +390,15 @@ def _follow(
     return Coupled(every, stays)
 
 
-def _is_split(node: Any, graph: Any, splits: Mapping[Any, int]) -> bool:
+def _is_split(node: Any, graph: Any, splits: Mapping[Any, tuple[int, int]]) -> bool:
     """Whether a view splits the channels, and not the positions, as far as their number tells."""
-    size = splits.get(node.grad_fn, 0)
+    size, other = splits.get(node.grad_fn, (0, 0))
     if not size or type(node.module).__name__ != "_ReshapeOp":
         return False
     from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
 
-    return any(infer_out_channels_recursively(graph, before, [0]) in (size, None) for before in node.inputs)
+    widths = [infer_out_channels_recursively(graph, before, [0]) for before in node.inputs]
+    return not any(width == other != size for width in widths)
 
 
 def _part(graph: Any, node: Any, handler: Any, names: Mapping[Any, str], places: Any) -> tuple[Part | None, str]:
