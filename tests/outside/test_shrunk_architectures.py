@@ -170,3 +170,102 @@ def test_a_resnet_of_bottlenecks_loses_the_channels_within_them():
     assert torch.allclose(outputs(small, {"pixel_values": IMAGES}), outputs(model, {"pixel_values": IMAGES}), atol=1e-5)
     first = [m.out_channels for n, m in small.named_modules() if n.endswith("layer.0.convolution")]
     assert first == [m.out_channels - 2 for n, m in model.named_modules() if n.endswith("layer.0.convolution")]
+
+
+def others():
+    """Other architectures: build, example, the share of the weights that goes."""
+    images, t = torch.randn(2, 3, 32, 32), transformers
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 50}
+    return {
+        "ConvNext": (
+            lambda: t.ConvNextForImageClassification(
+                t.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3)
+            ),
+            {"pixel_values": images},
+            0.1,
+        ),
+        "MobileNetV2": (
+            lambda: t.MobileNetV2ForImageClassification(
+                t.MobileNetV2Config(image_size=32, num_labels=3, depth_multiplier=0.25)
+            ),
+            {"pixel_values": images},
+            0.3,
+        ),
+        "RegNet": (
+            lambda: t.RegNetForImageClassification(
+                t.RegNetConfig(
+                    embedding_size=8, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], groups_width=8, num_labels=3
+                )
+            ),
+            {"pixel_values": images},
+            0.3,
+        ),
+        "Segformer": (
+            lambda: t.SegformerForSemanticSegmentation(
+                t.SegformerConfig(
+                    hidden_sizes=[8, 16, 24, 32],
+                    depths=[1, 1, 1, 1],
+                    num_attention_heads=[1, 2, 3, 4],
+                    decoder_hidden_size=16,
+                    num_labels=3,
+                )
+            ),
+            {"pixel_values": images},
+            0.3,
+        ),
+        "Swin": (
+            lambda: t.SwinForImageClassification(
+                t.SwinConfig(
+                    image_size=32,
+                    patch_size=4,
+                    embed_dim=16,
+                    depths=[1, 1],
+                    num_heads=[2, 4],
+                    window_size=4,
+                    num_labels=3,
+                )
+            ),
+            {"pixel_values": images},
+            0.2,
+        ),
+        "T5": (
+            lambda: t.T5ForConditionalGeneration(
+                t.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=50)
+            ),
+            {"input_ids": IDS, "decoder_input_ids": IDS},
+            0.1,
+        ),
+        "Phi3": (
+            lambda: t.Phi3ForCausalLM(
+                t.Phi3Config(**text, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+            ),
+            {"input_ids": IDS},
+            0.2,
+        ),
+        "Qwen2": (
+            lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**text, num_hidden_layers=2, num_key_value_heads=2)),
+            {"input_ids": IDS},
+            0.3,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", others())
+def test_channels_that_are_chosen_together_can_be_taken_out(name, tmp_path):
+    build, example, share = others()[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    masks = gp.prune(model, granularity="group", example=example, sparsity=share, score=gp.random)
+    assert masks.sparsity == pytest.approx(share, abs=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = gp.shrink(model, example)
+    expected = outputs(model, example)
+    assert torch.allclose(outputs(small, example), expected, atol=1e-5 * float(expected.abs().max()))
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    gone = sum(int((~mask).sum()) for mask in masks.values())
+    assert after <= before - gone
+    gp.save(small, tmp_path / "small")
+    assert torch.equal(outputs(gp.load(build(), tmp_path / "small").eval(), example), outputs(small, example))

@@ -113,7 +113,7 @@ class _Shrinking:
 
     def once(self) -> bool:
         """Take out whatever can go now; say whether anything did."""
-        self.stay = dict(self.refused.values())
+        self.stay = {}
         groups = coupled(self.model, self.example, "gp.shrink")
         open_to = [group for group in groups if self._open(group)]
         looked_at = (part for group in open_to for part in group.parts if reads(part) or writes_in_place(part))
@@ -129,7 +129,7 @@ class _Shrinking:
 
     def warn(self) -> None:
         """Say what is zero and stays."""
-        for layer, why in self.stay.items():
+        for layer, why in {**self.stay, **dict(self.refused.values())}.items():
             checks.warn(f"channels of {layer!r} are zero and stay: {why}")
 
     def _open(self, group: Coupled) -> bool:
