@@ -50,6 +50,12 @@ def train(model, work):
     pass
 
 
+def _saved(model):
+    """The model, which is in a file now."""
+    gp.save(model, "saved")
+    return model
+
+
 def alive(model):
     """The share of the weights that are not zero."""
     return sum(int((p != 0).sum()) for p in model.parameters()) / sum(p.numel() for p in model.parameters())
@@ -291,6 +297,23 @@ CALLS = {
         lambda c: gp.distill_loss,
         lambda c: {"student_logits": X, "teacher_logits": X.clone(), "temperature": 2.0},
     ),
+    "prune, groups": (
+        lambda c: gp.prune,
+        lambda c: {
+            "model": c.model,
+            "score": gp.magnitude,
+            "sparsity": 0.3,
+            "granularity": "group",
+            "scope": "layer",
+            "include": "*",
+            "exclude": "2.*",
+            "within": None,
+            "example": X,
+        },
+    ),
+    "shrink": (lambda c: gp.shrink, lambda c: {"model": c.model, "example": X, "masks": c.masks}),
+    "save": (lambda c: gp.save, lambda c: {"model": c.model, "path": "network"}),
+    "load": (lambda c: gp.load, lambda c: {"model": _saved(c.model), "path": "saved"}),
     "report": (lambda c: gp.report, lambda c: {"model": c.model, "example": X, "latency": False}),
 }
 

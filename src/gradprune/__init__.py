@@ -3,6 +3,8 @@
 from gradprune.core.select import keep_largest, kth_smallest
 from gradprune.deploy.recalibrate import recalibrate_
 from gradprune.deploy.report import Report, Row, report
+from gradprune.deploy.shrink import shrink
+from gradprune.deploy.widths import load, save
 from gradprune.gradients.autoclip import AutoClip
 from gradprune.gradients.clip import clip_adaptive_, clip_by_norm_, clip_by_value_
 from gradprune.gradients.cliplog import ClipLog
@@ -78,6 +80,7 @@ __all__ = [
     "keep_top_gradients_",
     "kth_smallest",
     "largest_sparsity",
+    "load",
     "magnitude",
     "movement",
     "prune",
@@ -86,8 +89,10 @@ __all__ = [
     "reconstruct_",
     "report",
     "rotation",
+    "save",
     "search",
     "sensitivity",
+    "shrink",
     "snip",
     "synflow",
     "taylor",

@@ -511,11 +511,13 @@ def test_the_optimizer_may_have_the_names_but_not_the_parameters():
 
 
 def test_masks_are_a_mapping_with_a_sparsity():
-    masks = gp.Masks({"a": torch.tensor([True, False, False, False]), "b": torch.tensor([[True], [True]])})
+    masks = gp.Masks({"a": torch.tensor([[True, False, False, False]]), "b": torch.tensor([[True], [True]])})
     assert list(masks) == ["a", "b"]
     assert len(masks) == 2
     assert masks.sparsity == pytest.approx(0.5)
     assert gp.Masks({}).sparsity == 0.0
+    assert gp.Masks({**masks, "bias": torch.tensor([False, True])}).sparsity == pytest.approx(0.5)
+    assert gp.Masks({"bias": torch.tensor([False, True, True, True])}).sparsity == pytest.approx(0.25)
     assert repr(masks).splitlines()[0] == "Masks(2 tensors, 6 weights, sparsity 0.5000)"
     with pytest.raises(ValueError, match=r"mask of 'a' must be a bool tensor, got torch\.float32"):
         gp.Masks({"a": torch.ones(3)})

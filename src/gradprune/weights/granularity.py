@@ -130,6 +130,10 @@ def parse_granularity(granularity: Granularity) -> tuple[tuple[int, int] | None,
         return None, None
     if isinstance(granularity, str) and granularity == "channel":
         return None, (1,)
+    require(
+        not (isinstance(granularity, str) and granularity == "group"),
+        'granularity "group" is one of gp.prune alone: it needs an example, and chooses over all layers at once',
+    )
     numbers: tuple[Any, ...] = ()
     n_of_m = False
     if isinstance(granularity, str):

@@ -17,7 +17,7 @@ from gradprune.core.steps import Optimizers, as_list, not_owned, ridden
 from gradprune.weights import bits
 from gradprune.weights.hold import Hold, warn_of_unowned
 from gradprune.weights.named import parameters_of, some
-from gradprune.weights.shown import by_layer, in_all
+from gradprune.weights.shown import by_layer, in_all, weights_among
 
 
 class Masks(Mapping[str, Tensor]):
@@ -86,11 +86,14 @@ class Masks(Mapping[str, Tensor]):
     def sparsity(self) -> float:
         """The share of the masks' entries that are pruned; 0.0 where there are none.
 
+        Entries of one dimension, the biases and norms that go with a channel, count only where there are no others.
+
         The masks' own, as is what they show when printed: whether the weights of a model are zero there is what
         ``masks.holds(model)`` says.
         """
-        total = sum(m.numel() for m in self.values())
-        kept = sum(count_kept(m) for m in self.values())
+        counted = weights_among(self)
+        total = sum(m.numel() for m in counted.values())
+        kept = sum(count_kept(m) for m in counted.values())
         return 1 - kept / total if total else 0.0
 
     def apply_(self, model: nn.Module) -> Masks:

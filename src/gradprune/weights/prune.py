@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from gradprune.core.checks import require
 from gradprune.core.words import in_our_words, instead
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity
+from gradprune.weights.groups import prune_groups
 from gradprune.weights.hold import warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
@@ -59,6 +60,7 @@ def prune(
     min_keep: int | None = None,
     within: Mapping[str, Tensor] | None = None,
     axes: StatedAxes = None,
+    example: Any = None,
 ) -> Masks:
     """Set the lowest-scoring weights of `model` to zero and return the masks that say which.
 
@@ -89,7 +91,11 @@ def prune(
             weights along the input stay, which is a sparsity of 1 - n/m by itself: none needs to be given, and no other
             may; any other tuple, or a string such as ``"4x4"``: a block over outputs, inputs and so on. Channels and
             blocks are ranked by the mean of their scores, and as many go as come nearest to the wanted number of
-            weights.
+            weights. ``"group"``: channels that the network couples (residual sums, depthwise and grouped convolutions,
+            concatenations, heads of attention, gated layers) go together, with their biases and norms' scales and
+            shifts, so that they are exactly zero and ``shrink`` takes them out; only the filters' weights are ranked
+            and counted, at least one channel of each group stays, and so do outputs and channels under a norm over
+            channels.
         include: glob patterns over names; only these are pruned. One that matches no eligible parameter may take
             frozen ones, or, of a kind of layer that is not known, those that are ruled out only by a name or shape as
             of a token or position. Biases and vectors (``"*.bias"``) are never pruned.
@@ -100,6 +106,8 @@ def prune(
         within: earlier masks; only what is True there may stay.
         axes: name or glob pattern -> (output, input), the axes of weights in a kind of layer that is not known. Where
             axes matter, matrices of such layers are else taken as [out, in], with a warning, and others refused.
+        example: the network's input, a tensor, or a tuple or dict of its arguments, by which granularity ``"group"``
+            sees what is coupled; it needs Torch-Pruning (``pip install 'gradprune[deploy]'``).
 
     Returns:
         The masks, by parameter name, applied to `model` (True stays).
@@ -118,6 +126,22 @@ def prune(
 
     Han et al. (2015), section 3; chapter 4.
     """
+    if isinstance(granularity, str) and granularity == "group":
+        require(min_keep is None, "granularity='group' leaves one channel of each group and takes no min_keep")
+        found = prune_groups(
+            model,
+            score,
+            example,
+            sparsity=sparsity,
+            threshold=threshold,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            within=within,
+            axes=axes,
+        )
+        return found.apply_(model)
+    require(example is None, f"example is for granularity='group'; got granularity={granularity!r}")
     request = Request.of(
         model,
         scope=scope,

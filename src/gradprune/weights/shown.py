@@ -11,10 +11,16 @@ from gradprune.core.masked import count_kept
 MOST = 12  # layers that are shown
 
 
+def weights_among(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of two dimensions or more, not the biases and norms that go with a channel; all where there are none."""
+    return {name: mask for name, mask in masks.items() if mask.dim() > 1} or dict(masks)
+
+
 def in_all(masks: Mapping[str, Tensor]) -> str:
     """The number of tensors and weights, and the share that is pruned."""
-    total = sum(mask.numel() for mask in masks.values())
-    kept = sum(map(count_kept, masks.values()))
+    counted = weights_among(masks).values()
+    total = sum(mask.numel() for mask in counted)
+    kept = sum(map(count_kept, counted))
     return f"{len(masks)} tensors, {total:,} weights, sparsity {1 - kept / total if total else 0.0:.4f}"
 
 
