@@ -1,6 +1,7 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
 from gradprune.core.select import keep_largest, kth_smallest
+from gradprune.deploy.pack import Packed, pack, unpack
 from gradprune.deploy.recalibrate import recalibrate_
 from gradprune.deploy.report import Report, Row, report
 from gradprune.gradients.autoclip import AutoClip
@@ -49,6 +50,7 @@ __all__ = [
     "Look",
     "Masks",
     "OneShot",
+    "Packed",
     "Plan",
     "Pruner",
     "Recorder",
@@ -79,6 +81,7 @@ __all__ = [
     "largest_sparsity",
     "magnitude",
     "movement",
+    "pack",
     "prune",
     "random",
     "recalibrate_",
@@ -90,4 +93,5 @@ __all__ = [
     "synflow",
     "taylor",
     "threshold_gradients_",
+    "unpack",
 ]
