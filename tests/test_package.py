@@ -27,7 +27,7 @@ TEXTS = sorted(
 
 
 # What a function may ask for when it is called: files of masks, prettier tables, a bar, a picture, intervals, a search.
-OPTIONAL = {"safetensors", "rich", "pandas", "tqdm", "matplotlib", "scipy", "optuna"}
+OPTIONAL = {"safetensors", "transformers", "rich", "pandas", "tqdm", "matplotlib", "scipy", "optuna"}
 
 
 def imported(path, *, wherever=True):

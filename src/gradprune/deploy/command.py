@@ -51,9 +51,10 @@ bytes as any number. `pack` is what makes it smaller."""
 
 _PRUNE_MORE = """\
 which tensors are weights?
-  Those of two dimensions or more that enter a product. A file has no layers to ask,
-  only names, so embeddings, norms and biases are known by what they are called.
-  --dry-run lists every tensor with the reason; --include and --exclude overrule it.
+  Those of two dimensions or more that enter a product. Where config.json lies beside
+  the file and transformers is installed, the layers of that model are asked. Else names
+  have to do: embeddings, norms and biases are known by what they are called. --dry-run
+  lists every tensor with the reason; --include and --exclude overrule it.
 
 examples:
   python -m gradprune prune model.safetensors half.safetensors --sparsity 0.5
@@ -143,6 +144,7 @@ def _prune(options: argparse.Namespace) -> Answer:
         granularity=options.granularity,
         include=options.include,
         exclude=options.exclude,
+        by_name=options.by_name,
         dry_run=options.dry_run,
     )
     goes = done.pruned if done.done else done.goal
@@ -288,6 +290,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument(
         "--exclude", action="append", metavar="GLOB", help="leave tensors of such names alone; may be repeated"
+    )
+    prune.add_argument(
+        "--by-name", action="store_true", help="tell weights by their names also where transformers knows the model"
     )
     prune.add_argument(
         "--dry-run", action="store_true", help="say what would be done, tensor by tensor, and write nothing"

@@ -33,27 +33,52 @@ _OF_CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 _HEADS = ("lm_head", "proj_out", "output", "embed_out")
 
 
+_PACKED = re.compile(r"^(weight_[ih]h_l\d+\w*|in_proj_weight)$")
+_GATES = "it packs the gates of a recurrent layer, or queries, keys and values. Exclude it, or prune single weights"
+
+
 class Known(NamedTuple):
     """What is known of a tensor of a file."""
 
     entry: Entry
     reason: str = ""  # why it is no weight
     guessed: bool = False  # by its name alone
-    transposed: bool = False  # stored [in, out], by config.json
+    axes: Axes | None = None  # which is the output; None where that is not known
+    packed: str = ""  # why a row is no unit
 
     @property
     def weight(self) -> Weight:
         """The tensor as a parameter without values, for what asks after shapes and axes."""
-        entry = self.entry
-        shape = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-        axes = None if len(entry.shape) > 2 and not self.is_convolution else Axes(*((1, 0) if self.transposed else ()))
-        attribute = entry.name.rpartition(".")[2]
-        return Weight(entry.name, (entry.name,), nn.Parameter(shape, False), nn.Module(), attribute, axes)
+        empty = torch.empty(self.entry.shape, dtype=DTYPES[self.entry.dtype], device="meta")
+        parameter = nn.Parameter(empty, requires_grad=False)
+        name, attribute = self.entry.name, self.entry.name.rpartition(".")[2]
+        return Weight(name, (name,), parameter, nn.Module(), attribute, self.axes, self.packed)
 
-    @property
-    def is_convolution(self) -> bool:
-        """Whether more than two dimensions are taken for a convolution's, [out, in, ...]."""
-        return len(self.entry.shape) > 2 and self.entry.name.rpartition(".")[2] == "weight"
+
+def is_matrix(entry: Entry) -> bool:
+    """Whether a tensor could be a weight, whatever it is called."""
+    return entry.dtype in FLOATING and len(entry.shape) >= 2
+
+
+def told_by_layers(entries: Iterable[Entry], weights: Mapping[str, Weight]) -> dict[str, Known]:
+    """Return what the layers of the model say of each tensor, in the model's order."""
+    order = {name: place for place, name in enumerate(weights)}
+    found = {}
+    for entry in sorted(entries, key=lambda entry: (order.get(entry.name, len(order)), in_order(entry.name))):
+        reason, guessed = ("", False) if is_matrix(entry) else _reason(entry)
+        weight = weights.get(entry.name)
+        if weight is None or reason:
+            found[entry.name] = Known(entry, reason or "is no parameter of the model")
+            continue
+        if tuple(weight.parameter.shape) != entry.shape:
+            raise ValueError(
+                f"{entry.name!r} has shape {entry.shape}, by config.json it has {tuple(weight.parameter.shape)}"
+            )
+        reason, guessed = weight.reason, weight.guessed
+        if not reason and (weight.direction is not None or weight.refused):
+            reason, guessed = "is a part of which a layer computes its weight", False
+        found[entry.name] = Known(entry, reason, guessed, weight.axes, weight.packed)
+    return found
 
 
 def known(entries: Iterable[Entry], config: Mapping[str, Any]) -> dict[str, Known]:
@@ -62,7 +87,6 @@ def known(entries: Iterable[Entry], config: Mapping[str, Any]) -> dict[str, Know
     That is the order of the names, with numbers in them counted as numbers, as layers mostly follow one another.
     """
     given = sorted(entries, key=lambda entry: in_order(entry.name))
-    shapes = {entry.name: entry.shape for entry in given}
     embeddings = {entry.shape for entry in given if _is_looked_up(entry)}
     text = config.get("text_config")
     inner = text if isinstance(text, Mapping) else {}
@@ -71,10 +95,13 @@ def known(entries: Iterable[Entry], config: Mapping[str, Any]) -> dict[str, Know
     found = {}
     for entry in given:
         reason, guessed = _reason(entry)
-        parent = entry.name.rpartition(".")[0].rpartition(".")[2]
-        if not reason and tied and parent in _HEADS and shapes[entry.name] in embeddings:
+        path, _, attribute = entry.name.rpartition(".")
+        parent = path.rpartition(".")[2]
+        if not reason and tied and parent in _HEADS and entry.shape in embeddings:
             reason = "is tied to an embedding, by config.json"
-        found[entry.name] = Known(entry, reason, guessed, conv1d and parent in _OF_CONV1D and len(entry.shape) == 2)
+        axes: Axes | None = Axes(1, 0) if conv1d and parent in _OF_CONV1D else Axes()
+        axes = axes if len(entry.shape) == 2 or attribute == "weight" else None  # a stack, but which axis is it?
+        found[entry.name] = Known(entry, reason, guessed, axes, _GATES if _PACKED.search(attribute) else "")
     return found
 
 

@@ -9,7 +9,7 @@ the size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple
@@ -40,9 +40,9 @@ class Rule(NamedTuple):
     surplus: int
 
 
-def order_of(tensors: Sequence[Tensors]) -> Order:
+def order_of(tensors: Mapping[str, Tensors]) -> Order:
     """Return the order in which the magnitudes of all tensors stand."""
-    dtypes = [DTYPES[t.entry.dtype] for t in tensors]
+    dtypes = [DTYPES[t.entry.dtype] for t in tensors.values()]
     return Order(compared_as(reduce(torch.promote_types, dtypes)), "magnitude")
 
 
@@ -55,20 +55,22 @@ def keys_of(raw: Array, dtype: torch.dtype, order: Order) -> Array:
     return order.keys(order.compared(torch.from_numpy(raw).view(dtype))).numpy()
 
 
-def rule(tensors: Mapping[str, Tensors], keep: int, floors: Mapping[str, int], seen: Seen) -> dict[str, Rule]:
+def rules(
+    tensors: Mapping[str, Tensors], keep: int, floors: Mapping[str, int], order: Order, seen: Seen
+) -> tuple[Rule, dict[str, Rule]]:
     """Return what stays where the largest `keep` of all tensors taken as one do, the later of equals first.
 
-    A tensor that would keep fewer than its floor (at most 1) keeps its largest instead, and the others share the rest:
-    what ``weights.plan`` does in memory. Each look costs one reading, and mostly the first look is the last.
+    A tensor that would keep fewer than its floor (at most 1) keeps its largest instead, by a rule of its own, and the
+    others share the rest: what ``weights.plan`` does in memory. Each look costs one reading; mostly one is enough.
     """
-    at_floor: dict[str, Rule] = {}
+    alone: dict[str, Rule] = {}
     while True:
-        free = {name: t for name, t in tensors.items() if name not in at_floor}
-        found, tops = _look(free, keep - len(at_floor), seen)
-        short = _short(free, floors, tops, found, seen)
+        free = {name: t for name, t in tensors.items() if name not in alone}
+        found, tops = _look(free, keep - len(alone), order, seen)
+        short = _short(free, floors, tops, found, order, seen)
         if not short:
-            return dict.fromkeys(free, found) | at_floor
-        at_floor |= {name: Rule(tops[name].key, tops[name].times - 1) for name in short}
+            return found, alone
+        alone |= {name: Rule(tops[name].key, tops[name].times - 1) for name in short}
 
 
 class _Top(NamedTuple):
@@ -78,9 +80,8 @@ class _Top(NamedTuple):
     times: int
 
 
-def _look(tensors: Mapping[str, Tensors], keep: int, seen: Seen) -> tuple[Rule, dict[str, _Top]]:
+def _look(tensors: Mapping[str, Tensors], keep: int, order: Order, seen: Seen) -> tuple[Rule, dict[str, _Top]]:
     """The rule for the largest `keep`, and each tensor's largest."""
-    order = order_of(list(tensors.values()))
     total = sum(t.entry.numel for t in tensors.values())
     rank = total - keep + 1 if keep else total  # of the smallest that stays, 1-based
     low, high, under = 0, order.highest + 1, 0  # the key lies in [low, high); so many lie under it
@@ -103,12 +104,8 @@ def _look(tensors: Mapping[str, Tensors], keep: int, seen: Seen) -> tuple[Rule, 
                 break
     if not keep:
         return Rule(order.highest, total), tops
-    return Rule(low, keep_surplus(total, keep, under + below, equal)), tops
-
-
-def keep_surplus(total: int, keep: int, below: int, equal: int) -> int:
-    """How many of the ties go."""
-    return equal - (keep - (total - below - equal))
+    above = total - under - below - equal
+    return Rule(low, equal - (keep - above)), tops  # of the ties, as many go as are not needed
 
 
 def _bracket(tensors: Mapping[str, Tensors], order: Order, fraction: float, seen: Seen) -> tuple[int, int]:
@@ -228,14 +225,18 @@ def _keys(t: Tensors, order: Order, seen: Seen) -> Iterator[Array]:
 
 
 def _short(
-    tensors: Mapping[str, Tensors], floors: Mapping[str, int], tops: Mapping[str, _Top], found: Rule, seen: Seen
+    tensors: Mapping[str, Tensors],
+    floors: Mapping[str, int],
+    tops: Mapping[str, _Top],
+    found: Rule,
+    order: Order,
+    seen: Seen,
 ) -> list[str]:
     """The tensors of which the rule leaves fewer than their floors."""
     none_above = [name for name, top in tops.items() if floors[name] and top.key <= found.key]
     tied = [name for name in none_above if tops[name].key == found.key]
     if not tied or not found.surplus:
         return [name for name in none_above if name not in tied]
-    order = order_of(list(tensors.values()))
     short, surplus = [], found.surplus
     for name, t in tensors.items():  # the first ties go, tensor by tensor
         ties = sum(int(np.count_nonzero(keys == keys.dtype.type(found.key))) for keys in _keys(t, order, seen))
