@@ -185,6 +185,6 @@ def _instead(opening: bytes, size: int) -> str:
         )
     if opening.startswith(b"GGUF"):
         return "it is a GGUF file"
-    if opening.startswith(b"version https"):
+    if opening.startswith(b"version "):
         return "it is the pointer of Git LFS to one: git lfs pull fetches the file itself"
     return "it does not begin as one does"

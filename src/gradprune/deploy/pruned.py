@@ -23,7 +23,7 @@ from gradprune.deploy.checkpoint import Checkpoint, Tensors, opened
 from gradprune.deploy.header import DTYPES
 from gradprune.deploy.stays import Seen, Way, read_before, ways
 from gradprune.deploy.threshold import VALUES
-from gradprune.deploy.written import Output, target_of, whole
+from gradprune.deploy.written import Output, require_room, target_of, whole
 from gradprune.weights.granularity import Granularity, Units, check_channels, check_fits, parse_granularity
 from gradprune.weights.plan import Scope, rows_in, stay
 
@@ -128,6 +128,7 @@ def prune_file(
         if dry_run:
             return job.told(checkpoint.size, None)
         path = target_of(checkpoint, target)
+        require_room(path, checkpoint.size)
         reading = read_before(job.tensors, job.units.block is not None, job.scope, job.n_of_m is not None)
         with bar(checkpoint.size + reading, "pruning", unit="B") as progress:
             found = ways(job.tensors, job.units, job.sparsity, job.scope, job.n_of_m, progress.update)

@@ -58,8 +58,8 @@ def whole(source: Checkpoint, target: Path, size: int, renamed: Callable[[str], 
         size: bytes that will be written; OSError before anything is where the disk has fewer.
         renamed: what a file of weights, or their index, is called in the new folder.
     """
+    require_room(target, size)
     with _clear_about_the_disk(target, size):
-        _require_room(target, size)
         if source.folder is None:
             with files.replacing(target) as part:
                 yield lambda _: part
@@ -133,10 +133,22 @@ def _take_along(source: Checkpoint, folder: Path, renamed: Callable[[str], str])
             os.fsync(file.fileno())
 
 
-def _require_room(target: Path, size: int) -> None:
-    free = shutil.disk_usage(Path(os.path.realpath(target)).parent).free
-    if free < size:
-        raise OSError(errno.ENOSPC, "", str(target))
+def require_room(target: Path, size: int) -> None:
+    """Raise OSError that says how much is needed where the disk of a target has less room."""
+    if shutil.disk_usage(_folder_of(target)).free < size:
+        raise OSError(errno.ENOSPC, _no_room(target, size))
+
+
+def _no_room(target: Path, size: int, more: str = "") -> str:
+    folder = _folder_of(target)
+    free = readable(shutil.disk_usage(folder).free)
+    return (
+        f"no room for {readable(size)} in {str(folder)!r}, where {free} are free{more}; what stood there is as it was"
+    )
+
+
+def _folder_of(target: Path) -> Path:
+    return Path(os.path.realpath(target)).parent
 
 
 @contextlib.contextmanager
@@ -147,16 +159,8 @@ def _clear_about_the_disk(target: Path, size: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        folder = Path(os.path.realpath(target)).parent
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(folder).free
-            limit = " (a limit on the size of files is set)" if error.errno == errno.EFBIG else ""
-            raise OSError(
-                error.errno,
-                f"there is no room for {readable(size)} in {str(folder)!r}, where {readable(free)} are free{limit}; "
-                "what stood there is as it was",
-            ) from None
-        raise
+        limit = " (and files may not be as large)" if error.errno == errno.EFBIG else ""
+        raise OSError(error.errno, _no_room(target, size, limit)) from None
 
 
 def _sync(folder: Path) -> None:
