@@ -283,11 +283,12 @@ def _whole_pieces(part: Part, entry: Entry) -> Iterator[tuple[int, Array]]:
 
 def _tensor(part: Part, entry: Entry) -> Tensor:
     require(entry.dtype in DTYPES, f"{entry.name!r} is {entry.dtype}, which torch does not know: unpack into a file")
-    found = np.empty(entry.nbytes, np.uint8)
+    found = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
+    flat = found.view(-1).view(torch.uint8).numpy()
     for start, raw in _whole_pieces(part, entry):
-        found[start : start + raw.size] = raw
+        flat[start : start + raw.size] = raw
     part.check()
-    return torch.from_numpy(found).view(DTYPES[entry.dtype]).view(entry.shape)
+    return found
 
 
 def _unpack_files(checkpoint: Checkpoint, before: dict[str, Header], into: files.StrPath) -> Path:
