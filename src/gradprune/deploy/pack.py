@@ -222,7 +222,7 @@ def _pack_part(plan: _Plan, path: Path, seen: Seen) -> None:
                     units = _units(raw, size)
                     alive = units != 0
                     output.write(name + BITS, start // size // 8, np.packbits(alive))
-                    values = units[alive]
+                    values = units.take(np.flatnonzero(alive))  # several times faster than by a mask
                     output.write(name + VALUES, at, values)
                     at += values.nbytes
                 else:
@@ -272,10 +272,11 @@ def _whole_pieces(part: Part, entry: Entry) -> Iterator[tuple[int, Array]]:
         number = min(STEP, entry.numel - start)
         raw = part.read(bits, start // 8, -(-(start + number) // 8))
         alive = np.unpackbits(raw, count=number).view(np.bool_)
-        stop = at + int(np.count_nonzero(alive)) * size
+        where = np.flatnonzero(alive)
+        stop = at + where.size * size
         require(stop <= values.nbytes, f"{part.name!r} is damaged: {entry.name!r} has more bits than values")
         dense = np.zeros(number, f"u{size}")
-        dense[alive] = _units(part.read(values, at, stop), size)
+        dense[where] = _units(part.read(values, at, stop), size)
         at = stop
         yield start * size, dense.view(np.uint8)
     require(at == values.nbytes, f"{part.name!r} is damaged: {entry.name!r} has fewer bits than values")

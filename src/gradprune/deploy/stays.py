@@ -6,6 +6,7 @@ slab that memory holds; by scores of a first reading for channels and blocks. Me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.checks import require
+from gradprune.core.collect import raise_nan
 from gradprune.core.layers import Axes, Weight
 from gradprune.core.order import Order
-from gradprune.core.select import keep_largest, keep_n_of_m
+from gradprune.core.select import keep_largest
 from gradprune.deploy.checkpoint import Tensors
 from gradprune.deploy.header import DTYPES
 from gradprune.deploy.threshold import VALUES, Rule, keys_of, order_of, rules
@@ -53,7 +55,7 @@ def ways(
 ) -> dict[str, Way]:
     """Return how each tensor is decided on; `seen` is told how many bytes are read for it now or later."""
     if n_of_m is not None:
-        return {name: _slab_by_slab(t, units.layers[name], partial(_n_of_m, *n_of_m)) for name, t in tensors.items()}
+        return {name: _n_of_m(name, t, units.layers[name], *n_of_m) for name, t in tensors.items()}
     assert sparsity is not None
     if scope == "row":
         return {name: _slab_by_slab(t, units.layers[name], partial(_rows, sparsity)) for name, t in tensors.items()}
@@ -133,6 +135,31 @@ def _layer(name: str, t: Tensors, count: int, seen: Seen) -> Way:
     return Way(max(t.entry.nbytes, 1), decide)
 
 
+def _n_of_m(name: str, t: Tensors, weight: Weight, n: int, m: int) -> Way:
+    """The n largest of every m consecutive along the input; of equal ones the later."""
+    assert weight.axes is not None
+    dtype, shape, axis = DTYPES[t.entry.dtype], t.entry.shape, weight.axes.input
+    order, inner = order_of({name: t}), math.prod(shape[axis + 1 :])
+    row = t.entry.nbytes // max(shape[0], 1)
+    whole = m if axis == 0 else 1
+    rows = whole * max(1, VALUES * dtype.itemsize // max(row * whole, 1))
+
+    def decide(raw: Array, _: int) -> Array:
+        keys = keys_of(raw, dtype, order)
+        if keys.max(initial=0) > order.highest:
+            raise_nan(repr(name))
+        place = np.ascontiguousarray(keys.reshape(-1, m, inner).swapaxes(0, 1))  # one row for each place in a group
+        outranked = np.zeros(place.shape, np.uint8 if m < 256 else np.int64)
+        for i in range(m):
+            for j in range(i + 1, m):
+                later = place[j] >= place[i]
+                outranked[i] += later
+                outranked[j] += ~later
+        return np.ascontiguousarray((outranked < n).swapaxes(0, 1)).reshape(-1)
+
+    return Way(max(rows * row, 1), decide)
+
+
 # ------------------------------------------------------------------------------------------------------ slabs of rows
 
 
@@ -193,12 +220,6 @@ def _slab_by_slab(t: Tensors, weight: Weight, mask: Callable[[Weight, Tensor], T
         return mask(slabs.part(values), values).reshape(-1).numpy()
 
     return Way(slabs.step, decide)
-
-
-def _n_of_m(n: int, m: int, weight: Weight, values: Tensor) -> Tensor:
-    depth = weight.axes.depth if weight.axes is not None else 0
-    mask = keep_n_of_m(canonical(weight, values), n, m, dim=depth + 1, by="magnitude", name=repr(weight.name))
-    return as_stored(weight, mask)
 
 
 def _rows(sparsity: float, weight: Weight, values: Tensor) -> Tensor:
