@@ -55,6 +55,11 @@ def alive(model):
     return sum(int((p != 0).sum()) for p in model.parameters()) / sum(p.numel() for p in model.parameters())
 
 
+def packed(model):
+    gp.pack(model, "model.packed")
+    return "model.packed"
+
+
 # name -> (function of the case, its right arguments by name)
 CALLS = {
     "prune": (lambda c: gp.prune, lambda c: {"model": c.model, "sparsity": 0.5}),
@@ -270,6 +275,8 @@ CALLS = {
         lambda c: gp.distill_loss,
         lambda c: {"student_logits": X, "teacher_logits": X.clone(), "temperature": 2.0},
     ),
+    "pack": (lambda c: gp.pack, lambda c: {"model_or_file": c.model, "path": "packed"}),
+    "unpack": (lambda c: gp.unpack, lambda c: {"path": packed(c.model), "into": c.model}),
     "report": (lambda c: gp.report, lambda c: {"model": c.model, "example": X, "latency": False}),
 }
 

@@ -178,11 +178,15 @@ def _source(model_or_file: Any) -> Checkpoint:
                 f"model_or_file must be a model or the path of a checkpoint, got {type(model_or_file).__name__}"
             )
         return opened(model_or_file, "model_or_file")
-    state = model_or_file.state_dict()
+    return Checkpoint(Path(), [Memory("model", _state_of(model_or_file), {"format": "pt"})])
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
     for name, tensor in state.items():
         require(isinstance(tensor, Tensor), f"{name!r} in the model's state is no tensor: its module has extra state")
         require_values(name, tensor)
-    return Checkpoint(Path(), [Memory("model", state, {"format": "pt"})])
+    return state
 
 
 def _planned(part: Part, seen: Seen) -> _Plan:
@@ -308,7 +312,7 @@ def _unpack_files(checkpoint: Checkpoint, before: dict[str, Header], into: files
 
 def _load(model: nn.Module, found: dict[str, Tensor]) -> None:
     """Set a model's state, or raise ValueError with nothing changed."""
-    state = model.state_dict()
+    state = _state_of(model)
     first = stored_once(state)[1]  # of a tied tensor one name is enough
     there = {first.get(name, name) for name in found}
     lacking = [name for name in state if first.get(name, name) not in there]
@@ -320,5 +324,4 @@ def _load(model: nn.Module, found: dict[str, Tensor]) -> None:
     for name, tensor in found.items():
         own = tuple(state[name].shape)
         require(own == tuple(tensor.shape), f"{name!r} has shape {tuple(tensor.shape)}, the model's has {own}")
-        require_values(name, state[name])
     model.load_state_dict(found, strict=False)
