@@ -61,6 +61,11 @@ def alive(model):
     return sum(int((p != 0).sum()) for p in model.parameters()) / sum(p.numel() for p in model.parameters())
 
 
+def packed(model):
+    gp.pack(model, "model.packed")
+    return "model.packed"
+
+
 # name -> (function of the case, its right arguments by name)
 CALLS = {
     "prune": (lambda c: gp.prune, lambda c: {"model": c.model, "sparsity": 0.5}),
@@ -314,6 +319,8 @@ CALLS = {
     "shrink": (lambda c: gp.shrink, lambda c: {"model": c.model, "example": X, "masks": c.masks}),
     "save": (lambda c: gp.save, lambda c: {"model": c.model, "path": "network"}),
     "load": (lambda c: gp.load, lambda c: {"model": _saved(c.model), "path": "saved"}),
+    "pack": (lambda c: gp.pack, lambda c: {"model_or_file": c.model, "path": "packed"}),
+    "unpack": (lambda c: gp.unpack, lambda c: {"path": packed(c.model), "into": c.model}),
     "report": (lambda c: gp.report, lambda c: {"model": c.model, "example": X, "latency": False}),
 }
 

@@ -14,7 +14,7 @@ from gradprune.weights import allocate
 # Public beside the names of the package, and on its pages.
 FURTHER = {f"weights.allocate.{name}": getattr(allocate, name) for name in ("uniform", "erk", "lamp", "share_out")}
 # What functions return and nobody makes: each is shown by what returns it.
-RESULTS = {"Entry", "Event", "History", "Hold", "Report", "Round", "Row", "Trace"}
+RESULTS = {"Entry", "Event", "History", "Hold", "Packed", "Report", "Round", "Row", "Trace"}
 RESULTS |= {"CrossValidation", "Found", "Look", "Plan", "Sensitivity", "Study", "Trial"}
 
 

@@ -28,7 +28,7 @@ TEXTS = sorted(
 
 # What a function may ask for when it is called: files of masks, prettier tables, a bar, a picture, intervals, a search,
 # what a network couples.
-OPTIONAL = {"safetensors", "rich", "pandas", "tqdm", "matplotlib", "scipy", "optuna", "torch_pruning"}
+OPTIONAL = {"safetensors", "transformers", "rich", "pandas", "tqdm", "matplotlib", "scipy", "optuna", "torch_pruning"}
 
 
 def imported(path, *, wherever=True):

@@ -1,6 +1,7 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
 from gradprune.core.select import keep_largest, kth_smallest
+from gradprune.deploy.pack import Packed, pack, unpack
 from gradprune.deploy.recalibrate import recalibrate_
 from gradprune.deploy.report import Report, Row, report
 from gradprune.deploy.shrink import shrink
@@ -52,6 +53,7 @@ __all__ = [
     "Look",
     "Masks",
     "OneShot",
+    "Packed",
     "Plan",
     "Pruner",
     "Recorder",
@@ -83,6 +85,7 @@ __all__ = [
     "load",
     "magnitude",
     "movement",
+    "pack",
     "prune",
     "random",
     "recalibrate_",
@@ -97,4 +100,5 @@ __all__ = [
     "synflow",
     "taylor",
     "threshold_gradients_",
+    "unpack",
 ]

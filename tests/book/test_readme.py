@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from gradprune.lab import claims
 
@@ -32,6 +34,19 @@ def test_the_pruned_loop_reaches_what_the_text_says(tmp_path):
     print(done.stdout)
     assert sparsity == pytest.approx(90, abs=0.1)
     assert accuracy > 93
+
+
+def test_the_commands_on_files_run_as_printed(tmp_path):
+    weights = {"0.weight": torch.randn(64, 64), "0.bias": torch.zeros(64)}
+    save_file(weights, tmp_path / "model.safetensors")
+    (commands,) = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for line in commands.splitlines():
+        program, *words = line.split()
+        assert program == "python"
+        subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes["half.safetensors"] == sizes["model.safetensors"]
+    assert sizes["half.packed.safetensors"] < 0.6 * sizes["model.safetensors"]
 
 
 def test_every_file_it_links_to_exists():

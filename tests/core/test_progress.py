@@ -27,3 +27,19 @@ def test_a_cost_is_said_unless_bars_are_turned_off(monkeypatch, capsys):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     state("at most 3 runs")
     assert capsys.readouterr().err == ""
+
+
+def test_bytes_are_shown_with_a_prefix(monkeypatch):
+    import io
+
+    from tqdm import auto
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    own = auto.tqdm
+    monkeypatch.setattr(auto, "tqdm", lambda **given: own(file=shown, **given))
+    with bar(3_000_000_000, "packing", unit="B") as progress:
+        progress.update(1_500_000_000)
+    assert "packing:  50%" in shown.getvalue()
+    assert "1.50G/3.00G" in shown.getvalue()

@@ -37,13 +37,15 @@ def over(steps: range, description: str, done: int = 0) -> Iterable[int]:
     return tqdm(steps[done:], desc=description, initial=done, total=len(steps), disable=disable)  # type: ignore[no-any-return]
 
 
-def bar(total: int | None, description: str, done: int = 0) -> contextlib.closing[Any]:
-    """Return a context that gives a bar of `total`, of which `done` are done."""
+def bar(total: int | None, description: str, done: int = 0, *, unit: str = "it") -> contextlib.closing[Any]:
+    """Return a context that gives a bar of `total`, of which `done` are done; the unit "B" is scaled to kB, MB."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return contextlib.closing(_NoBar())
-    return contextlib.closing(tqdm(total=total, desc=description, initial=done, disable=True if is_off() else None))
+    disable = True if is_off() else None
+    shown = {"unit": unit, "unit_scale": unit == "B"}
+    return contextlib.closing(tqdm(total=total, desc=description, initial=done, disable=disable, **shown))
 
 
 def state(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import module, require_values
-from gradprune.core.encoded import bitmask_bytes
+from gradprune.core.encoded import bitmask_bytes, readable
 from gradprune.core.evaluate import call, evaluated
 from gradprune.core.flops import Count, Flops, count_flops, nonzeros
 from gradprune.core.tables import as_frame, html_table
@@ -122,7 +121,7 @@ class Report:
                 f"{row.nonzeros:,}",
                 f"{100 * row.sparsity:.1f} %",
                 *("" if n is None else f"{n:,}" for n in (row.flops, row.effective_flops)),
-                *(_readable(n) for n in row[-4:]),
+                *(readable(n) for n in row[-4:]),
             ]
             for row in (*self.rows, self.total)
         ]
@@ -258,12 +257,3 @@ def _latency(model: nn.Module, example: Any) -> float:
             num_threads=torch.get_num_threads(),
         )
         return float(timer.blocked_autorange(min_run_time=0.2).median)
-
-
-def _readable(size: int) -> str:
-    """Bytes with a prefix of 1000: 999 B, 1.00 kB, 12.3 MB."""
-    if size < 1000:
-        return f"{size} B"
-    power = min(int(math.log10(size)) // 3, 4)
-    value = size / 1000**power
-    return f"{value:.{2 - min(int(math.log10(value)), 2)}f} {' kMGT'[power]}B"

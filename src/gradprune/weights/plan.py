@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradprune.core import checks
 from gradprune.core.checks import require
+from gradprune.core.layers import Weight
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By
 from gradprune.core.select import keep_and_count, keep_largest, keep_n_of_m
@@ -45,7 +46,7 @@ def plan(
         return _plan_rows(units, sparsity, min_keep)
     total = sum(weight.parameter.numel() for weight in units.layers.values())
     budget = kept_of(total, sparsity)
-    floors, warning = _affordable_floors(units, budget, min_keep)
+    floors, warning = affordable_floors(units, budget, min_keep)
     most = sum(units.available(name) * units.cost(name) for name in units.layers)
     require(budget <= most, f"sparsity {sparsity} lets {budget} weights stay, but `within` allows only {most}")
     transform = allocate.lamp if scope == "lamp" else None
@@ -56,18 +57,18 @@ def plan(
 def kept_of_layers(
     units: Units, sparsity: float | None, scope: Scope, min_keep: int | None = None
 ) -> tuple[dict[str, int], str]:
-    """How many units each layer keeps where no scores are needed, and a warning; `scope` is a dict, layer or erk."""
+    """Return how many units each layer keeps where no scores are needed, and a warning; by a dict, layer or erk."""
     sizes = {name: weight.parameter.numel() for name, weight in units.layers.items()}
     if isinstance(scope, Mapping):
         counts = {name: kept_of(size, scope.get(name, sparsity or 0.0)) for name, size in sizes.items()}
         return _whole_units(units, counts), ""
     budget = kept_of(sum(sizes.values()), sparsity or 0.0)
-    floors, warning = _affordable_floors(units, budget, min_keep)
-    return _whole_units(units, _allocate(units, scope, budget, floors)), warning
+    floors, warning = affordable_floors(units, budget, min_keep)
+    return shared_out(units, scope, budget, floors), warning
 
 
 def kept_of(weights: int, sparsity: float) -> int:
-    """How many of so many weights a sparsity keeps."""
+    """Return how many of so many weights a sparsity keeps."""
     return weights - round(sparsity * weights)
 
 
@@ -76,8 +77,8 @@ def _floors(units: Units, min_keep: int) -> dict[str, int]:
     return {name: min(-(-min_keep // max(units.cost(name), 1)), units.available(name)) for name in units.layers}
 
 
-def _affordable_floors(units: Units, budget: int, min_keep: int | None) -> tuple[dict[str, int], str]:
-    """The least number of units of each layer, and a warning where the budget does not allow for it."""
+def affordable_floors(units: Units, budget: int, min_keep: int | None) -> tuple[dict[str, int], str]:
+    """Return the least number of units of each layer, and a warning where the budget does not allow for it."""
     floors = _floors(units, 1 if min_keep is None else min_keep)
     if units.block is None:
         higher = {name: max(floor, rows_of(units.layers[name])) for name, floor in floors.items()}
@@ -91,7 +92,8 @@ def _affordable_floors(units: Units, budget: int, min_keep: int | None) -> tuple
     return dict.fromkeys(floors, 0), warning if budget > 0 else ""
 
 
-def _allocate(units: Units, scope: Scope, budget: int, floors: Mapping[str, int]) -> dict[str, int]:
+def shared_out(units: Units, scope: Scope, budget: int, floors: Mapping[str, int]) -> dict[str, int]:
+    """Return how many units each layer keeps by itself, by a scope that is "layer" or "erk"."""
     names = list(units.layers)
     low = [floors[name] * units.cost(name) for name in names]
     high = [units.available(name) * units.cost(name) for name in names]
@@ -105,7 +107,7 @@ def _allocate(units: Units, scope: Scope, budget: int, floors: Mapping[str, int]
     else:
         sizes = [units.layers[name].parameter.numel() for name in names]
         counts = allocate.uniform(sizes, budget, low=low, high=high)
-    return dict(zip(names, counts, strict=True))
+    return _whole_units(units, dict(zip(names, counts, strict=True)))
 
 
 def _whole_units(units: Units, weights: Mapping[str, int]) -> dict[str, int]:
@@ -263,9 +265,9 @@ def _plan_rows(units: Units, sparsity: float, min_keep: int | None) -> Choose:
     counts = {}
     empty = []
     for name, weight in units.layers.items():
-        rows = _rows(units, name, weight.parameter)
+        rows = rows_in(weight, weight.parameter)
         counts[name] = kept_of(rows.shape[1], sparsity)
-        most = rows.shape[1] if units.within is None else _least(_rows(units, name, units.within[name]).sum(1))
+        most = rows.shape[1] if units.within is None else _least(rows_in(units.layers[name], units.within[name]).sum(1))
         require(
             counts[name] <= most,
             f"each row of {name!r} is to keep {counts[name]} weights, but `within` allows only {most} in one",
@@ -286,15 +288,15 @@ def _keep_per_row(units: Units, counts: Mapping[str, int], warning: str, ranked:
         checks.warn(warning)
     masks = {}
     for name, count in counts.items():
-        allowed = None if units.within is None else _rows(units, name, units.within[name])
-        mask = keep_in_rows(name, _rows(units, name, ranked.values[name]), count, ranked.by, allowed)
+        allowed = None if units.within is None else rows_in(units.layers[name], units.within[name])
+        mask = keep_in_rows(name, rows_in(units.layers[name], ranked.values[name]), count, ranked.by, allowed)
         weight = units.layers[name]
         masks[name] = as_stored(weight, mask.view(canonical(weight, weight.parameter).shape))
     return masks
 
 
 def keep_in_rows(name: str, values: Tensor, count: int, by: By, allowed: Tensor | None) -> Tensor:
-    """A mask that is True for the `count` largest of each row, of those allowed first; the later of equals stays."""
+    """Return a mask of the `count` largest of each row, of those allowed first; the later of equals stays."""
     require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
     mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     step = max(1, ROWS_AT_A_TIME // max(values.shape[1], 1))
@@ -308,9 +310,8 @@ def keep_in_rows(name: str, values: Tensor, count: int, by: By, allowed: Tensor 
     return mask
 
 
-def _rows(units: Units, name: str, tensor: Tensor) -> Tensor:
-    """One row an output unit."""
-    weight = units.layers[name]
+def rows_in(weight: Weight, tensor: Tensor) -> Tensor:
+    """Return a tensor of the weight's shape with one row an output unit."""
     seen = canonical(weight, tensor)
     depth = weight.axes.depth + 1 if weight.axes is not None else 1
     return seen.reshape(math.prod(seen.shape[:depth]), math.prod(seen.shape[depth:]))

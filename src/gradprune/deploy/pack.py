@@ -1,0 +1,327 @@
+"""How is a checkpoint with zeros stored without them, and read again bit for bit (chapter 8)?
+
+A packed file is a safetensors file too. A tensor ``w`` in it that was worth it is two: ``w:bits``, one bit an entry
+(the first entry is the highest bit of the first byte, as ``numpy.packbits`` has it), and ``w:values``, the entries
+whose bit is 1, in their own dtype and order. A bit is 0 where all bits of the entry are: so -0.0 and NaN are values,
+and nothing is lost. Tensors that would not become smaller stand as they are. The metadata is kept, and under
+``gradprune.pack`` stands in JSON the version of this format and the header of the file from before, from which that is
+made again, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradprune.core import files
+from gradprune.core.checks import require, require_values
+from gradprune.core.encoded import bits_and_values, readable
+from gradprune.core.progress import bar
+from gradprune.deploy import header as headers
+from gradprune.deploy.checkpoint import Checkpoint, Memory, Part, Tensors, marked, opened, pieces, stored_once, unmarked
+from gradprune.deploy.header import DTYPES, Entry, Header
+from gradprune.deploy.written import Output, target_of, whole
+from gradprune.weights.named import some
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Seen = Callable[[int], None]
+
+KEY, VERSION = "gradprune.pack", 1
+BITS, VALUES = ":bits", ":values"
+STEP = 2**18  # entries at a time, a multiple of eight
+
+
+class Packed(NamedTuple):
+    """What ``pack`` wrote; printed, a line.
+
+    Args:
+        path: The file, or the folder of a checkpoint in shards.
+        bytes_before: Of the checkpoint as it was, or would be.
+        bytes_after: Of what was written.
+        tensors: How many tensors there are.
+        packed: How many of them are packed, as that is smaller.
+    """
+
+    path: Path
+    bytes_before: int
+    bytes_after: int
+    tensors: int
+    packed: int
+
+    def __str__(self) -> str:
+        share = self.bytes_after / max(self.bytes_before, 1)
+        return (
+            f"{str(self.path)!r}: {readable(self.bytes_after)} instead of {readable(self.bytes_before)} ({share:.1%}); "
+            f"{self.packed:,} of {self.tensors:,} tensors are packed"
+        )
+
+
+class _Plan(NamedTuple):
+    """A part, and the header that its packed file gets."""
+
+    part: Part
+    packed: frozenset[str]
+    header: Header
+
+
+def pack(model_or_file: nn.Module | files.StrPath, path: files.StrPath) -> Packed:
+    """Write a checkpoint without its zeros: one bit an entry, and the entries that are not zero.
+
+    That is smaller from 3.2 % of zeros on in float32 and 6.3 % in bfloat16; other tensors stay as they are.
+    What is packed is read piece by piece, so a file may be larger than memory; it is read twice and written once,
+    under another name that takes the place of `path` at the end.
+
+    Args:
+        model_or_file: A model, whose state dict is packed; or a safetensors file, a folder of shards with its index, or
+            a file of ``torch.save(model.state_dict(), ...)``.
+        path: The file; for a folder a new folder.
+
+    Returns:
+        A ``Packed``: bytes before and after, and how many tensors are packed.
+
+    Raises:
+        TypeError: `model_or_file` is neither a model nor a path, or a tensor of the model has no values.
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint, or cut off, or packed already; `path` cannot be written.
+        OSError: There is no room on the disk. What stood at `path` is as it was.
+
+    Example:
+        >>> model = nn.Linear(512, 512)
+        >>> masks = gp.prune(model, sparsity=0.9)
+        >>> packed = gp.pack(model, "packed.safetensors")
+        >>> packed.bytes_after < 0.15 * packed.bytes_before
+        True
+
+    Chapter 8.
+    """
+    with _source(model_or_file) as checkpoint:
+        for part in checkpoint.parts:
+            require(KEY not in part.header.metadata, f"{part.name!r} is packed already")
+        target = target_of(checkpoint, path, "path")
+        with bar(2 * checkpoint.size, "packing", unit="B") as progress:
+            plans = [_planned(part, progress.update) for part in checkpoint.parts]
+            size = sum(plan.header.size for plan in plans)
+            with whole(checkpoint, target, size, marked) as place:
+                for plan in plans:
+                    _pack_part(plan, place(plan.part.name), progress.update)
+        return Packed(target, checkpoint.size, size, len(checkpoint.tensors), sum(len(plan.packed) for plan in plans))
+
+
+@overload
+def unpack(path: files.StrPath, into: None = None) -> dict[str, Tensor]: ...
+@overload
+def unpack(path: files.StrPath, into: nn.Module) -> nn.Module: ...
+@overload
+def unpack(path: files.StrPath, into: files.StrPath) -> Path: ...
+
+
+def unpack(path: files.StrPath, into: nn.Module | files.StrPath | None = None) -> dict[str, Tensor] | nn.Module | Path:
+    """Return what ``pack`` packed, bit for bit: as tensors, in a model, or as the file that it was.
+
+    Args:
+        path: What ``pack`` wrote.
+        into: None for a dict of tensors; a model, whose state is set; or a path, where the checkpoint of before is
+            written, byte for byte and piece by piece, a folder where it was one.
+
+    Returns:
+        The tensors by name, on the CPU (of those that were one, each name has it); the model; or the path.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        FileNotFoundError: There is no such file.
+        ValueError: The file was not packed, or is damaged; the model has other names or shapes, and is as it was then;
+            the path cannot be written.
+        OSError: There is no room on the disk.
+
+    Example:
+        >>> model = nn.Linear(8, 8)
+        >>> masks = gp.prune(model, sparsity=0.9)
+        >>> _ = gp.pack(model, "packed.safetensors")
+        >>> torch.equal(gp.unpack("packed.safetensors")["weight"], model.weight)
+        True
+
+    Chapter 8.
+    """
+    if not (into is None or isinstance(into, nn.Module | str | os.PathLike)):
+        raise TypeError(f"into must be a model, a path or None, got {type(into).__name__}")
+    with opened(path, "path") as checkpoint:
+        before = {part.name: _before(part) for part in checkpoint.parts}
+        if not isinstance(into, nn.Module) and into is not None:
+            return _unpack_files(checkpoint, before, into)
+        found = {}
+        for part in checkpoint.parts:
+            for entry in before[part.name].entries.values():
+                found[entry.name] = _tensor(part, entry)
+            for tied, name in before[part.name].metadata.items():
+                if name in found and tied not in found:
+                    found[tied] = found[name]
+    if into is None:
+        return found
+    _load(into, found)
+    return into
+
+
+# ------------------------------------------------------------------------------------------------------------ packing
+
+
+def _source(model_or_file: Any) -> Checkpoint:
+    if not isinstance(model_or_file, nn.Module):
+        if not isinstance(model_or_file, str | os.PathLike):
+            raise TypeError(
+                f"model_or_file must be a model or the path of a checkpoint, got {type(model_or_file).__name__}"
+            )
+        return opened(model_or_file, "model_or_file")
+    return Checkpoint(Path(), [Memory("model", _state_of(model_or_file), {"format": "pt"})])
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    for name, tensor in state.items():
+        require(isinstance(tensor, Tensor), f"{name!r} in the model's state is no tensor: its module has extra state")
+        require_values(name, tensor)
+    return state
+
+
+def _planned(part: Part, seen: Seen) -> _Plan:
+    """A first reading: which tensors become smaller, and what the file will look like."""
+    packed: set[str] = set()
+    tensors: list[tuple[str, str, tuple[int, ...], int]] = []
+    for name, entry in part.header.entries.items():
+        values = _count_values(Tensors(part, entry), seen)
+        size = bits_and_values(entry.numel, values, entry.itemsize or 1)
+        if entry.itemsize is not None and size < entry.nbytes:
+            packed.add(name)
+            tensors += [(name + BITS, "U8", (-(-entry.numel // 8),), -(-entry.numel // 8))]
+            tensors += [(name + VALUES, entry.dtype, (values,), values * entry.itemsize)]
+        else:
+            tensors.append((name, entry.dtype, entry.shape, entry.nbytes))
+    names = [tensor[0] for tensor in tensors]
+    require(len(set(names)) == len(names), f"names of {part.name!r} end in {BITS!r} or {VALUES!r} as packed ones do")
+    told = json.dumps({"version": VERSION, "header": part.header.text.decode()})
+    return _Plan(part, frozenset(packed), headers.laid_out(tensors, part.header.metadata | {KEY: told}))
+
+
+def _count_values(tensor: Tensors, seen: Seen) -> int:
+    values = 0
+    size = tensor.entry.itemsize or 1
+    for _, raw in pieces(tensor, STEP * size):
+        values += int(np.count_nonzero(_units(raw, size)))
+        seen(raw.size)
+    return values
+
+
+def _pack_part(plan: _Plan, path: Path, seen: Seen) -> None:
+    with Output(path, plan.header) as output:
+        for name, entry in plan.part.header.entries.items():
+            at, size = 0, entry.itemsize or 1
+            for start, raw in pieces(Tensors(plan.part, entry), STEP * size):
+                if name in plan.packed:
+                    units = _units(raw, size)
+                    alive = units != 0
+                    output.write(name + BITS, start // size // 8, np.packbits(alive))
+                    values = units.take(np.flatnonzero(alive))  # several times faster than by a mask
+                    output.write(name + VALUES, at, values)
+                    at += values.nbytes
+                else:
+                    output.write(name, start, raw)
+                seen(raw.size)
+        plan.part.check()
+
+
+def _units(raw: Array, size: int) -> Array:
+    """The entries' bits, as integers."""
+    return raw.view(f"u{size}")
+
+
+# ---------------------------------------------------------------------------------------------------------- unpacking
+
+
+def _before(part: Part) -> Header:
+    """The header of the file from before; ValueError where the packed file does not hold what it needs."""
+    text = part.header.metadata.get(KEY)
+    wrong = f"{part.name!r} is damaged"
+    require(text is not None, f"{part.name!r} was not packed: its metadata has no {KEY!r}")
+    try:
+        told = json.loads(text or "")
+        version, header = told["version"], told["header"].encode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{wrong}: what its metadata says of {KEY!r} cannot be read") from None
+    require(version == VERSION, f"{part.name!r} is packed in version {version!r}; this gradprune reads {VERSION}")
+    before, entries = headers.parsed(header, part.name), part.header.entries
+    for name, entry in before.entries.items():
+        bits, values, dense = entries.get(name + BITS), entries.get(name + VALUES), entries.get(name)
+        if bits is not None and values is not None:
+            fits = bits.nbytes == -(-entry.numel // 8) and values.dtype == entry.dtype and values.numel <= entry.numel
+        else:
+            fits = dense is not None and (dense.dtype, dense.shape) == (entry.dtype, entry.shape)
+        require(fits, f"{wrong}: {name!r} is not there, or not what it was")
+    return before
+
+
+def _whole_pieces(part: Part, entry: Entry) -> Iterator[tuple[int, Array]]:
+    """The bytes of a tensor from before, in order, each time with where they begin."""
+    bits = part.header.entries.get(entry.name + BITS)
+    if bits is None or entry.name + VALUES not in part.header.entries:
+        yield from pieces(Tensors(part, part.header.entries[entry.name]), STEP * (entry.itemsize or 1))
+        return
+    values, size, at = part.header.entries[entry.name + VALUES], entry.itemsize or 1, 0
+    for start in range(0, entry.numel, STEP):
+        number = min(STEP, entry.numel - start)
+        raw = part.read(bits, start // 8, -(-(start + number) // 8))
+        alive = np.unpackbits(raw, count=number).view(np.bool_)
+        where = np.flatnonzero(alive)
+        stop = at + where.size * size
+        require(stop <= values.nbytes, f"{part.name!r} is damaged: {entry.name!r} has more bits than values")
+        dense = np.zeros(number, f"u{size}")
+        dense[where] = _units(part.read(values, at, stop), size)
+        at = stop
+        yield start * size, dense.view(np.uint8)
+    require(at == values.nbytes, f"{part.name!r} is damaged: {entry.name!r} has fewer bits than values")
+
+
+def _tensor(part: Part, entry: Entry) -> Tensor:
+    require(entry.dtype in DTYPES, f"{entry.name!r} is {entry.dtype}, which torch does not know: unpack into a file")
+    found = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
+    flat = found.view(-1).view(torch.uint8).numpy()
+    for start, raw in _whole_pieces(part, entry):
+        flat[start : start + raw.size] = raw
+    part.check()
+    return found
+
+
+def _unpack_files(checkpoint: Checkpoint, before: dict[str, Header], into: files.StrPath) -> Path:
+    target = target_of(checkpoint, into, "into")
+    size = sum(header.size for header in before.values())
+    with bar(size, "unpacking", unit="B") as progress, whole(checkpoint, target, size, unmarked) as place:
+        for part in checkpoint.parts:
+            with Output(place(part.name), before[part.name]) as output:
+                for entry in before[part.name].entries.values():
+                    for start, raw in _whole_pieces(part, entry):
+                        output.write(entry.name, start, raw)
+                        progress.update(raw.size)
+                part.check()
+    return target
+
+
+def _load(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """Set a model's state, or raise ValueError with nothing changed."""
+    state = _state_of(model)
+    first = stored_once(state)[1]  # of a tied tensor one name is enough
+    there = {first.get(name, name) for name in found}
+    lacking = [name for name in state if first.get(name, name) not in there]
+    more = [name for name in found if name not in state]
+    require(
+        not lacking and not more,
+        f"the model is another one: the file lacks {some(lacking)}, and has besides {some(more)}",
+    )
+    for name, tensor in found.items():
+        own = tuple(state[name].shape)
+        require(own == tuple(tensor.shape), f"{name!r} has shape {tuple(tensor.shape)}, the model's has {own}")
+    model.load_state_dict(found, strict=False)

@@ -1,0 +1,219 @@
+"""How is a checkpoint pruned that need not fit in memory, to the masks of ``prune`` on the loaded model, bit for bit?
+
+What is asked for is checked against the headers; what stays of each tensor is said by `stays`; then all tensors are
+copied, those that are pruned with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gradprune.core import checks
+from gradprune.core.checks import require
+from gradprune.core.layers import Weight
+from gradprune.core.progress import bar
+from gradprune.deploy import names
+from gradprune.deploy.architecture import layers_of
+from gradprune.deploy.checkpoint import Checkpoint, Tensors, opened
+from gradprune.deploy.header import DTYPES
+from gradprune.deploy.stays import Seen, Way, read_before, ways
+from gradprune.deploy.threshold import VALUES
+from gradprune.deploy.written import Output, require_room, target_of, whole
+from gradprune.weights.granularity import Granularity, Units, check_channels, check_fits, parse_granularity
+from gradprune.weights.plan import Scope, kept_of, rows_in
+
+SCOPES = ("global", "layer", "row", "erk")
+
+
+class Row(NamedTuple):
+    """What is done with one tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    weights: int
+    kept: int | None  # None where it is not pruned, or not yet
+    reason: str = ""  # why it is not pruned
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What was done with a checkpoint, or would be."""
+
+    rows: tuple[Row, ...]
+    goal: int  # weights that go; of channels and blocks, about so many
+    size: int  # bytes, before and after
+    notes: tuple[str, ...] = ()
+    done: bool = True
+
+    @property
+    def weights(self) -> int:
+        """Weights that could go."""
+        return sum(row.weights for row in self.rows if not row.reason)
+
+    @property
+    def pruned(self) -> int:
+        """Weights that went."""
+        return sum(row.weights - row.kept for row in self.rows if row.kept is not None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What of a checkpoint is to be pruned, and how."""
+
+    every: Mapping[str, names.Known]
+    tensors: Mapping[str, Tensors]  # that are pruned, in the order in which ties are resolved
+    units: Units
+    sparsity: float | None
+    scope: Scope
+    n_of_m: tuple[int, int] | None
+    notes: tuple[str, ...]
+
+    @property
+    def goal(self) -> int:
+        """Weights that go."""
+        weights = self.units.layers
+        if self.n_of_m is not None:
+            n, m = self.n_of_m
+            return sum(w.parameter.numel() // m * (m - n) for w in weights.values())
+        assert self.sparsity is not None
+        if self.scope == "row":
+            rows = [rows_in(w, w.parameter).shape for w in weights.values()]
+            return sum(height * (width - kept_of(width, self.sparsity)) for height, width in rows)
+        total = sum(w.parameter.numel() for w in weights.values())
+        return total - kept_of(total, self.sparsity)
+
+    def told(self, size: int, kept: Mapping[str, int] | None) -> Pruning:
+        """What is said of it, before and after."""
+        rows = []
+        for name, it in self.every.items():
+            reason = "" if name in self.tensors else it.reason or "is left out by include or exclude"
+            left = None if kept is None else kept.get(name)
+            rows.append(Row(name, it.entry.dtype, it.entry.shape, it.entry.numel, left, reason))
+        return Pruning(tuple(rows), self.goal, size, self.notes, kept is not None)
+
+
+def prune_file(
+    source: Any,
+    target: Any = None,
+    *,
+    sparsity: float | None = None,
+    scope: Scope = "global",
+    granularity: Granularity = "weight",
+    include: Any = None,
+    exclude: Any = None,
+    by_name: bool = False,
+    dry_run: bool = False,
+) -> Pruning:
+    """Write a pruned copy of a checkpoint, whole or not at all, and return what was done; arguments as of ``prune``.
+
+    Args:
+        source: a safetensors file, a folder with one or with shards and their index, or a state dict of torch.save's.
+        target: a file, which may be the source; of a folder a new folder.
+        sparsity: as of ``prune``, as are `scope` (one of `SCOPES`), `granularity`, `include` and `exclude`.
+        scope: see there.
+        granularity: see there.
+        include: see there.
+        exclude: see there.
+        by_name: whether to tell weights by their names also where the layers could be asked.
+        dry_run: whether to return what would be done, with nothing read but headers and nothing written.
+    """
+    with opened(source) as checkpoint:
+        job = _job(checkpoint, sparsity, scope, granularity, include, exclude, by_name)
+        if dry_run:
+            return job.told(checkpoint.size, None)
+        path = target_of(checkpoint, target)
+        require_room(path, checkpoint.size)
+        reading = read_before(job.tensors, job.units.block is not None, job.scope, job.n_of_m is not None)
+        with bar(checkpoint.size + reading, "pruning", unit="B") as progress:
+            found = ways(job.tensors, job.units, job.sparsity, job.scope, job.n_of_m, progress.update)
+            with whole(checkpoint, path, checkpoint.size) as place:
+                kept = _write(checkpoint, job.every, found, place, progress.update)
+        return job.told(checkpoint.size, kept)
+
+
+def _job(
+    checkpoint: Checkpoint,
+    sparsity: Any,
+    scope: Scope,
+    granularity: Granularity,
+    include: Any,
+    exclude: Any,
+    by_name: bool,
+) -> _Job:
+    """Everything that can be refused before a tensor is read is refused here."""
+    n_of_m, block = parse_granularity(granularity)
+    lamp = "; LAMP sorts whole layers: load the model and call gp.prune" if scope == "lamp" else ""
+    known_scope = isinstance(scope, str) and scope in SCOPES
+    require(known_scope, f"scope must be one of {', '.join(SCOPES)} for files, got {scope!r}{lamp}")
+    if n_of_m is not None:
+        n, m = n_of_m
+        require(scope in ("global", "layer"), f"granularity {n}:{m} leaves nothing to allocate; got scope={scope!r}")
+        right = sparsity is None or abs(checks.fraction("sparsity", sparsity) - (1 - n / m)) < 1e-9
+        require(right, f"granularity {n}:{m} is itself a sparsity of {1 - n / m:g}: give no other")
+    else:
+        require(sparsity is not None, "a sparsity is missing: the fraction of the weights that goes, such as 0.5")
+        sparsity = checks.fraction("sparsity", sparsity)
+    require(scope != "row" or block is None, f"scope='row' prunes single weights; got granularity={granularity!r}")
+    asked = None if by_name else layers_of(checkpoint)
+    entries = [t.entry for t in checkpoint.tensors.values()]
+    config = checkpoint.config()
+    every = names.known(entries, config) if asked is None else names.told_by_layers(entries, asked.weights)
+    layers = {name: it.weight for name, it in names.chosen(every, include, exclude).items()}
+    if n_of_m is not None or block is not None or scope == "row":
+        _check_axes(layers)
+        check_fits(layers, n_of_m, block)
+    if granularity == "channel":
+        check_channels(layers)
+    if asked is not None:
+        notes = [f"which tensors are weights was asked of {asked.model}, which config.json names"]
+    else:
+        notes = ["which tensors are weights was told by their names: --dry-run lists them"]
+        if not config and (n_of_m is not None or block is not None or scope == "row"):
+            notes.append("no config.json lies beside it: matrices are taken as stored [out, in]")
+        if len(layers) > 1 and scope == "global" and n_of_m is None:
+            notes.append("of equal magnitudes in two tensors, the one goes whose name comes first")
+    tensors = {name: checkpoint.tensors[name] for name in layers}
+    return _Job(every, tensors, Units(layers, block, None), sparsity, scope, n_of_m, tuple(notes))
+
+
+def _check_axes(layers: Mapping[str, Weight]) -> None:
+    for name, weight in layers.items():
+        require(
+            weight.axes is not None,
+            f"which axis of {name!r}, {tuple(weight.parameter.shape)}, is the output and which the input is not known "
+            "from a file: exclude it, or load the model and call gp.prune",
+        )
+
+
+def _write(
+    checkpoint: Checkpoint, order: Iterable[str], found: Mapping[str, Way], place: Callable[[str], Any], seen: Seen
+) -> dict[str, int]:
+    """Write all parts, tensors in the given order; return how many weights stay of those that are pruned."""
+    kept = dict.fromkeys(found, 0)
+    with ExitStack() as stack:
+        outputs = {part.name: stack.enter_context(Output(place(part.name), part.header)) for part in checkpoint.parts}
+        for name in order:
+            t = checkpoint.tensors[name]
+            for start, raw in _slabs(t, found.get(name)):
+                if name in found:
+                    mask = found[name].decide(raw, start)
+                    kept[name] += int(np.count_nonzero(mask))
+                    bits = raw.view(f"i{DTYPES[t.entry.dtype].itemsize}")
+                    np.multiply(bits, mask.view(np.int8), out=bits)
+                outputs[t.part.name].write(name, start, raw)
+                seen(raw.size)
+        for part in checkpoint.parts:
+            part.check()
+    return kept
+
+
+def _slabs(t: Tensors, way: Way | None) -> Iterator[tuple[int, Any]]:
+    step = 4 * VALUES if way is None else way.slab
+    for start in range(0, t.entry.nbytes, step):
+        yield start, t.part.read(t.entry, start, min(start + step, t.entry.nbytes))

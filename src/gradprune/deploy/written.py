@@ -1,0 +1,172 @@
+"""How is a checkpoint written, a file or a folder, so that whoever looks finds the old one or the new one?
+
+Under a new name beside the target, synced to the disk, then renamed. A process that is killed in between leaves the
+new name there (``.gradprune-....part``), and nothing else changed. A folder must be new: no system replaces one that
+holds files in one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gradprune.core import files
+from gradprune.core.encoded import readable
+from gradprune.deploy.checkpoint import Checkpoint
+from gradprune.deploy.header import Header
+
+Place = Callable[[str], Path]
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def target_of(source: Checkpoint, path: Any, name: str = "the output") -> Path:
+    """Return where a checkpoint like the source can be written now; errors as of ``core.files.place``.
+
+    A folder becomes a folder, which must be new or empty, a file a file.
+    """
+    if source.folder is None:
+        return files.place(name, path)
+    target = files.checked_path(name, path)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{name} must be a folder, as the checkpoint is one: {str(target)!r} is a file")
+    if target.is_dir() and next(target.iterdir(), None) is not None:
+        raise ValueError(
+            f"{name} is a folder that holds files, {str(target)!r}: a folder cannot be replaced in one step, so name "
+            "a new one"
+        )
+    parent = Path(os.path.realpath(target)).parent
+    if not parent.is_dir():
+        raise ValueError(f"{name} is in a folder that does not exist: {str(parent)!r}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} is in a folder that cannot be written to: {str(parent)!r}")
+    return target
+
+
+@contextlib.contextmanager
+def whole(source: Checkpoint, target: Path, size: int, renamed: Callable[[str], str] = str) -> Iterator[Place]:
+    """Yield where each part is to be written; all of it takes its place where the block ends without an exception.
+
+    Args:
+        source: what it is made from, whose index and further files a folder takes along.
+        target: a file, or a folder, from ``target_of``.
+        size: bytes that will be written; OSError before anything is where the disk has fewer.
+        renamed: what a file of weights, or their index, is called in the new folder.
+    """
+    require_room(target, size)
+    with _clear_about_the_disk(target, size):
+        if source.folder is None:
+            with files.replacing(target) as part:
+                yield lambda _: part
+        else:
+            with _replacing_folder(target) as folder:
+                yield lambda name: folder / renamed(name)
+                _take_along(source, folder, renamed)
+
+
+class Output:
+    """A new safetensors file of known layout, whose bytes may come in any order."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.header = header
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        self._write(0, memoryview(header.opening))
+
+    def write(self, name: str, start: int, data: Any) -> None:
+        """Write bytes of a tensor, from a place counted from its first."""
+        entry = self.header.entries[name]
+        view = memoryview(data).cast("B")
+        if start + len(view) > entry.nbytes:
+            raise ValueError(f"{name!r} has {entry.nbytes:,} bytes, {start + len(view):,} were to be written")
+        self._write(self.header.start + entry.start + start, view)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if kind is None and os.fstat(self._handle).st_size != self.header.size:
+                raise ValueError("fewer bytes were written than the header says")
+            if kind is None:
+                os.fsync(self._handle)
+        finally:
+            os.close(self._handle)
+
+    def _write(self, at: int, view: memoryview) -> None:
+        while len(view):
+            done = os.pwrite(self._handle, view, at)
+            view, at = view[done:], at + done
+
+
+@contextlib.contextmanager
+def _replacing_folder(target: Path) -> Iterator[Path]:
+    real = Path(os.path.realpath(target))
+    folder = real.parent / f".gradprune-{secrets.token_hex(8)}.part"
+    folder.mkdir()
+    try:
+        yield folder
+        _sync(folder)
+        if os.name != "posix" and real.is_dir():  # there an empty folder is in the way
+            real.rmdir()
+        os.rename(folder, real)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _sync(real.parent)
+
+
+def _take_along(source: Checkpoint, folder: Path, renamed: Callable[[str], str]) -> None:
+    """Copy the index, and what else belongs to the checkpoint, unchanged."""
+    assert source.folder is not None
+    names = [path.name for path in source.beside()]
+    if source.index is not None:
+        names.append(source.index)
+    for name in names:
+        copy = folder / (renamed(name) if name == source.index else name)
+        shutil.copyfile(source.folder / name, copy)
+        with open(copy, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def require_room(target: Path, size: int) -> None:
+    """Raise OSError that says how much is needed where the disk of a target has less room."""
+    if shutil.disk_usage(_folder_of(target)).free < size:
+        raise OSError(errno.ENOSPC, _no_room(target, size))
+
+
+def _no_room(target: Path, size: int, more: str = "") -> str:
+    folder = _folder_of(target)
+    free = readable(shutil.disk_usage(folder).free)
+    return (
+        f"no room for {readable(size)} in {str(folder)!r}, where {free} are free{more}; what stood there is as it was"
+    )
+
+
+def _folder_of(target: Path) -> Path:
+    return Path(os.path.realpath(target)).parent
+
+
+@contextlib.contextmanager
+def _clear_about_the_disk(target: Path, size: int) -> Iterator[None]:
+    """Let an error of a full disk say what was needed and what there is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        limit = " (and files may not be as large)" if error.errno == errno.EFBIG else ""
+        raise OSError(error.errno, _no_room(target, size, limit)) from None
+
+
+def _sync(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system can do that
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
