@@ -196,17 +196,23 @@ def strategy(seed: int, method: str, part: str) -> tuple[nn.Module, dict[str, An
     return model, {"score": score, "scope": scope, "sparsity found": gone, "evaluations": spent}
 
 
-def jittered(seed: int) -> dict[str, Any]:
-    """Read allocations near LAMP's on validation and on test data."""
-    found: dict[str, list[float]] = {"validation": [], "test": []}
-    masks = gp.prune(base.dense(seed), sparsity=JITTERED, scope="lamp")
-    kept = [int(masks[name].sum()) for name in base.layers()]
-    sizes = [masks[name].numel() for name in base.layers()]
+def near(masks: gp.Masks, seed: int) -> list[dict[str, float]]:
+    """Return allocations that keep as many weights as these masks, each layer's share changed by chance."""
+    kept = [int(mask.sum()) for mask in masks.values()]
+    sizes = [mask.numel() for mask in masks.values()]
     torch.manual_seed(seed + 30_000)
+    found = []
     for _ in range(CANDIDATES):
         wanted = [k * float(torch.exp(SPREAD * torch.randn(()))) for k in kept]
         counts = share_out(wanted, sum(kept), low=[1] * len(sizes), high=sizes)
-        shares = {n: 1 - c / size for n, c, size in zip(base.layers(), counts, sizes, strict=True)}
+        found.append({n: 1 - c / size for n, c, size in zip(masks, counts, sizes, strict=True)})
+    return found
+
+
+def jittered(seed: int) -> dict[str, Any]:
+    """Read allocations near LAMP's on validation and on test data."""
+    found: dict[str, list[float]] = {"validation": [], "test": []}
+    for shares in near(gp.prune(base.dense(seed), sparsity=JITTERED, scope="lamp"), seed):
         model = base.dense(seed)
         gp.prune(model, scope=shares)
         for part, values in found.items():
