@@ -1,5 +1,6 @@
 """Does one run of a stored table, measured again, come out as it is stored, where no chapter does that?"""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -169,3 +170,22 @@ def test_a_perceptron_of_the_comparison_of_libraries_reads_what_its_row_says(tes
     row = first_row("peers", **DIGITS, method="gradprune, gradual", sparsity=0.9)
     model, _, _ = lab.experiment.script("peers").corrected(row, (row["share of the dense rate"], row["option"]), seed=0)
     assert tested(model) == pytest.approx(row["accuracy"][0], abs=0.04)
+
+
+def test_the_stored_network_pruned_to_a_budget_costs_and_reads_what_its_row_says(monkeypatch):
+    experiment = lab.experiment.script("how_much")
+    network = lab.experiment.network("residual_network", lab.models.residual())
+    monkeypatch.setattr(experiment.base, "dense", lambda seed: copy.deepcopy(network))
+    cell = {"seed": 0, "what": "budget", "of": "flops", "share": 0.4, "rule": "lamp", "trained on": False}
+    row, found = stored("how_much", **cell), experiment.measure(cell)
+    assert found["sparsity reached"] == pytest.approx(row["sparsity reached"], abs=0.02)
+    assert found["cost"] == pytest.approx(row["cost"], rel=0.001)
+    assert found["test"] == pytest.approx(row["test"], abs=0.03)
+
+
+def test_a_sparsity_chosen_again_with_few_examples_claims_what_is_stored():
+    experiment = lab.experiment.script("few_examples")
+    cell = {"data": "wine", "seed": 0}
+    row, found = stored("few_examples", **cell), experiment.measure(cell)
+    for way, claimed in found["claimed"].items():
+        assert claimed == pytest.approx(row["claimed"][way], abs=0.06)

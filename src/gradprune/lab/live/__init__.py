@@ -1,5 +1,6 @@
 """Networks that live in the page: the reader prunes and trains them in the browser, with no kernel and no network."""
 
+from gradprune.lab.live.budget import Budget
 from gradprune.lab.live.clip import Clip
 from gradprune.lab.live.depth import Depth
 from gradprune.lab.live.figure import Live, Still
@@ -8,9 +9,10 @@ from gradprune.lab.live.retrain import Retrain
 from gradprune.lab.live.start import Start
 from gradprune.lab.live.threshold import Threshold
 
-__all__ = ["Clip", "Depth", "Live", "Prune", "Retrain", "Start", "Still", "Threshold", "figure"]
+__all__ = ["Budget", "Clip", "Depth", "Live", "Prune", "Retrain", "Start", "Still", "Threshold", "figure"]
 
 _FIGURES: dict[str, type[Live]] = {
+    "budget": Budget,
     "clip": Clip,
     "depth": Depth,
     "prune": Prune,
