@@ -61,7 +61,8 @@ def shrink(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = 
 
     Args:
         model: The network; it is not changed.
-        example: Its input, a tensor, or a tuple or dict of its arguments.
+        example: Its input, a tensor, or a tuple or dict of its arguments, of the sizes that are to come: what a
+            pooling layer makes of a constant at its padded edges depends on them.
         masks: What is zero, as ``prune`` returns it; None where the weights are zero already.
 
     Returns:
