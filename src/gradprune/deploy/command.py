@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from gradprune.core.encoded import readable
 from gradprune.core.tables import as_text
 from gradprune.deploy import compared, pack, pruned
-from gradprune.deploy.shown import folded
+from gradprune.deploy.printed import folded
 
 DONE, DIFFER, REFUSED, NOT_WRITTEN, INTERRUPTED = 0, 1, 2, 3, 130
 

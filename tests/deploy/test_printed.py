@@ -1,6 +1,6 @@
 """Rows of layers that differ only in their number become one; all others stay by themselves."""
 
-from gradprune.deploy.shown import folded
+from gradprune.deploy.printed import folded
 
 
 def test_layers_are_joined_by_their_numbers_and_only_by_them():
