@@ -105,6 +105,19 @@ def test_pack_and_unpack_give_the_same_file_and_diff_agrees(capsys):
     assert (code, out) == (0, "all 14 tensors are the same\n")
 
 
+def test_a_packed_file_says_that_it_is_one(capsys):
+    main(["prune", "m.safetensors", "p.safetensors", "--sparsity", "0.9", "--quiet"])
+    main(["pack", "p.safetensors", "k.safetensors"])
+    capsys.readouterr()
+    _, found = told(capsys, "report", "k.safetensors")
+    assert found["packed"]
+    assert found["metadata"] == {}
+    assert "note: it is packed" in answer(capsys, "report", "k.safetensors")[2]
+    assert not told(capsys, "report", "p.safetensors")[1]["packed"]
+    code, _, err = answer(capsys, "prune", "k.safetensors", "q.safetensors", "--sparsity", "0.5")
+    assert (code, err) == (2, "gradprune prune: 'k.safetensors' is packed: unpack it first\n")
+
+
 def test_diff_exits_with_one_and_says_what_became_zero(capsys):
     main(["prune", "m.safetensors", "p.safetensors", "--sparsity", "0.9", "--scope", "layer", "--quiet"])
     capsys.readouterr()

@@ -69,7 +69,7 @@ def before(module, name, times):
     setattr(module, name, stopping)
 
 source, target, name, times = sys.argv[1:]
-before({"pwrite": os, "replace": os, "rename": os, "fsync": os}[name], name, int(times))
+before({"write": os, "replace": os, "rename": os, "fsync": os}[name], name, int(times))
 prune_file(source, target, sparsity=0.5, scope="layer")
 stop()
 """
@@ -87,7 +87,7 @@ def killed_at(source, target, name, times):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
-@pytest.mark.parametrize(("name", "times"), [("pwrite", 1), ("pwrite", 2), ("fsync", 1), ("replace", 1)])
+@pytest.mark.parametrize(("name", "times"), [("write", 1), ("write", 2), ("fsync", 1), ("replace", 1)])
 def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path, name, times):
     saved(tmp_path / "in.safetensors")
     saved(tmp_path / "out.safetensors", 7.0)
@@ -109,7 +109,7 @@ def test_a_process_killed_after_the_rename_leaves_the_new_file(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
-@pytest.mark.parametrize(("name", "times"), [("pwrite", 4), ("rename", 1)])
+@pytest.mark.parametrize(("name", "times"), [("write", 4), ("rename", 1)])
 def test_a_folder_is_there_with_all_its_files_or_not_at_all(tmp_path, name, times):
     shards(tmp_path / "in")
     killed_at(tmp_path / "in", tmp_path / "out", name, times)
@@ -150,8 +150,8 @@ def test_an_error_on_the_way_leaves_what_was_there_and_nothing_else(tmp_path, mo
             raise error
         return own(*_)
 
-    own = os.pwrite
-    monkeypatch.setattr(os, "pwrite", failing)
+    own = os.write
+    monkeypatch.setattr(os, "write", failing)
     with pytest.raises(type(error)):
         half(source, tmp_path / ("out" if folder else "in.safetensors"))
     assert files_of(tmp_path) == before

@@ -164,7 +164,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
-        self.handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by `close`
         try:
             self.header = headers.read(path)
             self._version = self._now()
@@ -175,12 +175,13 @@ class File:
     def read(self, entry: Entry, start: int, stop: int) -> Bytes:
         """Return bytes of a tensor, counted from its first."""
         found = np.empty(stop - start, np.uint8)
-        view, at = memoryview(found.data), self.header.start + entry.start + start
+        view = memoryview(found.data)
+        self._file.seek(self.header.start + entry.start + start)
         while len(view):
-            got = os.preadv(self.handle, [view], at)
+            got = self._file.readinto(view)
             if not got:
                 raise OSError(f"{self.name!r} was cut off while it was read")
-            view, at = view[got:], at + got
+            view = view[got:]
         return found
 
     def check(self) -> None:
@@ -190,12 +191,10 @@ class File:
 
     def close(self) -> None:
         """Let go of the file."""
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
+        self._file.close()
 
     def _now(self) -> tuple[int, int]:
-        found = os.fstat(self.handle)
+        found = os.fstat(self._file.fileno())
         return found.st_mtime_ns, found.st_size
 
 
@@ -206,7 +205,7 @@ class Memory:
         self.name = name
         kept, tied = stored_once(tensors)
         files.require_storable(kept)
-        self._tensors = {n: t.detach().resolve_conj().resolve_neg() for n, t in kept.items()}
+        self._tensors = {n: t.detach().resolve_conj().resolve_neg().contiguous() for n, t in kept.items()}
         told = (
             (n, _called(n, t.dtype), tuple(t.shape), t.numel() * t.element_size()) for n, t in self._tensors.items()
         )
@@ -217,9 +216,8 @@ class Memory:
         tensor = self._tensors[entry.name]
         if entry.nbytes == 0:
             return np.empty(0, np.uint8)
-        flat = tensor.contiguous().view(-1)
         size = tensor.element_size()
-        some = flat[start // size : -(-stop // size)].cpu().view(torch.uint8).numpy()
+        some = tensor.view(-1)[start // size : -(-stop // size)].cpu().view(torch.uint8).numpy()
         return some[start % size : start % size + stop - start].copy()
 
     def check(self) -> None:

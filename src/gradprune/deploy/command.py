@@ -202,7 +202,9 @@ def _report(options: argparse.Namespace) -> Answer:
         "zeros": zeros,
         "weights": of_weights,
         "sparsity": zero_weights / max(of_weights, 1),
-        "metadata": found.metadata,
+        "packed": pack.KEY in found.metadata,
+        "metadata": {key: text for key, text in found.metadata.items() if key != pack.KEY},
+        "notes": ["it is packed: what is listed is how; `unpack` gives the tensors"] * (pack.KEY in found.metadata),
         "tensors": [row._asdict() for row in found.rows],
     }
     lines = [

@@ -28,11 +28,9 @@ _NORM = re.compile(r"(^|_)(norm\d*|layer_?norm\d*|batch_?norm\d*|ln|bn|ln_?\w|rm
 _PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.|(^|\.)weight_[gv]$|_(orig|mask)$")
 _MATRIX = re.compile(r"(^|_)(weight|proj|kernel)(_|$)")
 # Models of transformers whose linear layers are Conv1D, which stores [in, out], and what these layers are called.
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3", "vision-encoder-decoder"}
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _OF_CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 _HEADS = ("lm_head", "proj_out", "output", "embed_out")
-
-
 _PACKED = re.compile(r"^(weight_[ih]h_l\d+\w*|in_proj_weight)$")
 _GATES = "it packs the gates of a recurrent layer, or queries, keys and values. Exclude it, or prune single weights"
 
@@ -72,7 +70,8 @@ def told_by_layers(entries: Iterable[Entry], weights: Mapping[str, Weight]) -> d
             continue
         if tuple(weight.parameter.shape) != entry.shape:
             raise ValueError(
-                f"{entry.name!r} has shape {entry.shape}, by config.json it has {tuple(weight.parameter.shape)}"
+                f"{entry.name!r} has shape {entry.shape}, by config.json it has {tuple(weight.parameter.shape)}; "
+                "--by-name does not ask the model that it names"
             )
         reason, guessed = weight.reason, weight.guessed
         if not reason and (weight.direction is not None or weight.refused):

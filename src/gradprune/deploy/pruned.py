@@ -21,6 +21,7 @@ from gradprune.deploy import names
 from gradprune.deploy.architecture import layers_of
 from gradprune.deploy.checkpoint import Checkpoint, Tensors, opened
 from gradprune.deploy.header import DTYPES
+from gradprune.deploy.pack import KEY
 from gradprune.deploy.stays import Seen, Way, read_before, ways
 from gradprune.deploy.threshold import VALUES
 from gradprune.deploy.written import Output, require_room, target_of, whole
@@ -124,6 +125,8 @@ def prune_file(
         dry_run: whether to return what would be done, with nothing read but headers and nothing written.
     """
     with opened(source) as checkpoint:
+        for part in checkpoint.parts:
+            require(KEY not in part.header.metadata, f"{part.name!r} is packed: unpack it first")
         job = _job(checkpoint, sparsity, scope, granularity, include, exclude, by_name)
         if dry_run:
             return job.told(checkpoint.size, None)

@@ -98,9 +98,9 @@ class Output:
             os.close(self._handle)
 
     def _write(self, at: int, view: memoryview) -> None:
+        os.lseek(self._handle, at, os.SEEK_SET)
         while len(view):
-            done = os.pwrite(self._handle, view, at)
-            view, at = view[done:], at + done
+            view = view[os.write(self._handle, view) :]
 
 
 @contextlib.contextmanager
