@@ -1,5 +1,6 @@
-"""Does a notebook that was downloaded by itself run where nothing but the package is installed?"""
+"""Do a downloaded notebook and the command line run where nothing but the package is installed?"""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,7 +9,9 @@ import zipfile
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
+from safetensors.torch import load_file, save_file
 
 from conftest import CHAPTERS, ROOT
 
@@ -35,6 +38,23 @@ def test_a_chapter_runs_in_an_empty_folder_with_the_wheel_alone(installed, tmp_p
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute(env=environment)
     for line in notebook.cells[-1].outputs[0].text.splitlines():
         assert line.startswith(str(installed))
+
+
+def test_the_command_line_works_with_the_wheel_alone(installed, tmp_path):
+    save_file({"one.weight": torch.arange(1.0, 9.0).view(2, 4)}, tmp_path / "model.safetensors")
+    prune = ["prune", "model.safetensors", "half.safetensors", "--sparsity", "0.5", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gradprune", *prune],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert json.loads(done.stdout)["command"] == "prune"
+    assert load_file(tmp_path / "half.safetensors")["one.weight"].tolist() == [[0, 0, 0, 0], [5, 6, 7, 8]]
+    (scripts,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "gradprune = gradprune.deploy.command:main" in scripts.read_text()
 
 
 def test_the_wheel_holds_each_result_experiment_and_figure_once_and_nothing_else_of_the_book(installed):
