@@ -81,10 +81,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield new.path
         if new.path.stat().st_mode != mode:  # the library makes a file that only its owner can read
             os.chmod(new.path, stat.S_IMODE(mode))
-        _sync(new.path, os.O_RDWR)
+        sync(new.path, os.O_RDWR)
         os.replace(new.path, target)
     with contextlib.suppress(OSError):  # not every system can do that, and the file is there
-        _sync(target.parent, os.O_RDONLY)
+        sync(target.parent, os.O_RDONLY)
 
 
 def write(path: Path, kind: Kind, told: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -167,7 +167,8 @@ class _New:
             os.unlink(self.path)
 
 
-def _sync(path: Path, how: int) -> None:
+def sync(path: Path, how: int) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk; `how` it is opened, as for ``os.open``."""
     handle = os.open(path, how)
     try:
         os.fsync(handle)

@@ -27,7 +27,7 @@ from gradprune.deploy.header import DTYPES
 from gradprune.deploy.threshold import VALUES, Rule, keys_of, order_of, rules
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
 from gradprune.weights.named import some
-from gradprune.weights.plan import Scope, affordable_floors, keep_in_rows, kept_of, plan, rows_in, shared_out
+from gradprune.weights.plan import Scope, affordable_floors, keep_in_rows, kept_of, kept_of_layers, plan, rows_in
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Seen = Callable[[int], None]
@@ -61,13 +61,15 @@ def ways(
         return {name: _slab_by_slab(t, units.layers[name], partial(_rows, sparsity)) for name, t in tensors.items()}
     if units.block is not None:
         return _by_units(tensors, units, sparsity, scope, seen)
+    if scope != "global":
+        counts, warning = kept_of_layers(units, sparsity, scope)
+        if warning:
+            checks.warn(warning)
+        return {name: _layer(name, t, counts[name], seen) for name, t in tensors.items()}
     keep = kept_of(sum(t.entry.numel for t in tensors.values()), sparsity)
     floors, warning = affordable_floors(units, keep, None)
     if warning:
         checks.warn(warning)
-    if scope != "global":
-        counts = shared_out(units, scope, keep, floors)
-        return {name: _layer(name, t, counts[name], seen) for name, t in tensors.items()}
     order = order_of(tensors)
     common, alone = rules(tensors, keep, floors, order, seen)
     if alone:

@@ -129,8 +129,7 @@ def _take_along(source: Checkpoint, folder: Path, renamed: Callable[[str], str])
     for name in names:
         copy = folder / (renamed(name) if name == source.index else name)
         shutil.copyfile(source.folder / name, copy)
-        with open(copy, "rb") as file:
-            os.fsync(file.fileno())
+        files.sync(copy, os.O_RDWR)
 
 
 def require_room(target: Path, size: int) -> None:
@@ -165,8 +164,4 @@ def _clear_about_the_disk(target: Path, size: int) -> Iterator[None]:
 
 def _sync(folder: Path) -> None:
     with contextlib.suppress(OSError):  # not every system can do that
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        files.sync(folder, os.O_RDONLY)

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.coupled import Part, Unit, coupled, is_depthwise, place, reads, writes
 from gradprune.core.layers import TRANSPOSED, Weight
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible
 from gradprune.weights.mask import Masks
-from gradprune.weights.request import Score, checked_score, ranked_by
+from gradprune.weights.request import Score, checked_amount, checked_score, ranked_by, require_one_amount
 
 Index = tuple[Any, ...]
 
@@ -59,12 +58,8 @@ def prune_groups(
     require(example is not None, "granularity='group' needs example=, the model's input: what is coupled is traced")
     shared = isinstance(scope, str) and scope in ("global", "layer")
     require(shared, f"granularity='group' goes with scope 'global' or 'layer', got {scope!r}")
-    if (sparsity is None) == (threshold is None):
-        raise ValueError(f"give exactly one of sparsity and threshold; got {'neither' if sparsity is None else 'both'}")
-    if sparsity is not None:
-        sparsity = checks.fraction("sparsity", sparsity, one="prunes every weight")
-    if threshold is not None:
-        threshold = checks.number("threshold", threshold, finite=False)
+    require_one_amount(sparsity, threshold)
+    sparsity, threshold = checked_amount(sparsity, threshold)
     include = None if include is None else as_patterns("include", include)
     exclude = None if exclude is None else as_patterns("exclude", exclude)
     layers = eligible(model, include, exclude, axes)

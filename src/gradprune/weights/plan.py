@@ -64,7 +64,7 @@ def kept_of_layers(
         return _whole_units(units, counts), ""
     budget = kept_of(sum(sizes.values()), sparsity or 0.0)
     floors, warning = affordable_floors(units, budget, min_keep)
-    return shared_out(units, scope, budget, floors), warning
+    return _shared_out(units, scope, budget, floors), warning
 
 
 def kept_of(weights: int, sparsity: float) -> int:
@@ -92,8 +92,8 @@ def affordable_floors(units: Units, budget: int, min_keep: int | None) -> tuple[
     return dict.fromkeys(floors, 0), warning if budget > 0 else ""
 
 
-def shared_out(units: Units, scope: Scope, budget: int, floors: Mapping[str, int]) -> dict[str, int]:
-    """Return how many units each layer keeps by itself, by a scope that is "layer" or "erk"."""
+def _shared_out(units: Units, scope: Scope, budget: int, floors: Mapping[str, int]) -> dict[str, int]:
+    """How many units each layer keeps by itself, by a scope that is "layer" or "erk"."""
     names = list(units.layers)
     low = [floors[name] * units.cost(name) for name in names]
     high = [units.available(name) * units.cost(name) for name in names]

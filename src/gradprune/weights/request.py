@@ -142,10 +142,7 @@ class Request:
         within: Mapping[str, Tensor] | None = None,
     ) -> Choose:
         """Return the way from scores to masks for an amount; whatever needs no score to be refused is refused here."""
-        if sparsity is not None:
-            sparsity = checks.fraction("sparsity", sparsity, one="prunes every weight")
-        if threshold is not None:
-            threshold = checks.number("threshold", threshold, finite=False)
+        sparsity, threshold = checked_amount(sparsity, threshold)
         if self.n_of_m is not None:
             n, m = self.n_of_m
             other = threshold is not None or (sparsity is not None and not math.isclose(sparsity, 1 - n / m))
@@ -155,10 +152,9 @@ class Request:
         elif isinstance(self.scope, Mapping):
             require(threshold is None, "a scope that gives sparsities by name does not go with a threshold")
             require(bool(self.scope) or sparsity is not None, "scope is an empty dict, and no sparsity is given")
-        elif (sparsity is None) == (threshold is None):
-            both = "neither" if sparsity is None else "both"
-            raise ValueError(f"give exactly one of sparsity and threshold; got {both}")
-        elif threshold is not None:
+        else:
+            require_one_amount(sparsity, threshold)
+        if threshold is not None:
             shared = self.scope in ("global", "layer")
             require(shared, f"scope={self.scope!r} shares out a sparsity; it does not go with a threshold")
         units = Units(self.layers, self.block, _checked_within(within, self.parameters))
@@ -219,6 +215,21 @@ def _unnamed_outputs(model: nn.Module, layers: Mapping[str, Weight], include: li
     if last is None or last.name not in layers or len(layers) == 1:
         return ""
     return "" if any(matches(pattern, last) for pattern in include or []) else last.name
+
+
+def checked_amount(sparsity: float | None, threshold: float | None) -> tuple[float | None, float | None]:
+    """Return a sparsity and a threshold as numbers, where they are given; errors as of ``prune``."""
+    if sparsity is not None:
+        sparsity = checks.fraction("sparsity", sparsity, one="prunes every weight")
+    if threshold is not None:
+        threshold = checks.number("threshold", threshold, finite=False)
+    return sparsity, threshold
+
+
+def require_one_amount(sparsity: float | None, threshold: float | None) -> None:
+    """Raise ValueError unless just one of the two is given."""
+    both = "neither" if sparsity is None else "both"
+    require((sparsity is None) != (threshold is None), f"give exactly one of sparsity and threshold; got {both}")
 
 
 def checked_score(score: Any) -> Score:
