@@ -37,7 +37,7 @@ export function render({ model, el }) {
     });
     run.prune = () => {
       run.round += 1;
-      const gone = 1 - (1 - sparsity) ** (run.round / rounds); // equation 5.1
+      const gone = 1 - (1 - sparsity) ** (run.round / rounds); // equation 5.5
       run.masks = pruneMasks(magnitudeScores(net.weights), gone, "global");
       if (after === "rewinding") rewind(net, early);
       applyMasks(net.weights, run.masks);

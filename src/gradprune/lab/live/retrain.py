@@ -102,7 +102,7 @@ def _run(sparsity: float, rounds: int, each: int, after: str, order: int) -> flo
     """Return the test accuracy of a network pruned in rounds, each followed by `each` steps."""
     model, data = perceptron.trained(), perceptron.digits()
     for number in range(1, rounds + 1):
-        masks = gp.prune(model, sparsity=1 - (1 - sparsity) ** (number / rounds), min_keep=1)  # equation 5.1
+        masks = gp.prune(model, sparsity=1 - (1 - sparsity) ** (number / rounds), min_keep=1)  # equation 5.5
         if after == "rewinding":
             model.load_state_dict(perceptron.trained(steps=EARLY).state_dict())
             masks.apply_(model)
