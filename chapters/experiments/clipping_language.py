@@ -20,6 +20,8 @@ seeds.
 
 "dealt": a control for the bound of 1. As many steps are shortened, by the same factors, but chance chooses which of
 those up to the last that the bound shortened.
+
+"paths": loss and norm at each step of one network (the first seed), without a bound and with a bound of 1.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ LOG_RATE = 0.5
 QUANTILES = [0.1, 0.5, 0.9, 0.99]
 BOUND_RATES = [0.7, 1.0]
 DEALT_RATES = [1.0, 1.4]
+PATHS_RATE = 1.4
 
 
 class Model(nn.Module):
@@ -187,6 +190,12 @@ def dealt(rate: float, bound: float) -> dict[str, Any]:
     return {"test": evaluate(networks, "test"), "shortened": [int(count) for count in (factors < 1).sum(1)]}
 
 
+def path(rate: float, bound: float) -> dict[str, Any]:
+    """Loss and norm before each step of the first network."""
+    _, norms, losses = train(rate, SEEDS[:1], bounded(bound))
+    return {name: [float(f"{v:.4g}") for v in row[0]] for name, row in (("norms", norms), ("losses", losses))}
+
+
 def baseline() -> dict[str, Any]:
     """The test loss of letter frequencies, and of the frequencies of pairs, one added to each count."""
     seen, test = text()["train"], text()["test"]
@@ -208,6 +217,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         return baseline()
     if part == "log":
         return {"norms": logged()}
+    if part == "paths":
+        return path(rate, cell["bound"])
     if part == "dealt":
         return dealt(rate, cell["bound"])
     if part == "bounds":
@@ -221,6 +232,7 @@ CELLS += [{"part": "rates", "rate": rate, "bound": bound} for rate in RATES for 
 CELLS += [{"part": "dealt", "rate": rate, "bound": 1.0} for rate in DEALT_RATES]
 CELLS += [{"part": "bounds", "rate": rate, "quantile": quantile} for rate in BOUND_RATES for quantile in QUANTILES]
 CELLS += [{"part": "start", "rate": rate, "bound": bound} for rate in START_RATES for bound in (math.inf, 1.0)]
+CELLS += [{"part": "paths", "rate": PATHS_RATE, "bound": bound} for bound in (math.inf, 1.0)]
 
 if __name__ == "__main__":
     lab.start(0)
