@@ -66,6 +66,7 @@ const scale = ({ from, to, log }, start, end) => {
 //   { kind: "points", x, y, radius, class }            arrays of numbers; the radius is 4 unless given
 //   { kind: "bars", x, y, base, width, class }         one bar an entry, from `base` (0) up to y
 //   { kind: "rule", x | y, class, text }               a line across, with a word at its end
+//   { kind: "word", x, y, class, text }                a word in the middle of a place
 // `title` stands over the chart, and under it `legend`: pairs of a word and the class that has its colour. What
 // the chart shows in words is the figure's sentence. What runs off the axes is cut off.
 export function createChart(options) {
@@ -170,6 +171,10 @@ function markElements(mark, toX, toY, box) {
   }
   if (mark.kind === "bars")
     return [svgElement("path", { ...common, d: barsPath(mark, toX, toY, box) })];
+  if (mark.kind === "word") {
+    const place = { x: toX(mark.x), y: toY(mark.y), "text-anchor": "middle" };
+    return [svgElement("text", { ...common, ...place }, mark.text)];
+  }
   const upright = mark.x !== undefined;
   const at = upright ? toX(mark.x) : toY(mark.y);
   const ends = upright

@@ -14,6 +14,10 @@ const LEGEND = [
   ["no bound", "gp-unclipped"],
   ["with the bound", "gp-clipped"],
 ];
+const WORDS = [
+  { kind: "word", x: 0.45, y: 0.72, text: "plain" },
+  { kind: "word", x: 1.3, y: 0.72, text: "wall" },
+];
 const CLIPS = { norm: clipByNorm, value: clipByValue };
 const SEEN = { from: 1e-6, to: 1e8 }; // of losses and lengths, what a picture can tell apart
 const fromPower = (power) => Number((10 ** power).toPrecision(2));
@@ -82,7 +86,12 @@ export function render({ model, el }) {
       class: "gp-random gp-live-dashed",
     };
     const begin = { kind: "points", x: [setting.w], y: [setting.b], radius: 5 };
-    map.draw([line, ...walks.flatMap(([taken, colour]) => pathMarks(taken, shown, colour)), begin]);
+    map.draw([
+      ...WORDS,
+      line,
+      ...walks.flatMap(([taken, colour]) => pathMarks(taken, shown, colour)),
+      begin,
+    ]);
     const marks = (name, from) =>
       walks.flatMap(([taken, colour]) =>
         stepMarks(taken[name].slice(0, shown + 1 - from), from, colour),
