@@ -56,7 +56,7 @@ PACKAGE = ROOT / "src" / "gradprune"
 KEPT = ROOT / "mutants"
 RESULTS = KEPT / "results.jsonl"
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
-ROOMS = ["core", "gradients", "weights", "recovery"]
+ROOMS = ["core", "gradients", "weights", "recovery", "deploy"]
 TESTS = [*(f"tests/{room}" for room in ROOMS), "tests/test_bad_calls.py", "tests/test_docstrings.py"]
 MEMORY = 12 * 2**30  # bytes that one process may take: a mutant may ask for any amount
 PATIENCE, GRACE = 5.0, 30.0  # a test may take this many times as long as on the code as it is, and some seconds
@@ -371,7 +371,7 @@ def tried() -> dict[str, str]:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("modules", nargs="*", help="such as weights/mask.py, or a room; all four rooms unless given")
+    parser.add_argument("modules", nargs="*", help="such as weights/mask.py, or a room; all rooms unless given")
     parser.add_argument("--sample", type=int, default=300, help="how many mutants to try; 0 for all")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--minutes", type=float, default=55, help="when to stop; the next run goes on from there")
