@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -165,6 +166,7 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by `close`
+        self._alone = Lock()  # threads read it, each from a place of its own
         try:
             self.header = headers.read(path)
             self._version = self._now()
@@ -176,12 +178,13 @@ class File:
         """Return bytes of a tensor, counted from its first."""
         found = np.empty(stop - start, np.uint8)
         view = memoryview(found.data)
-        self._file.seek(self.header.start + entry.start + start)
-        while len(view):
-            got = self._file.readinto(view)
-            if not got:
-                raise OSError(f"{self.name!r} was cut off while it was read")
-            view = view[got:]
+        with self._alone:
+            self._file.seek(self.header.start + entry.start + start)
+            while len(view):
+                got = self._file.readinto(view)
+                if not got:
+                    raise OSError(f"{self.name!r} was cut off while it was read")
+                view = view[got:]
         return found
 
     def check(self) -> None:

@@ -17,6 +17,7 @@ from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Weight
 from gradprune.core.progress import bar
+from gradprune.core.threads import behind, mapped, threads_of_torch
 from gradprune.deploy import names
 from gradprune.deploy.architecture import layers_of
 from gradprune.deploy.checkpoint import Checkpoint, Tensors, opened
@@ -201,22 +202,29 @@ def _write(
     kept = dict.fromkeys(found, 0)
     with ExitStack() as stack:
         outputs = {part.name: stack.enter_context(Output(place(part.name), part.header)) for part in checkpoint.parts}
-        for name in order:
-            t = checkpoint.tensors[name]
-            for start, raw in _slabs(t, found.get(name)):
-                if name in found:
-                    mask = found[name].decide(raw, start)
-                    kept[name] += int(np.count_nonzero(mask))
-                    bits = raw.view(f"i{DTYPES[t.entry.dtype].itemsize}")
-                    np.multiply(bits, mask.view(np.int8), out=bits)
-                outputs[t.part.name].write(name, start, raw)
-                seen(raw.size)
+        threads = threads_of_torch()
+        later = stack.enter_context(behind(threads))
+        slabs = ((name, at) for name in order for at in _slabs(checkpoint.tensors[name], found.get(name)))
+
+        def read(slab: tuple[str, tuple[int, int]]) -> tuple[Tensors, int, Any]:
+            t, (start, stop) = checkpoint.tensors[slab[0]], slab[1]
+            return t, start, t.part.read(t.entry, start, stop)
+
+        for t, start, raw in mapped(read, slabs, min(threads, 2)):
+            name = t.entry.name
+            if name in found:
+                mask = found[name].decide(raw, start)
+                kept[name] += int(np.count_nonzero(mask))
+                bits = raw.view(f"i{DTYPES[t.entry.dtype].itemsize}")
+                np.multiply(bits, mask.view(np.int8), out=bits)
+            later(outputs[t.part.name].write, name, start, raw)
+            seen(raw.size)
         for part in checkpoint.parts:
             part.check()
     return kept
 
 
-def _slabs(t: Tensors, way: Way | None) -> Iterator[tuple[int, Any]]:
+def _slabs(t: Tensors, way: Way | None) -> Iterator[tuple[int, int]]:
     step = 4 * VALUES if way is None else way.slab
     for start in range(0, t.entry.nbytes, step):
-        yield start, t.part.read(t.entry, start, min(start + step, t.entry.nbytes))
+        yield start, min(start + step, t.entry.nbytes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from gradprune.core.collect import raise_nan
 from gradprune.core.order import Order, compared_as
+from gradprune.core.threads import mapped, threads_of_torch
 from gradprune.deploy.checkpoint import Tensors
 from gradprune.deploy.header import DTYPES
 
@@ -191,37 +192,53 @@ class _Count:
 
 def _count(tensors: Mapping[str, Tensors], order: Order, low: int, high: int, seen: Seen) -> _Count:
     """One pass over all bytes."""
-    count = _Count(low, high)
-    for name, t in tensors.items():
-        top, number = -1, 0
-        for keys in _keys(t, order, seen):
-            largest = int(keys.max())
-            if largest > order.highest:
-                raise_nan(repr(name))
-            if largest >= top:
-                equal = int(np.count_nonzero(keys == keys.dtype.type(largest)))
-                top, number = largest, equal + (number if largest == top else 0)
-            if largest < low:
-                count.under += keys.size
-                continue
-            from_low = keys >= keys.dtype.type(low)
-            count.under += keys.size - int(np.count_nonzero(from_low))
-            if high <= order.highest:
-                from_low &= keys < keys.dtype.type(high)
-            where = np.flatnonzero(from_low)
-            if where.size:
-                count.add(keys[where])
-        count.tops[name] = _Top(top, number)
+    count = _Count(low, high, tops=dict.fromkeys(tensors, _Top(-1, 0)))
+    pieces = (piece for t in tensors.values() for piece in _pieces(t))
+    for name, size, one in mapped(partial(_counted, order, low, high), pieces, threads_of_torch()):
+        if one.top.key > order.highest:
+            raise_nan(repr(name))
+        top = count.tops[name]
+        if one.top.key >= top.key:
+            count.tops[name] = one.top if one.top.key > top.key else _Top(top.key, top.times + one.top.times)
+        count.under += one.under
+        if one.inside.size:
+            count.add(one.inside)
+        seen(size)
     return count
 
 
-def _keys(t: Tensors, order: Order, seen: Seen) -> Iterator[Array]:
-    dtype = DTYPES[t.entry.dtype]
-    step = VALUES * dtype.itemsize
+class _Piece(NamedTuple):
+    """What was seen of a piece of a tensor."""
+
+    top: _Top
+    under: int
+    inside: Array
+
+
+def _counted(order: Order, low: int, high: int, piece: tuple[Tensors, int, int]) -> tuple[str, int, _Piece]:
+    t, start, stop = piece
+    keys = keys_of(t.part.read(t.entry, start, stop), DTYPES[t.entry.dtype], order)
+    largest = keys.max()
+    top = _Top(int(largest), int(np.count_nonzero(keys == largest)))
+    if largest < low:
+        return t.entry.name, stop - start, _Piece(top, keys.size, keys[:0])
+    inside = keys >= keys.dtype.type(low)
+    under = keys.size - int(np.count_nonzero(inside))
+    if high <= order.highest:
+        inside &= keys < keys.dtype.type(high)
+    return t.entry.name, stop - start, _Piece(top, under, keys[np.flatnonzero(inside)])
+
+
+def _pieces(t: Tensors) -> Iterator[tuple[Tensors, int, int]]:
+    step = VALUES * DTYPES[t.entry.dtype].itemsize
     for start in range(0, t.entry.nbytes, step):
-        raw = t.part.read(t.entry, start, min(start + step, t.entry.nbytes))
-        seen(raw.size)
-        yield keys_of(raw, dtype, order)
+        yield t, start, min(start + step, t.entry.nbytes)
+
+
+def _keys(t: Tensors, order: Order, seen: Seen) -> Iterator[Array]:
+    for _, start, stop in _pieces(t):
+        seen(stop - start)
+        yield keys_of(t.part.read(t.entry, start, stop), DTYPES[t.entry.dtype], order)
 
 
 def _short(
