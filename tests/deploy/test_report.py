@@ -99,7 +99,7 @@ def test_the_model_is_left_as_it_was():
     assert all(m.training for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"does not run on the example, a tensor of shape \(1, 3, 6, 6\)"):
         gp.report(model, torch.randn(1, 3, 6, 6))
     assert model.training
 

@@ -3,6 +3,7 @@
 import copy
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -408,9 +409,13 @@ def test_a_network_that_cannot_be_followed_is_an_error_that_says_so():
         gp.shrink(Detached(), torch.randn(2, 4))
 
 
-def test_an_example_that_does_not_fit_is_the_models_own_error():
-    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
-        gp.shrink(silenced_pair(), torch.randn(2, 5))
+def test_an_example_that_does_not_fit_is_shown_with_the_models_own_error():
+    model, wrong = silenced_pair(), torch.randn(2, 5)
+    before = copy.deepcopy(model.state_dict())
+    for call in (gp.shrink, partial(gp.prune, sparsity=0.5, granularity="group", example=wrong)):
+        with pytest.raises(ValueError, match=r"Sequential does not run .* \(2, 5\).* shapes cannot be multiplied"):
+            call(model, wrong) if call is gp.shrink else call(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_wrong_arguments_are_refused_in_our_words():

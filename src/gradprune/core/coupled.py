@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from gradprune.core.evaluate import call, evaluated, tensors_in
+from gradprune.core.evaluate import NoExample, call_on, evaluated, tensors_in
 
 Side = Literal["out", "in", "both", "parameter"]
 
@@ -165,7 +165,7 @@ def _graph(model: nn.Module, example: Any, asker: str) -> tuple[Any, dict[Any, t
 
     def forward(network: nn.Module, inputs: Any) -> list[torch.Tensor]:
         with joined:
-            found = [t for t in tensors_in(call(network, inputs)) if t.grad_fn is not None]
+            found = [t for t in tensors_in(call_on(network, inputs)) if t.grad_fn is not None]
         if not found:
             raise ValueError("no output depends on a parameter")
         return found
@@ -186,11 +186,12 @@ def _graph(model: nn.Module, example: Any, asker: str) -> tuple[Any, dict[Any, t
             joined.map(library)
             _map_splits(library, graph)
             return graph, joined.splits
+        except NoExample:
+            raise
         except Exception as error:
             raise ValueError(
                 f"Torch-Pruning cannot follow this {type(model).__name__} from layer to layer, "
-                f"{type(error).__name__}: {error}. Is the example what the model takes, a tensor, or a tuple or dict "
-                "of its arguments, and does the forward pass run under autograd?"
+                f"{type(error).__name__}: {error}. Does the forward pass run under autograd?"
             ) from error
 
 

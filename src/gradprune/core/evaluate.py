@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gradprune.core.batches import described
+
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
@@ -57,6 +59,21 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """Run the model on a tensor, or on a tuple, list or dict of its arguments."""
     args, kwargs = arguments(inputs)
     return model(*args, **kwargs)
+
+
+class NoExample(ValueError):
+    """The model raises on the example that its caller gave."""
+
+
+def call_on(model: nn.Module, example: Any) -> Any:
+    """Run the model on what is said to be its input; an error that shows both where it raises."""
+    try:
+        return call(model, example)
+    except Exception as error:
+        raise NoExample(
+            f"{type(model).__name__} does not run on the example, {described(example)}, which must be its input: a "
+            f"tensor, or a tuple or dict of its arguments. It raises {type(error).__name__}: {error}"
+        ) from error
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.evaluate import as_written, call, evaluated, plain_kernels
+from gradprune.core.evaluate import as_written, call_on, evaluated, plain_kernels
 from gradprune.core.owners import Owners, memory
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ def count_flops(model: nn.Module, example: Any) -> Count:
     """Count one forward pass by the formulas of torch's own counter, and by more for products that it has none for."""
     seen = _Products(model)
     with evaluated(model), as_written(), torch.no_grad(), plain_kernels(), seen.watching():
-        call(model, example)
+        call_on(model, example)
     return Count(seen.found, seen.uncounted, seen.by_weight)
 
 

@@ -163,7 +163,7 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
     Raises:
         TypeError: The model is no module, or holds weights that cannot be read: lazy, on the meta device, DTensors,
             quantized.
-        ValueError: `latency` is asked for without an example.
+        ValueError: `latency` is asked for without an example, or the model raises on it.
 
     Example:
         >>> total = gp.report(nn.Linear(4, 3), torch.ones(2, 4)).total

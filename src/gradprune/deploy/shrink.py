@@ -32,7 +32,7 @@ from gradprune.core.coupled import (
     width,
     writes,
 )
-from gradprune.core.evaluate import as_written, call, evaluated, tensors_in
+from gradprune.core.evaluate import as_written, call_on, evaluated, tensors_in
 from gradprune.core.layers import require_layers
 from gradprune.deploy.constant import constants, inputs_like
 from gradprune.deploy.cut import Undo, columns, cut_, replace_, rows
@@ -73,7 +73,7 @@ def shrink(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = 
         ImportError: Torch-Pruning is not installed (``pip install 'gradprune[deploy]'``).
         TypeError: The model is no module, or one whose layers cannot be told (scripted, exported, FSDP), or masks are
             none.
-        ValueError: A mask is not the model's, the network cannot be traced, or a channel is constant but not zero and
+        ValueError: A mask is not the model's, the network raises on the example or cannot be traced, or a channel is constant but not zero and
             a layer that reads it pads with zeros; the message names it.
 
     Example:
@@ -349,7 +349,7 @@ def _outputs(model: nn.Module, example: Any) -> list[list[Tensor]]:
         found = []
         for i, inputs in enumerate(inputs_like(example)):
             try:
-                found.append([t.detach().clone() for t in tensors_in(call(model, inputs))])
+                found.append([t.detach().clone() for t in tensors_in(call_on(model, inputs))])
             except Exception:
                 if i == 0:  # the example itself; noise may be what the model does not take
                     raise
