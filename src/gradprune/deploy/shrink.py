@@ -73,8 +73,8 @@ def shrink(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = 
         ImportError: Torch-Pruning is not installed (``pip install 'gradprune[deploy]'``).
         TypeError: The model is no module, or one whose layers cannot be told (scripted, exported, FSDP), or masks are
             none.
-        ValueError: A mask is not the model's, the network raises on the example or cannot be traced, or a channel is constant but not zero and
-            a layer that reads it pads with zeros; the message names it.
+        ValueError: A mask is not the model's, the network raises on the example or cannot be traced, or a channel is
+            constant but not zero and a layer that reads it pads with zeros; the message names it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
