@@ -317,6 +317,11 @@ CALLS = {
         },
     ),
     "shrink": (lambda c: gp.shrink, lambda c: {"model": c.model, "example": X, "masks": c.masks}),
+    "quantize": (
+        lambda c: gp.quantize,
+        lambda c: {"model": c.model, "scheme": "int8", "masks": c.masks, "include": "*", "exclude": "2.*"},
+    ),
+    "dequantize": (lambda c: gp.dequantize, lambda c: {"model": gp.quantize(c.model)}),
     "save": (lambda c: gp.save, lambda c: {"model": c.model, "path": "network"}),
     "load": (lambda c: gp.load, lambda c: {"model": _saved(c.model), "path": "saved"}),
     "pack": (lambda c: gp.pack, lambda c: {"model_or_file": c.model, "path": "packed"}),

@@ -2,6 +2,7 @@
 
 from gradprune.core.select import keep_largest, kth_smallest
 from gradprune.deploy.pack import Packed, pack, unpack
+from gradprune.deploy.quantize import Quantized, dequantize, quantize
 from gradprune.deploy.recalibrate import recalibrate_
 from gradprune.deploy.report import Report, Row, report
 from gradprune.deploy.shrink import shrink
@@ -56,6 +57,7 @@ __all__ = [
     "Packed",
     "Plan",
     "Pruner",
+    "Quantized",
     "Recorder",
     "Regrow",
     "Report",
@@ -70,6 +72,7 @@ __all__ = [
     "clip_by_norm_",
     "clip_by_value_",
     "cross_validate",
+    "dequantize",
     "distill_loss",
     "fisher",
     "fit_budget",
@@ -87,6 +90,7 @@ __all__ = [
     "movement",
     "pack",
     "prune",
+    "quantize",
     "random",
     "recalibrate_",
     "reconstruct_",
