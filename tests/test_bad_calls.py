@@ -322,6 +322,10 @@ CALLS = {
         lambda c: {"model": c.model, "scheme": "int8", "masks": c.masks, "include": "*", "exclude": "2.*"},
     ),
     "dequantize": (lambda c: gp.dequantize, lambda c: {"model": gp.quantize(c.model)}),
+    "export": (
+        lambda c: gp.export,
+        lambda c: {"model": c.model, "example": X, "path": "model.onnx", "masks": c.masks, "tolerance": 1e-3},
+    ),
     "save": (lambda c: gp.save, lambda c: {"model": c.model, "path": "network"}),
     "load": (lambda c: gp.load, lambda c: {"model": _saved(c.model), "path": "saved"}),
     "pack": (lambda c: gp.pack, lambda c: {"model_or_file": c.model, "path": "packed"}),

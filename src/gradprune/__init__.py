@@ -1,6 +1,7 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
 from gradprune.core.select import keep_largest, kth_smallest
+from gradprune.deploy.export import Exported, export
 from gradprune.deploy.pack import Packed, pack, unpack
 from gradprune.deploy.quantize import Quantized, dequantize, quantize
 from gradprune.deploy.recalibrate import recalibrate_
@@ -46,6 +47,7 @@ __all__ = [
     "Entry",
     "ErrorFeedback",
     "Event",
+    "Exported",
     "Found",
     "Geometric",
     "History",
@@ -74,6 +76,7 @@ __all__ = [
     "cross_validate",
     "dequantize",
     "distill_loss",
+    "export",
     "fisher",
     "fit_budget",
     "gradient",

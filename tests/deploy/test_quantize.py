@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import digits, gpt2, llama
 from torch import nn
 
 import gradprune as gp
@@ -16,24 +16,6 @@ from gradprune.lab import models
 SCHEMES = ["int8", "int8_dynamic"]
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
 IDS = torch.arange(20).view(2, 10)
-
-
-def digits(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    names = {"bos_token_id": 0, "eos_token_id": 0}
-    config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100, n_positions=32, **names)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
-def llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=100, **sizes)).eval()
 
 
 def apart(a, b):

@@ -7,11 +7,8 @@ integer. The products are torchao's.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import ModuleType
@@ -24,6 +21,7 @@ from gradprune.core import checks
 from gradprune.core.checks import require, require_readable, require_values
 from gradprune.core.encoded import readable
 from gradprune.core.layers import Weight, is_quantized, require_layers, weights_of
+from gradprune.core.quiet import quiet
 from gradprune.core.tables import Table
 from gradprune.weights.eligible import Patterns, as_patterns
 from gradprune.weights.mask import Masks
@@ -339,23 +337,10 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def torchao() -> ModuleType:
     """Return the library, or raise ImportError that says how to get it."""
     try:
-        with _quiet():
+        with quiet():
             import torchao
             import torchao.quantization
             import torchao.utils
     except ImportError as error:
         raise ImportError("gp.quantize needs torchao: pip install 'gradprune[deploy]'") from error
     return torchao  # type: ignore[no-any-return, unused-ignore]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the library says of kernels for other machines when it is imported."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
