@@ -322,6 +322,10 @@ CALLS = {
         lambda c: {"model": c.model, "scheme": "int8", "masks": c.masks, "include": "*", "exclude": "2.*"},
     ),
     "dequantize": (lambda c: gp.dequantize, lambda c: {"model": gp.quantize(c.model)}),
+    "compress": (
+        lambda c: gp.compress,
+        lambda c: {"model": c.model, "example": X, "masks": c.masks, "rounds": 3, "margin": 0.1},
+    ),
     "export": (
         lambda c: gp.export,
         lambda c: {"model": c.model, "example": X, "path": "model.onnx", "masks": c.masks, "tolerance": 1e-3},

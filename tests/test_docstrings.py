@@ -15,7 +15,18 @@ from gradprune.weights import allocate
 FURTHER = {f"weights.allocate.{name}": getattr(allocate, name) for name in ("uniform", "erk", "lamp", "share_out")}
 # What functions return and nobody makes: each is shown by what returns it.
 RESULTS = {"Entry", "Event", "History", "Hold", "Packed", "Report", "Round", "Row", "Trace"}
-RESULTS |= {"CrossValidation", "Exported", "Found", "Look", "Plan", "Quantized", "Sensitivity", "Study", "Trial"}
+RESULTS |= {
+    "Compressed",
+    "CrossValidation",
+    "Exported",
+    "Found",
+    "Look",
+    "Plan",
+    "Quantized",
+    "Sensitivity",
+    "Study",
+    "Trial",
+}
 
 
 def methods(name, kind):

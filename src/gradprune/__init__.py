@@ -1,6 +1,7 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
 from gradprune.core.select import keep_largest, kth_smallest
+from gradprune.deploy.compress import Compressed, compress
 from gradprune.deploy.export import Exported, export
 from gradprune.deploy.pack import Packed, pack, unpack
 from gradprune.deploy.quantize import Quantized, dequantize, quantize
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoClip",
     "ClipLog",
+    "Compressed",
     "CrossValidation",
     "Cubic",
     "Entry",
@@ -73,6 +75,7 @@ __all__ = [
     "clip_adaptive_",
     "clip_by_norm_",
     "clip_by_value_",
+    "compress",
     "cross_validate",
     "dequantize",
     "distill_loss",

@@ -20,6 +20,7 @@ from gradprune.core.checks import require
 from gradprune.core.layers import is_quantized, require_layers
 from gradprune.deploy.cut import WIDTHS
 from gradprune.deploy.quantize import DTYPES, SCHEMES, as_linear_, assembled, is_conv1d, parts, scheme_of
+from gradprune.deploy.sparse import SparseLinear
 
 _FILE = files.Kind(
     "gradprune.network",
@@ -42,7 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
         TypeError: The model is no module, or a parameter has no values (lazy, meta, DTensor); or `path` is
             no path.
-        ValueError: A tensor is of a kind that the file cannot hold (sparse), or nothing can be written at `path`.
+        ValueError: A tensor is of a kind that the file cannot hold (sparse), a layer is one of ``compress``, or nothing
+            can be written at `path`.
         OSError: The file could not be written to its end.
 
     Example:
@@ -55,6 +57,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     files.safetensors()
     network = _plain(model)
     place = files.place("path", path)
+    for name, module in network.named_modules():
+        require(
+            not isinstance(module, SparseLinear),
+            f"{name!r} is stored as it was fastest here, by gp.compress: save the network that that was given, and "
+            "compress it where it is to run",
+        )
     state = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     quantized = {name: tensor for name, tensor in state.items() if is_quantized(tensor)}
     plain = {name: tensor for name, tensor in state.items() if name not in quantized}
