@@ -332,7 +332,11 @@ CALLS = {
     ),
     "save": (lambda c: gp.save, lambda c: {"model": c.model, "path": "network"}),
     "load": (lambda c: gp.load, lambda c: {"model": _saved(c.model), "path": "saved"}),
-    "pack": (lambda c: gp.pack, lambda c: {"model_or_file": c.model, "path": "packed"}),
+    "share_weights": (
+        lambda c: gp.share_weights,
+        lambda c: {"model": c.model, "levels": 4, "masks": c.masks, "include": "*", "exclude": "2.*"},
+    ),
+    "pack": (lambda c: gp.pack, lambda c: {"model_or_file": c.model, "path": "packed", "code": "entropy"}),
     "unpack": (lambda c: gp.unpack, lambda c: {"path": packed(c.model), "into": c.model}),
     "report": (lambda c: gp.report, lambda c: {"model": c.model, "example": X, "latency": False}),
 }

@@ -15,18 +15,8 @@ from gradprune.weights import allocate
 FURTHER = {f"weights.allocate.{name}": getattr(allocate, name) for name in ("uniform", "erk", "lamp", "share_out")}
 # What functions return and nobody makes: each is shown by what returns it.
 RESULTS = {"Entry", "Event", "History", "Hold", "Packed", "Report", "Round", "Row", "Trace"}
-RESULTS |= {
-    "Compressed",
-    "CrossValidation",
-    "Exported",
-    "Found",
-    "Look",
-    "Plan",
-    "Quantized",
-    "Sensitivity",
-    "Study",
-    "Trial",
-}
+RESULTS |= {"CrossValidation", "Found", "Look", "Plan", "Sensitivity", "Study", "Trial"}
+RESULTS |= {"Compressed", "Exported", "Quantized", "Shared"}
 
 
 def methods(name, kind):

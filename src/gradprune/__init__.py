@@ -7,6 +7,7 @@ from gradprune.deploy.pack import Packed, pack, unpack
 from gradprune.deploy.quantize import Quantized, dequantize, quantize
 from gradprune.deploy.recalibrate import recalibrate_
 from gradprune.deploy.report import Report, Row, report
+from gradprune.deploy.share import Shared, share_weights
 from gradprune.deploy.shrink import shrink
 from gradprune.deploy.widths import load, save
 from gradprune.gradients.autoclip import AutoClip
@@ -68,6 +69,7 @@ __all__ = [
     "Round",
     "Row",
     "Sensitivity",
+    "Shared",
     "Study",
     "Trace",
     "Trial",
@@ -105,6 +107,7 @@ __all__ = [
     "save",
     "search",
     "sensitivity",
+    "share_weights",
     "shrink",
     "snip",
     "synflow",

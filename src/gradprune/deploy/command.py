@@ -217,7 +217,7 @@ def _report(options: argparse.Namespace) -> Answer:
 
 
 def _pack(options: argparse.Namespace) -> Answer:
-    done = pack.pack(options.input, options.output)
+    done = pack.pack(options.input, options.output, code=options.code)
     return Answer({"input": options.input, **done._asdict(), "path": str(done.path)}, str(done))
 
 
@@ -310,6 +310,14 @@ def _parser() -> argparse.ArgumentParser:
         own = command(name, run, line, about)
         own.add_argument("input", metavar="INPUT", help="a file or a folder")
         own.add_argument("output", metavar="OUTPUT", help="a file; for a folder a new folder")
+        if name == "pack":
+            own.add_argument(
+                "--code",
+                choices=pack.CODES,
+                default="bits",
+                help="bits; or smaller: book numbers the values of a tensor where they are few, entropy codes all by "
+                "Huffman's code (default: bits)",
+            )
 
     diff = command("diff", _diff, "in what two of them differ", _DIFF)
     diff.add_argument("first", metavar="FIRST", help="a file or a folder")
