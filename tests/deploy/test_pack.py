@@ -338,17 +338,29 @@ def test_a_quantized_network_is_coded_through_its_file(tmp_path):
         gp.pack(small, tmp_path / "p")
 
 
+def told_otherwise(place, value):
+    def lie(tensors, told):
+        given = list(told["code"]["w"])
+        given[place] = value(given[place])
+        return tensors, told | {"code": {"w": given}}
+
+    return lie
+
+
 LIES = {
-    "a code that ends early": lambda t, told: (t | {"w:values": t["w:values"][:-3]}, told),
-    "other places": lambda t, told: (t | {"w:places": t["w:places"][:-3]}, told),
-    "a longer code": lambda t, told: (t | {"w:places": torch.cat([t["w:places"][:-1], t["w:places"]])}, told),
-    "more values": lambda t, told: (t, told | {"code": {"w": told["code"]["w"] | {"values": 10**6}}}),
-    "fewer values": lambda t, told: (t, told | {"code": {"w": told["code"]["w"] | {"values": 3}}}),
-    "another width": lambda t, told: (t, told | {"code": {"w": told["code"]["w"] | {"gap": 9}}}),
-    "a shorter list": lambda t, told: (t | {"w:book": t["w:book"][:2].clone()}, told),
-    "no list": lambda t, told: ({k: v for k, v in t.items() if k != "w:book"}, told),
+    "it ends early": lambda t, told: ({"w:coded": t["w:coded"][:-3]}, told),
+    "it goes on": lambda t, told: ({"w:coded": torch.cat([t["w:coded"], t["w:coded"]])}, told),
+    "a byte more among the places": lambda t, told: ({"w:coded": torch.cat([t["w:coded"][:1], t["w:coded"]])}, told),
+    "it is empty": lambda t, told: ({"w:coded": t["w:coded"][:0]}, told),
+    "more values": told_otherwise(0, lambda _: 10**6),
+    "fewer values": told_otherwise(0, lambda _: 3),
+    "another width": told_otherwise(1, lambda _: 9),
+    "no list": told_otherwise(2, lambda _: 0),
+    "fewer places": told_otherwise(4, lambda n: n - 1),
+    "a negative length": told_otherwise(5, lambda _: -1),
     "no code": lambda t, told: (t, told | {"code": {}}),
-    "text": lambda t, told: (t, told | {"code": {"w": {"values": "x"}}}),
+    "text": lambda t, told: (t, told | {"code": {"w": "x"}}),
+    "another header": lambda t, told: (t, told | {"header": "AAAA"}),
 }
 
 

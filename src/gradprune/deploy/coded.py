@@ -27,40 +27,45 @@ AT_A_TIME = 2**16  # numbers, a multiple of eight
 LEVEL, WINDOW = 9, -15  # of zlib; the negative window leaves out header and checksum
 
 
-class Coded(NamedTuple):
-    """The streams of one tensor, and what is told of them."""
+class Told(NamedTuple):
+    """What is told of a coded tensor, beside its bytes: places, values and list, one after the other."""
 
-    places: Array
-    values: Array
-    book: Array  # the distinct values, ascending as integers; empty where values stand as they are
-    told: dict[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three."""
-        return self.places.nbytes + self.values.nbytes + self.book.nbytes
+    values: int  # how many are not zero
+    gap: int  # bits of a gap; 0 where places are one bit an entry
+    number: int  # bits of a number in the list; 0 where values stand as they are
+    huffman: int  # whether places and values are coded so
+    of_places: int  # bytes
+    of_values: int
 
 
-def coded(units: Array, *, entropy: bool) -> Coded:
+def coded(units: Array, *, entropy: bool) -> tuple[Array, Told]:
     """Return a tensor's entries, given by their bits as unsigned integers, in the fewest bytes known here."""
     where = np.flatnonzero(units)
-    alive = units[where]
-    places, width = _places(units, where, entropy)
-    values, book, bits = _values(alive, entropy)
-    told = {"values": int(where.size), "gap": width, "number": bits, "huffman": int(entropy)}
-    return Coded(places, values, book, told)
+    ways = [_coded(units, where, huffman) for huffman in ((False, True) if entropy else (False,))]
+    return min(ways, key=lambda way: way[0].nbytes)
 
 
-def decoded(places: Array, values: Array, book: Array, told: dict[str, int], entries: int, size: int) -> Array:
-    """Return the entries' bits; ValueError where the streams do not say what they are said to."""
-    number, width, bits, huffman = (told[key] for key in ("values", "gap", "number", "huffman"))
+def _coded(units: Array, where: Array, huffman: bool) -> tuple[Array, Told]:
+    places, gap = _places(units, where, huffman)
+    values, book, bits = _values(units[where], huffman)
+    told = Told(int(where.size), gap, bits, int(huffman), places.nbytes, values.nbytes)
+    return np.concatenate([places, values, book.view(np.uint8)]), told
+
+
+def decoded(stream: Array, told: Told, entries: int, size: int) -> Array:
+    """Return the entries' bits; ValueError where the bytes do not say what they are said to."""
+    number, width, bits, huffman, *lengths = told
     require(0 <= number <= entries and width in (0, *WIDTHS) and 0 <= bits <= 16, "what is told of it cannot be")
+    require(min(lengths) >= 0 and sum(lengths) <= stream.size, "what is told of it cannot be")
+    places, values, book = np.split(stream, np.cumsum(lengths))
+    fits = book.size % size == 0 and bits == (_bits_of(book.size // size) if book.size else 0)
+    require(fits, "its list is not as long as it says")
     if huffman:
         places = _inflated(places, -(-entries // 8) if not width else 2 * entries + 1)
         values = _inflated(values, number * (2 if bits > 8 else 1) if bits else number * size)
     where = _where(places, width, number, entries, bool(huffman))
     found = np.zeros(entries, f"u{size}")
-    found[where] = _found(values, book, bits, number, size, bool(huffman))
+    found[where] = _found(values, np.ascontiguousarray(book), bits, number, size, bool(huffman))
     return found
 
 
@@ -109,7 +114,7 @@ def _where(places: Array, width: int, number: int, entries: int, huffman: bool) 
 
 def _values(alive: Array, entropy: bool) -> tuple[Array, Array, int]:
     book, numbers = np.unique(alive, return_inverse=True)
-    bits = max(1, math.ceil(math.log2(max(book.size, 2))))
+    bits = _bits_of(book.size)
     plain = alive.view(np.uint8) if not entropy else _deflated(_planes(alive))
     none = np.empty(0, alive.dtype)
     if book.size > MOST_VALUES or not alive.size:
@@ -120,10 +125,15 @@ def _values(alive: Array, entropy: bool) -> tuple[Array, Array, int]:
     return (numbered, book, bits) if numbered.nbytes + book.nbytes < plain.nbytes else (plain, none, 0)
 
 
+def _bits_of(number: int) -> int:
+    """How many bits number so many things."""
+    return max(1, math.ceil(math.log2(max(number, 2))))
+
+
 def _found(values: Array, book: Array, bits: int, number: int, size: int, huffman: bool) -> Array:
     if not bits:
         require(values.nbytes == number * size, "it has not as many values as it says")
-        return _interleaved(values, size) if huffman else values.view(f"u{size}")
+        return _interleaved(values, size) if huffman else np.ascontiguousarray(values).view(f"u{size}")
     if huffman:
         require(values.nbytes == number * (1 if bits <= 8 else 2), "it has not as many numbers as it says")
         numbers = _interleaved(values, 1 if bits <= 8 else 2).astype(np.int64)

@@ -7,14 +7,16 @@ and nothing is lost. Tensors that would not become smaller stand as they are. Th
 ``gradprune.pack`` stands in JSON the version of this format and the header of the file from before, from which that is
 made again, byte for byte.
 
-With a code (`coded`), version 2, the tensor ``w`` is ``w:places``, ``w:values`` and, where its values are few,
-``w:book``; what is told of them stands in the metadata too. Such a tensor is coded and decoded as a whole.
+With a code (`coded`), version 2, the tensor ``w`` is ``w:coded``; what is told of it stands in the metadata too, where
+the header from before is deflated. Such a tensor is coded and decoded as a whole.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -42,8 +44,7 @@ CODES = ("bits", "book", "entropy")
 
 KEY, VERSIONS = "gradprune.pack", (1, 2)
 BITS, VALUES = ":bits", ":values"
-PLACES, BOOK = ":places", ":book"
-TOLD = ("values", "gap", "number", "huffman")
+CODED, WORTH = ":coded", 64  # bytes that a code saves at least, since it has to be told of
 STEP = 2**18  # entries at a time, a multiple of eight
 
 
@@ -85,7 +86,7 @@ class _Before(NamedTuple):
     """The header of the file from before, and how its tensors are coded."""
 
     header: Header
-    code: dict[str, dict[str, int]]
+    code: dict[str, coded.Told]
 
 
 def pack(model_or_file: nn.Module | files.StrPath, path: files.StrPath, *, code: Code = "bits") -> Packed:
@@ -215,16 +216,16 @@ def _state_of(model: nn.Module) -> dict[str, Tensor]:
 def _planned(part: Part, code: Code, seen: Seen) -> _Plan:
     """A first reading: which tensors become smaller, and what the file will look like."""
     packed: set[str] = set()
-    told_of: dict[str, dict[str, int]] = {}
+    told_of: dict[str, coded.Told] = {}
     tensors: list[tuple[str, str, tuple[int, ...], int]] = []
     for name, entry in part.header.entries.items():
         if code != "bits" and entry.itemsize is not None:
-            found = _coded(part, entry, code)
+            stream, told_of_it = _coded(part, entry, code)
             seen(entry.nbytes)
-            if found.nbytes < entry.nbytes:
+            if stream.nbytes + WORTH < entry.nbytes:
                 packed.add(name)
-                told_of[name] = found.told
-                tensors += [(n, d, a.shape, a.nbytes) for n, d, a in _streams(entry, found)]
+                told_of[name] = told_of_it
+                tensors.append((name + CODED, "U8", (stream.nbytes,), stream.nbytes))
                 continue
         else:
             values = _count_values(Tensors(part, entry), seen)
@@ -236,25 +237,19 @@ def _planned(part: Part, code: Code, seen: Seen) -> _Plan:
                 continue
         tensors.append((name, entry.dtype, entry.shape, entry.nbytes))
     names = [tensor[0] for tensor in tensors]
-    ends = f"{BITS!r} or {VALUES!r}" if code == "bits" else f"{PLACES!r}, {VALUES!r} or {BOOK!r}"
+    ends = f"{BITS!r} or {VALUES!r}" if code == "bits" else repr(CODED)
     require(len(set(names)) == len(names), f"names of {part.name!r} end in {ends} as packed ones do")
-    told: dict[str, Any] = {"version": 1 if code == "bits" else 2, "header": part.header.text.decode()}
+    told: dict[str, Any] = {"version": 1, "header": part.header.text.decode()}
     if code != "bits":
-        told["code"] = told_of
-    return _Plan(
-        part, frozenset(packed), headers.laid_out(tensors, part.header.metadata | {KEY: json.dumps(told)}), code
-    )
+        deflated = base64.b64encode(zlib.compress(part.header.text, 9)).decode()
+        told = {"version": 2, "header": deflated, "code": told_of}
+    header = headers.laid_out(tensors, part.header.metadata | {KEY: json.dumps(told, separators=(",", ":"))})
+    return _Plan(part, frozenset(packed), header, code)
 
 
-def _coded(part: Part, entry: Entry, code: Code) -> coded.Coded:
+def _coded(part: Part, entry: Entry, code: Code) -> tuple[Array, coded.Told]:
     raw = part.read(entry, 0, entry.nbytes)
     return coded.coded(_units(raw, entry.itemsize or 1), entropy=code == "entropy")
-
-
-def _streams(entry: Entry, found: coded.Coded) -> list[tuple[str, str, Array]]:
-    """Name, dtype and bytes of each tensor that stands for one."""
-    streams = [(entry.name + PLACES, "U8", found.places), (entry.name + VALUES, "U8", found.values)]
-    return [*streams, (entry.name + BOOK, entry.dtype, found.book)] if found.book.size else streams
 
 
 def _count_values(tensor: Tensors, seen: Seen) -> int:
@@ -270,8 +265,7 @@ def _pack_part(plan: _Plan, path: Path, seen: Seen) -> None:
     with Output(path, plan.header) as output:
         for name, entry in plan.part.header.entries.items():
             if name in plan.packed and plan.code != "bits":
-                for stream, _, array in _streams(entry, _coded(plan.part, entry, plan.code)):
-                    output.write(stream, 0, array)
+                output.write(name + CODED, 0, _coded(plan.part, entry, plan.code)[0])
                 seen(entry.nbytes)
                 continue
             at, size = 0, entry.itemsize or 1
@@ -305,8 +299,10 @@ def _before(part: Part) -> _Before:
     try:
         told = json.loads(text or "")
         version, header = told["version"], told["header"].encode()
-        code = {name: {key: int(of[key]) for key in TOLD} for name, of in told.get("code", {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if version == 2:
+            header = zlib.decompress(base64.b64decode(header, validate=True))
+        code = {name: coded.Told(*map(int, of)) for name, of in told.get("code", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, zlib.error):
         raise ValueError(f"{wrong}: what its metadata says of {KEY!r} cannot be read") from None
     newest = VERSIONS[-1]
     require(version in VERSIONS, f"{part.name!r} is packed in version {version!r}; this gradprune reads up to {newest}")
@@ -314,10 +310,7 @@ def _before(part: Part) -> _Before:
     for name, entry in before.entries.items():
         bits, values, dense = entries.get(name + BITS), entries.get(name + VALUES), entries.get(name)
         if name in code:
-            book = entries.get(name + BOOK)
-            fits = name + PLACES in entries and values is not None and entry.itemsize is not None
-            fits = fits and bool(code[name]["number"]) == (book is not None)
-            fits = fits and (book is None or book.dtype == entry.dtype)
+            fits = name + CODED in entries and entry.itemsize is not None
         elif bits is not None and values is not None:
             fits = bits.nbytes == -(-entry.numel // 8) and values.dtype == entry.dtype and values.numel <= entry.numel
         else:
@@ -326,22 +319,16 @@ def _before(part: Part) -> _Before:
     return _Before(before, code)
 
 
-def _decoded(part: Part, entry: Entry, told: dict[str, int]) -> Array:
+def _decoded(part: Part, entry: Entry, told: coded.Told) -> Array:
     """The bytes of a coded tensor."""
-    entries, size = part.header.entries, entry.itemsize or 1
-    places, values, book = (
-        part.read(entries[name], 0, entries[name].nbytes)
-        if (name := entry.name + end) in entries
-        else np.empty(0, "u1")
-        for end in (PLACES, VALUES, BOOK)
-    )
+    it, size = part.header.entries[entry.name + CODED], entry.itemsize or 1
     try:
-        return coded.decoded(places, values, book, told, entry.numel, size).view(np.uint8)
+        return coded.decoded(part.read(it, 0, it.nbytes), told, entry.numel, size).view(np.uint8)
     except ValueError as error:
         raise ValueError(f"{part.name!r} is damaged: of {entry.name!r}, {error}") from None
 
 
-def _whole_pieces(part: Part, entry: Entry, code: dict[str, dict[str, int]]) -> Iterator[tuple[int, Array]]:
+def _whole_pieces(part: Part, entry: Entry, code: dict[str, coded.Told]) -> Iterator[tuple[int, Array]]:
     """The bytes of a tensor from before, in order, each time with where they begin."""
     if entry.name in code:
         yield 0, _decoded(part, entry, code[entry.name])
@@ -365,7 +352,7 @@ def _whole_pieces(part: Part, entry: Entry, code: dict[str, dict[str, int]]) -> 
     require(at == values.nbytes, f"{part.name!r} is damaged: {entry.name!r} has fewer bits than values")
 
 
-def _tensor(part: Part, entry: Entry, code: dict[str, dict[str, int]]) -> Tensor:
+def _tensor(part: Part, entry: Entry, code: dict[str, coded.Told]) -> Tensor:
     require(entry.dtype in DTYPES, f"{entry.name!r} is {entry.dtype}, which torch does not know: unpack into a file")
     found = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
     flat = found.view(-1).view(torch.uint8).numpy()
