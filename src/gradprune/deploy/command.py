@@ -20,7 +20,7 @@ from gradprune.core.tables import as_text
 from gradprune.deploy import compared, pack, pruned
 from gradprune.deploy.printed import folded
 
-DONE, DIFFER, REFUSED, NOT_WRITTEN, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, DIFFER, REFUSED, NOT_WRITTEN, INTERRUPTED, UNREAD = 0, 1, 2, 3, 130, 141
 
 _ABOUT = """\
 Prune a checkpoint, look into it, store it without its zeros. No code needed.
@@ -38,6 +38,7 @@ exit codes:
   2    refused: a wrong argument, or a file that is damaged or no checkpoint
   3    could not be read or written: a full disk, a missing right
   130  interrupted; the output is as it was before
+  141  nobody read the answer to its end, as in `... | head -1`; what was to be done is
 
 Every command has a --help of its own, and --json for scripts."""
 
@@ -91,6 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words of the command line; those of the process unless given.
     """
+    try:
+        try:
+            return _answered(arguments)
+        finally:
+            sys.stdout.flush()  # here an error can be caught, at the end of the process not
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python itself still flushes
+        return UNREAD
+
+
+def _answered(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.quiet or options.json:
