@@ -277,3 +277,16 @@ def test_pack_takes_a_code(capsys):
     assert coded["bytes_after"] < plain["bytes_after"]
     answer(capsys, "unpack", "b.safetensors", "c.safetensors")
     assert Path("c.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
+
+
+def test_a_threshold_and_the_least_that_stays_reach_prune(capsys):
+    code, out, _ = answer(capsys, "prune", "m.safetensors", "--threshold", "0.5", "--dry-run")
+    assert code == 0
+    assert "those below 0.5 of 7,200 weights would go (how many is known when all are read)" in out
+    _, found = told(capsys, "prune", "m.safetensors", "p.safetensors", "--threshold", "9", "--min-keep", "5")
+    assert found["pruned"] == 7200 - 12 * 5
+    before, after = load_file("m.safetensors"), load_file("p.safetensors")
+    largest = before["h.0.fc.weight"].abs().flatten().topk(5).values.min()
+    assert torch.equal(after["h.0.fc.weight"] != 0, before["h.0.fc.weight"].abs() >= largest)
+    _, found = told(capsys, "prune", "m.safetensors", "p.safetensors", "--sparsity", "0.5", "--scope", "lamp")
+    assert found["pruned"] == 3600

@@ -152,10 +152,12 @@ def _prune(options: argparse.Namespace) -> Answer:
         options.input,
         options.output,
         sparsity=options.sparsity,
+        threshold=options.threshold,
         scope=options.scope,
         granularity=options.granularity,
         include=options.include,
         exclude=options.exclude,
+        min_keep=options.min_keep,
         by_name=options.by_name,
         dry_run=options.dry_run,
     )
@@ -166,17 +168,17 @@ def _prune(options: argparse.Namespace) -> Answer:
         "dry_run": options.dry_run,
         "weights": done.weights,
         "pruned": goes,
-        "sparsity": goes / max(done.weights, 1),
+        "sparsity": None if goes is None else goes / max(done.weights, 1),
         "bytes": done.size,
         "seconds": round(time.perf_counter() - start, 3),
         "notes": list(done.notes),
         "tensors": [row._asdict() for row in done.rows],
     }
     would = "" if done.done else "would "
-    lines = [
-        as_text(folded(_prune_row(row) for row in done.rows)),
-        f"{goes:,} of {done.weights:,} weights {would}go ({goes / max(done.weights, 1):.2%})",
-    ]
+    went = f"{goes:,}" if goes is not None else f"those below {options.threshold:g}"
+    share = "how many is known when all are read" if goes is None else f"{goes / max(done.weights, 1):.2%}"
+    line = f"{went} of {done.weights:,} weights {would}go ({share})"
+    lines = [as_text(folded(_prune_row(row) for row in done.rows)), line]
     if done.done:
         lines.append(f"written: {options.output} ({readable(done.size)}, as before: `pack` makes it smaller)")
     return Answer(told, "\n".join(lines))
@@ -287,11 +289,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--sparsity", type=float, metavar="S", help="the fraction of the weights that goes, from 0 to 1")
     prune.add_argument(
+        "--threshold", type=float, metavar="T", help="in its place: weights of a smaller magnitude than T go"
+    )
+    prune.add_argument(
         "--scope",
         choices=pruned.SCOPES,
         default="global",
-        help="who competes: all weights, those of a layer, those of an output (row); erk: small layers stay denser "
-        "(default: global)",
+        help="who competes: all weights, those of a layer, those of an output (row); erk: small layers stay denser; "
+        "lamp: all weights, each by its share in its layer (default: global)",
     )
     prune.add_argument(
         "--granularity",
@@ -305,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--exclude", action="append", metavar="GLOB", help="leave tensors of such names alone; may be repeated"
     )
+    prune.add_argument("--min-keep", type=int, metavar="N", help="the least number of weights that stay in each tensor")
     prune.add_argument(
         "--by-name", action="store_true", help="tell weights by their names also where transformers knows the model"
     )
