@@ -317,9 +317,26 @@ CALLS = {
         },
     ),
     "shrink": (lambda c: gp.shrink, lambda c: {"model": c.model, "example": X, "masks": c.masks}),
+    "quantize": (
+        lambda c: gp.quantize,
+        lambda c: {"model": c.model, "scheme": "int8", "masks": c.masks, "include": "*", "exclude": "2.*"},
+    ),
+    "dequantize": (lambda c: gp.dequantize, lambda c: {"model": gp.quantize(c.model)}),
+    "compress": (
+        lambda c: gp.compress,
+        lambda c: {"model": c.model, "example": X, "masks": c.masks, "rounds": 3, "margin": 0.1},
+    ),
+    "export": (
+        lambda c: gp.export,
+        lambda c: {"model": c.model, "example": X, "path": "model.onnx", "masks": c.masks, "tolerance": 1e-3},
+    ),
     "save": (lambda c: gp.save, lambda c: {"model": c.model, "path": "network"}),
     "load": (lambda c: gp.load, lambda c: {"model": _saved(c.model), "path": "saved"}),
-    "pack": (lambda c: gp.pack, lambda c: {"model_or_file": c.model, "path": "packed"}),
+    "share_weights": (
+        lambda c: gp.share_weights,
+        lambda c: {"model": c.model, "levels": 4, "masks": c.masks, "include": "*", "exclude": "2.*"},
+    ),
+    "pack": (lambda c: gp.pack, lambda c: {"model_or_file": c.model, "path": "packed", "code": "entropy"}),
     "unpack": (lambda c: gp.unpack, lambda c: {"path": packed(c.model), "into": c.model}),
     "report": (lambda c: gp.report, lambda c: {"model": c.model, "example": X, "latency": False}),
 }

@@ -1,9 +1,13 @@
 """Watch, bound and threshold gradients; prune weights exactly and keep them pruned."""
 
 from gradprune.core.select import keep_largest, kth_smallest
+from gradprune.deploy.compress import Compressed, compress
+from gradprune.deploy.export import Exported, export
 from gradprune.deploy.pack import Packed, pack, unpack
+from gradprune.deploy.quantize import Quantized, dequantize, quantize
 from gradprune.deploy.recalibrate import recalibrate_
 from gradprune.deploy.report import Report, Row, report
+from gradprune.deploy.share import Shared, share_weights
 from gradprune.deploy.shrink import shrink
 from gradprune.deploy.widths import load, save
 from gradprune.gradients.autoclip import AutoClip
@@ -40,11 +44,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoClip",
     "ClipLog",
+    "Compressed",
     "CrossValidation",
     "Cubic",
     "Entry",
     "ErrorFeedback",
     "Event",
+    "Exported",
     "Found",
     "Geometric",
     "History",
@@ -56,12 +62,14 @@ __all__ = [
     "Packed",
     "Plan",
     "Pruner",
+    "Quantized",
     "Recorder",
     "Regrow",
     "Report",
     "Round",
     "Row",
     "Sensitivity",
+    "Shared",
     "Study",
     "Trace",
     "Trial",
@@ -69,8 +77,11 @@ __all__ = [
     "clip_adaptive_",
     "clip_by_norm_",
     "clip_by_value_",
+    "compress",
     "cross_validate",
+    "dequantize",
     "distill_loss",
+    "export",
     "fisher",
     "fit_budget",
     "gradient",
@@ -87,6 +98,7 @@ __all__ = [
     "movement",
     "pack",
     "prune",
+    "quantize",
     "random",
     "recalibrate_",
     "reconstruct_",
@@ -95,6 +107,7 @@ __all__ = [
     "save",
     "search",
     "sensitivity",
+    "share_weights",
     "shrink",
     "snip",
     "synflow",

@@ -1,6 +1,7 @@
 """Small networks that couple channels in every way that is to be taken apart."""
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -134,3 +135,21 @@ def silence_(layers, channels):
 
 def size(model):
     return sum(p.numel() for p in model.parameters())
+
+
+def digits(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    names = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100, n_positions=32, **names)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=100, **sizes)).eval()

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -208,7 +209,10 @@ def pack_told(path):
 
 
 DAMAGES = {
-    "another version": (lambda t, told: (t, told | {"version": 2}), "packed in version 2; this gradprune reads 1"),
+    "another version": (
+        lambda t, told: (t, told | {"version": 3}),
+        "in version 3; this gradprune reads up to 2",
+    ),
     "no header": (lambda t, told: (t, {"version": 1}), "what its metadata says of 'gradprune.pack' cannot be read"),
     "a header of something else": (lambda t, told: (t, told | {"header": "[]"}), "the header of 'p' is damaged"),
     "no values": (lambda t, told: ({"w:bits": t["w:bits"]}, told), "'w' is not there, or not what it was"),
@@ -262,3 +266,118 @@ def test_a_wrong_argument_is_refused(tmp_path, call, error, says):
     with pytest.raises(error, match=says):
         call(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------- codes
+
+
+@settings(max_examples=120)
+@given(
+    entries=st.integers(0, 300),
+    density=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    distinct=st.sampled_from([0, 1, 2, 3, 16, 200]),
+    dtype=st.sampled_from(DTYPES),
+    code=st.sampled_from(["book", "entropy"]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_bits_come_back_through_a_code(entries, density, distinct, dtype, code, seed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (entries, dtype.itemsize), generator=generator, dtype=torch.uint8)
+    if distinct and entries:
+        raw = raw[torch.randint(0, min(distinct, entries), (entries,), generator=generator)]
+    raw *= (torch.rand(entries, 1, generator=generator) < density).to(torch.uint8)
+    tensor = (raw.view(-1) % 2).bool() if dtype == torch.bool else raw.view(-1).view(dtype)
+    save_file({"a": tensor, "b": torch.tensor([-0.0, 0.0, float("nan")])}, folder / "m", metadata={"x": "ü"})
+    done = gp.pack(folder / "m", folder / "p", code=code)
+    assert done.bytes_after == (folder / "p").stat().st_size
+    assert same_bits(gp.unpack(folder / "p")["a"], tensor)
+    gp.unpack(folder / "p", folder / "again")
+    assert (folder / "again").read_bytes() == (folder / "m").read_bytes()
+
+
+def coded_bytes(model, folder, code):
+    """The bytes of the tensors alone."""
+    gp.pack(model, folder / "p", code=code)
+    with checkpoint.opened(folder / "p") as found:
+        return sum(t.entry.nbytes for name, t in found.tensors.items() if name.startswith("weight"))
+
+
+def test_each_code_takes_the_bytes_that_theory_says(tmp_path):
+    """Han et al. (2016): bits for the places, four for each of sixteen values; then the entropy of both."""
+    torch.manual_seed(0)
+    model = nn.Linear(1000, 200, bias=False)
+    nn.init.normal_(model.weight)
+    masks = gp.prune(model, sparsity=0.9)
+    shared = gp.share_weights(model, 16)
+    assert masks.holds(shared)
+    bits = coded_bytes(model, tmp_path, "bits")
+    assert bits == 25_000 + 80_000
+    assert coded_bytes(model, tmp_path, "book") == pytest.approx(20_000 * (5 / 8 + 4), rel=0.05)  # gaps of five bits
+    book = coded_bytes(shared, tmp_path, "book")
+    assert book == pytest.approx(20_000 * (5 / 8 + 4 / 8), rel=0.05)
+    _, counts = shared.weight[shared.weight != 0].unique(return_counts=True)
+    share = counts.double() / 20_000
+    values = -(share * share.log2()).sum().item() * 20_000 / 8
+    places = -(0.1 * np.log2(0.1) + 0.9 * np.log2(0.9)) * 200_000 / 8
+    entropy = coded_bytes(shared, tmp_path, "entropy")
+    assert values + places < entropy < 1.03 * (values + places)
+    assert entropy < book < bits
+    assert same_bits(gp.unpack(tmp_path / "p")["weight"], shared.weight)
+
+
+def test_a_quantized_network_is_coded_through_its_file(tmp_path):
+    model = digits()
+    small = gp.quantize(model.eval())
+    gp.save(small, tmp_path / "q")
+    plain, entropy = (gp.pack(tmp_path / "q", tmp_path / code, code=code) for code in ("bits", "entropy"))
+    assert entropy.bytes_after < plain.bytes_after
+    gp.unpack(tmp_path / "entropy", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "q").read_bytes()
+    with pytest.raises(TypeError, match=r"'0\.weight' is quantized"):
+        gp.pack(small, tmp_path / "p")
+
+
+def told_otherwise(place, value):
+    def lie(tensors, told):
+        given = list(told["code"]["w"])
+        given[place] = value(given[place])
+        return tensors, told | {"code": {"w": given}}
+
+    return lie
+
+
+LIES = {
+    "it ends early": lambda t, told: ({"w:coded": t["w:coded"][:-3]}, told),
+    "it goes on": lambda t, told: ({"w:coded": torch.cat([t["w:coded"], t["w:coded"]])}, told),
+    "a byte more among the places": lambda t, told: ({"w:coded": torch.cat([t["w:coded"][:1], t["w:coded"]])}, told),
+    "it is empty": lambda t, told: ({"w:coded": t["w:coded"][:0]}, told),
+    "more values": told_otherwise(0, lambda _: 10**6),
+    "fewer values": told_otherwise(0, lambda _: 3),
+    "another width": told_otherwise(1, lambda _: 9),
+    "no list": told_otherwise(2, lambda _: 0),
+    "fewer places": told_otherwise(4, lambda n: n - 1),
+    "a negative length": told_otherwise(5, lambda _: -1),
+    "no code": lambda t, told: (t, told | {"code": {}}),
+    "text": lambda t, told: (t, told | {"code": {"w": "x"}}),
+    "another header": lambda t, told: (t, told | {"header": "AAAA"}),
+}
+
+
+@pytest.mark.parametrize("code", ["book", "entropy"])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_coded_file_that_lies_is_refused(lie, code, tmp_path):
+    model = nn.Linear(40, 50)
+    gp.prune(model, sparsity=0.9)
+    weight = gp.share_weights(model, 5).weight.detach()
+    save_file({"w": weight}, tmp_path / "m")
+    gp.pack(tmp_path / "m", tmp_path / "p", code=code)
+    with checkpoint.opened(tmp_path / "p") as found:
+        told = json.loads(found.parts[0].header.metadata["gradprune.pack"])
+    tensors, told = LIES[lie](load_file(tmp_path / "p"), told)
+    save_file(tensors, tmp_path / "p", metadata={"gradprune.pack": json.dumps(told)})
+    with pytest.raises(ValueError, match="'p' is damaged"):
+        gp.unpack(tmp_path / "p")
+    with pytest.raises(ValueError, match="'p' is damaged"):
+        gp.unpack(tmp_path / "p", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

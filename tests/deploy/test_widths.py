@@ -219,7 +219,7 @@ def test_other_files_are_refused(tmp_path):
     ("told", "said"),
     [
         ({}, "newer version|damaged"),
-        ({"version": 2}, "newer version"),
+        ({"version": 3}, "newer version"),
         ({"version": 1, "modules": {}, "shapes": {"x": [2]}, "tied": {}}, "'x' is missing or misshapen"),
         ({"version": 1, "modules": [], "shapes": {}, "tied": {}}, "damaged"),
         ([], "damaged"),

@@ -154,6 +154,8 @@ def require_values(name: str, tensor: Tensor, what: str = "parameter") -> None:
         raise TypeError(f"{called} is on the meta device, without values: materialize the model first (to_empty, load)")
     if tensor.is_quantized:
         raise TypeError(f"{called} is quantized: prune before quantizing")
+    if type(tensor).__module__.startswith("torchao."):
+        raise TypeError(f"{called} is quantized: do it before, or with what gp.dequantize(model) returns")
     if hasattr(tensor, "__tensor_flatten__"):
         raise TypeError(f"{called} is a {type(tensor).__name__}, whose entries are held by other tensors: do it before")
 

@@ -17,6 +17,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+QUANTIZED = "is quantized: gp.dequantize(model) gives its rounded values; prune those, and quantize them again"
+
 
 class Axes(NamedTuple):
     """Where a weight keeps its outputs and inputs; `stack` are axes that number whole matrices."""
@@ -70,6 +72,11 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
                 role = roles.get((id(module), attribute)) or _hooked(module, attribute)
                 found.setdefault(id(parameter), []).append(_weight(name, parameter, module, attribute, role))
     return {uses[0].name: _joined(uses) for uses in found.values()}
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers and scales in the place of its entries, as torchao's do."""
+    return type(tensor).__module__.startswith("torchao.")
 
 
 def last_of(model: nn.Module) -> Weight | None:
@@ -175,6 +182,8 @@ def _weight(name: str, parameter: nn.Parameter, module: nn.Module, attribute: st
     use = Weight(name, (name,), parameter, module, attribute, None, refused=refused, direction=direction)
     if role is not None and role.reason:
         return use._replace(reason=role.reason)
+    if is_quantized(parameter):
+        return use._replace(reason=QUANTIZED)
     lazy = isinstance(parameter, nn.UninitializedParameter)
     if not lazy and not (parameter.is_floating_point() or parameter.is_complex()):
         return use._replace(reason=f"is {parameter.dtype}")

@@ -6,24 +6,30 @@ whose bit is 1, in their own dtype and order. A bit is 0 where all bits of the e
 and nothing is lost. Tensors that would not become smaller stand as they are. The metadata is kept, and under
 ``gradprune.pack`` stands in JSON the version of this format and the header of the file from before, from which that is
 made again, byte for byte.
+
+With a code (`coded`), version 2, the tensor ``w`` is ``w:coded``; what is told of it stands in the metadata too, where
+the header from before is deflated. Such a tensor is coded and decoded as a whole.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradprune.core import files
+from gradprune.core import checks, files
 from gradprune.core.checks import require, require_values
 from gradprune.core.encoded import bits_and_values, readable
 from gradprune.core.progress import bar
+from gradprune.deploy import coded
 from gradprune.deploy import header as headers
 from gradprune.deploy.checkpoint import Checkpoint, Memory, Part, Tensors, marked, opened, pieces, stored_once, unmarked
 from gradprune.deploy.header import DTYPES, Entry, Header
@@ -33,8 +39,12 @@ from gradprune.weights.named import some
 Array = np.ndarray[Any, np.dtype[Any]]
 Seen = Callable[[int], None]
 
-KEY, VERSION = "gradprune.pack", 1
+Code = Literal["bits", "book", "entropy"]
+CODES = ("bits", "book", "entropy")
+
+KEY, VERSIONS = "gradprune.pack", (1, 2)
 BITS, VALUES = ":bits", ":values"
+CODED, WORTH = ":coded", 64  # bytes that a code saves at least, since it has to be told of
 STEP = 2**18  # entries at a time, a multiple of eight
 
 
@@ -69,9 +79,17 @@ class _Plan(NamedTuple):
     part: Part
     packed: frozenset[str]
     header: Header
+    code: Code
 
 
-def pack(model_or_file: nn.Module | files.StrPath, path: files.StrPath) -> Packed:
+class _Before(NamedTuple):
+    """The header of the file from before, and how its tensors are coded."""
+
+    header: Header
+    code: dict[str, coded.Told]
+
+
+def pack(model_or_file: nn.Module | files.StrPath, path: files.StrPath, *, code: Code = "bits") -> Packed:
     """Write a checkpoint without its zeros: one bit an entry, and the entries that are not zero.
 
     That is smaller from 3.2 % of zeros on in float32 and 6.3 % in bfloat16; other tensors stay as they are.
@@ -82,12 +100,16 @@ def pack(model_or_file: nn.Module | files.StrPath, path: files.StrPath) -> Packe
         model_or_file: A model, whose state dict is packed; or a safetensors file, a folder of shards with its index, or
             a file of ``torch.save(model.state_dict(), ...)``.
         path: The file; for a folder a new folder.
+        code: "bits", or in fewer bytes: "book" stores where values are by gaps where that is shorter, and of values
+            that are few, as ``share_weights`` leaves them, a list and each one's number in it, in as many bits as
+            that takes; "entropy" stores the same by Huffman's code. With these a tensor at a time is in memory.
 
     Returns:
         A ``Packed``: bytes before and after, and how many tensors are packed.
 
     Raises:
-        TypeError: `model_or_file` is neither a model nor a path, or a tensor of the model has no values.
+        TypeError: `model_or_file` is neither a model nor a path, or a tensor of the model has no values (``save`` a
+            quantized one, and pack that file).
         FileNotFoundError: There is no such file.
         ValueError: It is no checkpoint, or cut off, or packed already; `path` cannot be written.
         OSError: There is no room on the disk. What stood at `path` is as it was.
@@ -99,14 +121,15 @@ def pack(model_or_file: nn.Module | files.StrPath, path: files.StrPath) -> Packe
         >>> packed.bytes_after < 0.15 * packed.bytes_before
         True
 
-    Chapter 8.
+    Han et al. (2016), for the codes; chapter 8.
     """
+    checks.choice("code", code, CODES)
     with _source(model_or_file) as checkpoint:
         for part in checkpoint.parts:
             require(KEY not in part.header.metadata, f"{part.name!r} is packed already")
         target = target_of(checkpoint, path, "path")
         with bar(2 * checkpoint.size, "packing", unit="B") as progress:
-            plans = [_planned(part, progress.update) for part in checkpoint.parts]
+            plans = [_planned(part, code, progress.update) for part in checkpoint.parts]
             size = sum(plan.header.size for plan in plans)
             with whole(checkpoint, target, size, marked) as place:
                 for plan in plans:
@@ -157,9 +180,10 @@ def unpack(path: files.StrPath, into: nn.Module | files.StrPath | None = None) -
             return _unpack_files(checkpoint, before, into)
         found = {}
         for part in checkpoint.parts:
-            for entry in before[part.name].entries.values():
-                found[entry.name] = _tensor(part, entry)
-            for tied, name in before[part.name].metadata.items():
+            header, code = before[part.name]
+            for entry in header.entries.values():
+                found[entry.name] = _tensor(part, entry, code)
+            for tied, name in header.metadata.items():
                 if name in found and tied not in found:
                     found[tied] = found[name]
     if into is None:
@@ -189,23 +213,43 @@ def _state_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _planned(part: Part, seen: Seen) -> _Plan:
+def _planned(part: Part, code: Code, seen: Seen) -> _Plan:
     """A first reading: which tensors become smaller, and what the file will look like."""
     packed: set[str] = set()
+    told_of: dict[str, coded.Told] = {}
     tensors: list[tuple[str, str, tuple[int, ...], int]] = []
     for name, entry in part.header.entries.items():
-        values = _count_values(Tensors(part, entry), seen)
-        size = bits_and_values(entry.numel, values, entry.itemsize or 1)
-        if entry.itemsize is not None and size < entry.nbytes:
-            packed.add(name)
-            tensors += [(name + BITS, "U8", (-(-entry.numel // 8),), -(-entry.numel // 8))]
-            tensors += [(name + VALUES, entry.dtype, (values,), values * entry.itemsize)]
+        if code != "bits" and entry.itemsize is not None:
+            stream, told_of_it = _coded(part, entry, code)
+            seen(entry.nbytes)
+            if stream.nbytes + WORTH < entry.nbytes:
+                packed.add(name)
+                told_of[name] = told_of_it
+                tensors.append((name + CODED, "U8", (stream.nbytes,), stream.nbytes))
+                continue
         else:
-            tensors.append((name, entry.dtype, entry.shape, entry.nbytes))
+            values = _count_values(Tensors(part, entry), seen)
+            size = bits_and_values(entry.numel, values, entry.itemsize or 1)
+            if entry.itemsize is not None and size < entry.nbytes:
+                packed.add(name)
+                tensors += [(name + BITS, "U8", (-(-entry.numel // 8),), -(-entry.numel // 8))]
+                tensors += [(name + VALUES, entry.dtype, (values,), values * entry.itemsize)]
+                continue
+        tensors.append((name, entry.dtype, entry.shape, entry.nbytes))
     names = [tensor[0] for tensor in tensors]
-    require(len(set(names)) == len(names), f"names of {part.name!r} end in {BITS!r} or {VALUES!r} as packed ones do")
-    told = json.dumps({"version": VERSION, "header": part.header.text.decode()})
-    return _Plan(part, frozenset(packed), headers.laid_out(tensors, part.header.metadata | {KEY: told}))
+    ends = f"{BITS!r} or {VALUES!r}" if code == "bits" else repr(CODED)
+    require(len(set(names)) == len(names), f"names of {part.name!r} end in {ends} as packed ones do")
+    told: dict[str, Any] = {"version": 1, "header": part.header.text.decode()}
+    if code != "bits":
+        deflated = base64.b64encode(zlib.compress(part.header.text, 9)).decode()
+        told = {"version": 2, "header": deflated, "code": told_of}
+    header = headers.laid_out(tensors, part.header.metadata | {KEY: json.dumps(told, separators=(",", ":"))})
+    return _Plan(part, frozenset(packed), header, code)
+
+
+def _coded(part: Part, entry: Entry, code: Code) -> tuple[Array, coded.Told]:
+    raw = part.read(entry, 0, entry.nbytes)
+    return coded.coded(_units(raw, entry.itemsize or 1), entropy=code == "entropy")
 
 
 def _count_values(tensor: Tensors, seen: Seen) -> int:
@@ -220,6 +264,10 @@ def _count_values(tensor: Tensors, seen: Seen) -> int:
 def _pack_part(plan: _Plan, path: Path, seen: Seen) -> None:
     with Output(path, plan.header) as output:
         for name, entry in plan.part.header.entries.items():
+            if name in plan.packed and plan.code != "bits":
+                output.write(name + CODED, 0, _coded(plan.part, entry, plan.code)[0])
+                seen(entry.nbytes)
+                continue
             at, size = 0, entry.itemsize or 1
             for start, raw in pieces(Tensors(plan.part, entry), STEP * size):
                 if name in plan.packed:
@@ -243,7 +291,7 @@ def _units(raw: Array, size: int) -> Array:
 # ---------------------------------------------------------------------------------------------------------- unpacking
 
 
-def _before(part: Part) -> Header:
+def _before(part: Part) -> _Before:
     """The header of the file from before; ValueError where the packed file does not hold what it needs."""
     text = part.header.metadata.get(KEY)
     wrong = f"{part.name!r} is damaged"
@@ -251,22 +299,40 @@ def _before(part: Part) -> Header:
     try:
         told = json.loads(text or "")
         version, header = told["version"], told["header"].encode()
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if version == 2:
+            header = zlib.decompress(base64.b64decode(header, validate=True))
+        code = {name: coded.Told(*map(int, of)) for name, of in told.get("code", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, zlib.error):
         raise ValueError(f"{wrong}: what its metadata says of {KEY!r} cannot be read") from None
-    require(version == VERSION, f"{part.name!r} is packed in version {version!r}; this gradprune reads {VERSION}")
+    newest = VERSIONS[-1]
+    require(version in VERSIONS, f"{part.name!r} is packed in version {version!r}; this gradprune reads up to {newest}")
     before, entries = headers.parsed(header, part.name), part.header.entries
     for name, entry in before.entries.items():
         bits, values, dense = entries.get(name + BITS), entries.get(name + VALUES), entries.get(name)
-        if bits is not None and values is not None:
+        if name in code:
+            fits = name + CODED in entries and entry.itemsize is not None
+        elif bits is not None and values is not None:
             fits = bits.nbytes == -(-entry.numel // 8) and values.dtype == entry.dtype and values.numel <= entry.numel
         else:
             fits = dense is not None and (dense.dtype, dense.shape) == (entry.dtype, entry.shape)
         require(fits, f"{wrong}: {name!r} is not there, or not what it was")
-    return before
+    return _Before(before, code)
 
 
-def _whole_pieces(part: Part, entry: Entry) -> Iterator[tuple[int, Array]]:
+def _decoded(part: Part, entry: Entry, told: coded.Told) -> Array:
+    """The bytes of a coded tensor."""
+    it, size = part.header.entries[entry.name + CODED], entry.itemsize or 1
+    try:
+        return coded.decoded(part.read(it, 0, it.nbytes), told, entry.numel, size).view(np.uint8)
+    except ValueError as error:
+        raise ValueError(f"{part.name!r} is damaged: of {entry.name!r}, {error}") from None
+
+
+def _whole_pieces(part: Part, entry: Entry, code: dict[str, coded.Told]) -> Iterator[tuple[int, Array]]:
     """The bytes of a tensor from before, in order, each time with where they begin."""
+    if entry.name in code:
+        yield 0, _decoded(part, entry, code[entry.name])
+        return
     bits = part.header.entries.get(entry.name + BITS)
     if bits is None or entry.name + VALUES not in part.header.entries:
         yield from pieces(Tensors(part, part.header.entries[entry.name]), STEP * (entry.itemsize or 1))
@@ -286,24 +352,25 @@ def _whole_pieces(part: Part, entry: Entry) -> Iterator[tuple[int, Array]]:
     require(at == values.nbytes, f"{part.name!r} is damaged: {entry.name!r} has fewer bits than values")
 
 
-def _tensor(part: Part, entry: Entry) -> Tensor:
+def _tensor(part: Part, entry: Entry, code: dict[str, coded.Told]) -> Tensor:
     require(entry.dtype in DTYPES, f"{entry.name!r} is {entry.dtype}, which torch does not know: unpack into a file")
     found = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
     flat = found.view(-1).view(torch.uint8).numpy()
-    for start, raw in _whole_pieces(part, entry):
+    for start, raw in _whole_pieces(part, entry, code):
         flat[start : start + raw.size] = raw
     part.check()
     return found
 
 
-def _unpack_files(checkpoint: Checkpoint, before: dict[str, Header], into: files.StrPath) -> Path:
+def _unpack_files(checkpoint: Checkpoint, before: dict[str, _Before], into: files.StrPath) -> Path:
     target = target_of(checkpoint, into, "into")
-    size = sum(header.size for header in before.values())
+    size = sum(each.header.size for each in before.values())
     with bar(size, "unpacking", unit="B") as progress, whole(checkpoint, target, size, unmarked) as place:
         for part in checkpoint.parts:
-            with Output(place(part.name), before[part.name]) as output:
-                for entry in before[part.name].entries.values():
-                    for start, raw in _whole_pieces(part, entry):
+            header, code = before[part.name]
+            with Output(place(part.name), header) as output:
+                for entry in header.entries.values():
+                    for start, raw in _whole_pieces(part, entry, code):
                         output.write(entry.name, start, raw)
                         progress.update(raw.size)
                 part.check()

@@ -1,7 +1,8 @@
 """How is a shrunk network kept in a file and read again, without pickle (chapter 8)?
 
 Its class, built anew, is as wide as before. So the file holds, beside the tensors, what each layer says of itself: its
-class, its widths, its other settings; and how wide the network was before it was shrunk.
+class, its widths, its other settings; and how wide the network was before it was shrunk. A quantized weight ``w`` is
+two tensors there, ``w:int8`` and ``w:scale``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from gradprune.core import checks, files
 from gradprune.core.checks import require
-from gradprune.core.layers import require_layers
+from gradprune.core.layers import is_quantized, require_layers
 from gradprune.deploy.cut import WIDTHS
+from gradprune.deploy.quantize import DTYPES, SCHEMES, as_linear_, assembled, is_conv1d, parts, scheme_of
+from gradprune.deploy.sparse import SparseLinear
 
 _FILE = files.Kind(
     "gradprune.network",
@@ -33,14 +36,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a network to a safetensors file with the widths of its layers, whole or not at all; no pickle.
 
     Args:
-        model: What ``shrink`` returned, trained on or not; any other network too.
+        model: What ``shrink`` or ``quantize`` returned, trained on or not; any other network too.
         path: The file; a failed or interrupted call leaves what stood there.
 
     Raises:
         ImportError: safetensors is not installed.
-        TypeError: The model is no module, or a parameter has no values (lazy, meta, DTensor, quantized); or `path` is
+        TypeError: The model is no module, or a parameter has no values (lazy, meta, DTensor); or `path` is
             no path.
-        ValueError: A tensor is of a kind that the file cannot hold (sparse), or nothing can be written at `path`.
+        ValueError: A tensor is of a kind that the file cannot hold (sparse), a layer is one of ``compress``, or nothing
+            can be written at `path`.
         OSError: The file could not be written to its end.
 
     Example:
@@ -53,18 +57,31 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     files.safetensors()
     network = _plain(model)
     place = files.place("path", path)
+    for name, module in network.named_modules():
+        require(
+            not isinstance(module, SparseLinear),
+            f"{name!r} is stored as it was fastest here, by gp.compress: save the network that that was given, and "
+            "compress it where it is to run",
+        )
     state = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
-    for name, tensor in state.items():
+    quantized = {name: tensor for name, tensor in state.items() if is_quantized(tensor)}
+    plain = {name: tensor for name, tensor in state.items() if name not in quantized}
+    for name, tensor in quantized.items():
+        plain |= {f"{name}:{part}": held for part, held in parts(tensor).items()}
+    require(len(plain) == len(state) + len(quantized), "names of the model end in ':int8' or ':scale'")
+    for name, tensor in plain.items():
         checks.require_readable(name, tensor)
-    files.require_storable(state)
-    first, tied = _ties(state)
+    files.require_storable(plain)
+    first, tied = _ties(plain)
     told = {
-        "version": 1,
+        "version": 2 if quantized else 1,
         "modules": {name: _described(module) for name, module in network.named_modules()},
         "shapes": {name: list(tensor.shape) for name, tensor in state.items()},
         "dense": network.__dict__.get(_DENSE),
         "tied": tied,
     }
+    if quantized:
+        told["quantized"] = {name: _told_of(tensor) for name, tensor in quantized.items()}
     files.write(place, _FILE, told, first)
 
 
@@ -83,7 +100,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         A copy of the model, cut and filled.
 
     Raises:
-        ImportError: safetensors is not installed.
+        ImportError: safetensors is not installed, or torchao where weights are quantized.
         FileNotFoundError: There is no such file.
         TypeError: The model is no module, or `path` is no path.
         ValueError: The file is none of ``save``'s, or damaged; or the model is of another class, has other layers,
@@ -104,8 +121,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     place = files.checked_path("path", path)
     told, tensors = files.read(place, _FILE)
     saved = _Saved(place.name, told, tensors)
-    saved.check(network)
+    if not saved.quantized:
+        saved.check(network)
     twin = copy.deepcopy(network)
+    if saved.quantized:  # where a Conv1D may have become a Linear
+        saved.as_linear_(twin)
+        saved.check(twin)
     for name, module in twin.named_modules():
         for attribute, value in saved.widths(name).items():
             setattr(module, attribute, value)
@@ -131,7 +152,7 @@ class _Saved:
         self.name, self.tensors = name, tensors
         damaged = f"{name!r} is no {_FILE.name}: what it tells of itself is damaged"
         require(isinstance(told, dict), damaged)
-        require(told.get("version") == 1, f"{name!r} was written by a newer version of gradprune")
+        require(told.get("version") in (1, 2), f"{name!r} was written by a newer version of gradprune")
         for key in ("modules", "shapes", "tied"):
             require(isinstance(told.get(key), dict), damaged)
         self.modules: dict[str, Any] = told["modules"]
@@ -139,9 +160,27 @@ class _Saved:
         dense = told.get("dense")
         self.dense = None if dense is None else {key: tuple(shape) for key, shape in dense.items()}
         self.tied: dict[str, str] = told["tied"]
+        self.quantized: dict[str, Any] = told.get("quantized", {})
+        require(isinstance(self.quantized, dict) and all(map(_is_known, self.quantized.values())), damaged)
         for key, shape in self.shapes.items():
-            held = tensors.get(self.tied.get(key, key))
+            own = f"{key}:int8" if key in self.quantized else key
+            held = tensors.get(self.tied.get(own, own))
             require(held is not None and tuple(held.shape) == shape, f"{damaged}: {key!r} is missing or misshapen")
+        for key in self.quantized:
+            scale, rows = self.tensor(f"{key}:scale"), self.shapes.get(key, (0,))[0]
+            require(scale is not None and tuple(scale.shape) == (rows, 1), f"{damaged}: the scales of {key!r}")
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A tensor of the file, by any of its names."""
+        return self.tensors.get(self.tied.get(name, name))
+
+    def as_linear_(self, model: nn.Module) -> None:
+        """Make the model's layers of transformers' Conv1D linear ones where those of the file are."""
+        for name in self.quantized:
+            path = name.rpartition(".")[0]
+            module = dict(model.named_modules()).get(path)
+            if module is not None and is_conv1d(module) and path:
+                as_linear_(model, path)
 
     def widths(self, name: str) -> dict[str, Any]:
         return {a: _hashable(v) for a, v in self.modules[name]["settings"].items() if a in WIDTHS}
@@ -195,8 +234,11 @@ class _Saved:
             path, _, attribute = name.rpartition(".")
             module, key = modules[path], self.tied.get(name, name)
             held = module._buffers.get(attribute) if attribute in module._buffers else module._parameters.get(attribute)
-            device = held.device if held is not None else next(module.parameters()).device
-            tensor = self.tensors[key].to(_materialized(device))
+            device = _materialized(held.device if held is not None else next(module.parameters()).device)
+            if name in self.quantized:
+                module._parameters[attribute] = nn.Parameter(self._quantized(name, device), requires_grad=False)
+                continue
+            tensor = self.tensors[key].to(device)
             if attribute in module._buffers:
                 module._buffers[attribute] = tensor
                 continue
@@ -204,6 +246,25 @@ class _Saved:
                 grad = held.requires_grad if held is not None else module._parameters["weight"].requires_grad
                 made[key] = nn.Parameter(tensor, requires_grad=grad)
             module._parameters[attribute] = made[key]
+
+    def _quantized(self, name: str, device: torch.device) -> Tensor:
+        told = self.quantized[name]
+        integers, scale = (self.tensors[self.tied.get(key, key)] for key in (f"{name}:int8", f"{name}:scale"))
+        dtype = getattr(torch, told["dtype"])
+        return assembled(integers.to(device), scale.to(device), dtype, told["scheme"], bool(told["reduced"]))
+
+
+def _told_of(tensor: Any) -> dict[str, Any]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"scheme": scheme_of(tensor), "dtype": dtype, "reduced": bool(tensor.reduce_range)}
+
+
+def _is_known(told: Any) -> bool:
+    """Whether what a file tells of a quantized weight can be."""
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    return (
+        isinstance(told, dict) and told.get("scheme") in SCHEMES and told.get("dtype") in dtypes and "reduced" in told
+    )
 
 
 def _materialized(device: torch.device) -> torch.device:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gradprune.core import checks
-from gradprune.core.layers import Weight, require_layers, stated_axes, weights_of
+from gradprune.core.layers import QUANTIZED, Weight, require_layers, stated_axes, weights_of
 from gradprune.core.memory import require_own_memory
 
 Patterns = str | Iterable[str] | None
@@ -37,12 +37,14 @@ def eligible(
     Raises:
         ValueError: where nothing is left, a pattern matches nothing, parameters share memory without being tied, or
             zeros in a parameter would not be the layer's.
-        TypeError: where the model does not say what its layers are, or a parameter cannot be written.
+        TypeError: where the model does not say what its layers are, or a parameter is quantized or cannot be written.
     """
     require_layers(checks.module(model))
     every = stated(weights_of(model), axes)
     pool = {name: w for name, w in every.items() if not w.reason and w.parameter.requires_grad}
     beside = {name: w for name, w in every.items() if name not in pool and (not w.reason or w.guessed)}
+    if include is None:
+        _require_none_quantized(every, exclude)
     if not pool and include is None:
         pool = _without_matrices(every)
     chosen = pool if include is None else _matching("include", include, pool, beside, every)
@@ -85,6 +87,14 @@ def stated(every: dict[str, Weight], axes: StatedAxes) -> dict[str, Weight]:
             stated = stated_axes(name, pair, weight.parameter.dim())
             every[name] = weight._replace(axes=stated, packed="", reason="", guessed=False)
     return every
+
+
+def _require_none_quantized(every: Mapping[str, Weight], exclude: Patterns) -> None:
+    """Raise TypeError where a quantized weight would be left out although nobody said so."""
+    left = [] if exclude is None else as_patterns("exclude", exclude)
+    for name, weight in every.items():
+        if weight.reason == QUANTIZED and not any(matches(pattern, weight) for pattern in left):
+            raise TypeError(f"{name!r} {QUANTIZED}")
 
 
 def _without_matrices(every: Mapping[str, Weight]) -> dict[str, Weight]:
