@@ -288,7 +288,13 @@ def _unpickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return dict(found), {"format": "pt"}
 
 
+def spans(entry: Entry, most: int) -> Iterator[tuple[int, int]]:
+    """Yield where a tensor's pieces begin and end, in order, counted from its first byte."""
+    for start in range(0, entry.nbytes, most):
+        yield start, min(start + most, entry.nbytes)
+
+
 def pieces(tensor: Tensors, most: int) -> Iterator[tuple[int, Bytes]]:
     """Yield a tensor's bytes in order, each time with where they begin."""
-    for start in range(0, tensor.entry.nbytes, most):
-        yield start, tensor.part.read(tensor.entry, start, min(start + most, tensor.entry.nbytes))
+    for start, stop in spans(tensor.entry, most):
+        yield start, tensor.part.read(tensor.entry, start, stop)

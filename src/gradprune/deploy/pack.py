@@ -18,6 +18,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -29,9 +30,21 @@ from gradprune.core import checks, files
 from gradprune.core.checks import require, require_values
 from gradprune.core.encoded import bits_and_values, readable
 from gradprune.core.progress import bar
+from gradprune.core.threads import behind, mapped, threads_of_torch
 from gradprune.deploy import coded
 from gradprune.deploy import header as headers
-from gradprune.deploy.checkpoint import Checkpoint, Memory, Part, Tensors, marked, opened, pieces, stored_once, unmarked
+from gradprune.deploy.checkpoint import (
+    Checkpoint,
+    Memory,
+    Part,
+    Tensors,
+    marked,
+    opened,
+    pieces,
+    spans,
+    stored_once,
+    unmarked,
+)
 from gradprune.deploy.header import DTYPES, Entry, Header
 from gradprune.deploy.written import Output, target_of, whole
 from gradprune.weights.named import some
@@ -253,11 +266,15 @@ def _coded(part: Part, entry: Entry, code: Code) -> tuple[Array, coded.Told]:
 
 
 def _count_values(tensor: Tensors, seen: Seen) -> int:
-    values = 0
     size = tensor.entry.itemsize or 1
-    for _, raw in pieces(tensor, STEP * size):
-        values += int(np.count_nonzero(_units(raw, size)))
-        seen(raw.size)
+
+    def count(span: tuple[int, int]) -> tuple[int, int]:
+        return int(np.count_nonzero(_units(tensor.part.read(tensor.entry, *span), size))), span[1] - span[0]
+
+    values = 0
+    for found, read in mapped(count, spans(tensor.entry, STEP * size), threads_of_torch()):
+        values += found
+        seen(read)
     return values
 
 
@@ -269,18 +286,28 @@ def _pack_part(plan: _Plan, path: Path, seen: Seen) -> None:
                 seen(entry.nbytes)
                 continue
             at, size = 0, entry.itemsize or 1
-            for start, raw in pieces(Tensors(plan.part, entry), STEP * size):
-                if name in plan.packed:
-                    units = _units(raw, size)
-                    alive = units != 0
-                    output.write(name + BITS, start // size // 8, np.packbits(alive))
-                    values = units.take(np.flatnonzero(alive))  # several times faster than by a mask
+            encode = partial(_bits_of, plan.part, entry) if name in plan.packed else partial(_whole, plan.part, entry)
+            for start, read, bits, values in mapped(encode, spans(entry, STEP * size), threads_of_torch()):
+                if bits is None:
+                    output.write(name, start, values)
+                else:
+                    output.write(name + BITS, start // size // 8, bits)
                     output.write(name + VALUES, at, values)
                     at += values.nbytes
-                else:
-                    output.write(name, start, raw)
-                seen(raw.size)
+                seen(read)
         plan.part.check()
+
+
+def _bits_of(part: Part, entry: Entry, span: tuple[int, int]) -> tuple[int, int, Array | None, Array]:
+    units = _units(part.read(entry, *span), entry.itemsize or 1)
+    alive = units != 0
+    values = units.take(np.flatnonzero(alive))  # several times faster than by a mask
+    return span[0], units.nbytes, np.packbits(alive), values
+
+
+def _whole(part: Part, entry: Entry, span: tuple[int, int]) -> tuple[int, int, Array | None, Array]:
+    raw = part.read(entry, *span)
+    return span[0], raw.size, None, raw
 
 
 def _units(raw: Array, size: int) -> Array:
@@ -368,10 +395,10 @@ def _unpack_files(checkpoint: Checkpoint, before: dict[str, _Before], into: file
     with bar(size, "unpacking", unit="B") as progress, whole(checkpoint, target, size, unmarked) as place:
         for part in checkpoint.parts:
             header, code = before[part.name]
-            with Output(place(part.name), header) as output:
+            with Output(place(part.name), header) as output, behind(threads_of_torch()) as later:
                 for entry in header.entries.values():
                     for start, raw in _whole_pieces(part, entry, code):
-                        output.write(entry.name, start, raw)
+                        later(output.write, entry.name, start, raw)
                         progress.update(raw.size)
                 part.check()
     return target

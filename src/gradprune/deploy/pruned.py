@@ -20,7 +20,7 @@ from gradprune.core.progress import bar
 from gradprune.core.threads import behind, mapped, threads_of_torch
 from gradprune.deploy import names
 from gradprune.deploy.architecture import layers_of
-from gradprune.deploy.checkpoint import Checkpoint, Tensors, opened
+from gradprune.deploy.checkpoint import Checkpoint, Tensors, opened, spans
 from gradprune.deploy.header import DTYPES
 from gradprune.deploy.pack import KEY
 from gradprune.deploy.stays import Seen, Way, read_before, ways
@@ -245,5 +245,4 @@ def _write(
 
 def _slabs(t: Tensors, way: Way | None) -> Iterator[tuple[int, int]]:
     step = 4 * VALUES if way is None else way.slab
-    for start in range(0, t.entry.nbytes, step):
-        yield start, min(start + step, t.entry.nbytes)
+    return spans(t.entry, step)

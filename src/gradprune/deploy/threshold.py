@@ -20,7 +20,7 @@ import torch
 from gradprune.core.collect import raise_nan
 from gradprune.core.order import Order, compared_as
 from gradprune.core.threads import mapped, threads_of_torch
-from gradprune.deploy.checkpoint import Tensors
+from gradprune.deploy.checkpoint import Tensors, spans
 from gradprune.deploy.header import DTYPES
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -230,9 +230,8 @@ def _counted(order: Order, low: int, high: int, piece: tuple[Tensors, int, int])
 
 
 def _pieces(t: Tensors) -> Iterator[tuple[Tensors, int, int]]:
-    step = VALUES * DTYPES[t.entry.dtype].itemsize
-    for start in range(0, t.entry.nbytes, step):
-        yield t, start, min(start + step, t.entry.nbytes)
+    for start, stop in spans(t.entry, VALUES * DTYPES[t.entry.dtype].itemsize):
+        yield t, start, stop
 
 
 def _keys(t: Tensors, order: Order, seen: Seen) -> Iterator[Array]:
