@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import gradprune as gp
+from gradprune.deploy.sparse import SparseLinear
 
 
 def small_model():
@@ -276,3 +277,29 @@ def test_the_latency_of_a_compiled_model_is_that_of_the_compiled_one():
     assert report.total.flops == 64
     assert report.latency > 0
     assert len(eager) == 1  # where the operators are counted
+
+
+def test_a_compressed_model_is_reported_as_the_dense_one():
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+    gp.prune(model, sparsity=0.9, scope="layer")
+    example = torch.randn(4, 64)
+    dense = gp.report(model, example)
+    for columns in (False, True):
+        fast = copy.deepcopy(model)
+        fast[0] = SparseLinear(model[0].weight, model[0].bias, columns=columns).eval()
+        found = gp.report(fast, example)
+        assert [row[2:] for row in found.rows] == [row[2:] for row in dense.rows]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic"])
+def test_of_a_quantized_model_integers_and_scales_are_reported(scheme):
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+    masks = gp.prune(model, sparsity=0.9, scope="layer")
+    example = torch.randn(4, 64)
+    found, dense = gp.report(gp.quantize(model, scheme), example), gp.report(model, example)
+    for row, before, linear, mask in zip(found.rows, dense.rows, (model[0], model[2]), masks.values(), strict=True):
+        units, weights = linear.weight.shape[0], linear.weight.numel()
+        assert row.parameters == before.parameters + units
+        assert row.bytes_dense == weights + 4 * units + 4 * units  # integers, scales and bias
+        assert row.nonzeros == int(mask.sum()) + 2 * units
+        assert (row.flops, row.effective_flops) == (before.flops, before.effective_flops)

@@ -16,7 +16,10 @@ from gradprune.core.checks import module, require_values
 from gradprune.core.encoded import bitmask_bytes, readable
 from gradprune.core.evaluate import call, evaluated
 from gradprune.core.flops import Count, Flops, count_flops, nonzeros
+from gradprune.core.layers import is_quantized
 from gradprune.core.tables import as_frame, html_table
+from gradprune.deploy.quantize import parts
+from gradprune.deploy.sparse import SparseLinear
 
 INDEX_BYTES = 4  # of a column or row index in CSR
 COMPRESSED_AT_A_TIME = 2**22  # bytes
@@ -150,7 +153,8 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
     and those with a weight computed from parameters. The model runs in eval mode and is left as it was.
 
     Args:
-        model: Any module. Weights may be stored sparse; they are reported as if stored dense.
+        model: Any module. Weights may be stored sparse, also by ``compress``; they are reported as if stored dense. Of
+            what ``quantize`` made, integers and scales are reported.
         example: The model's input, a tensor, or a tuple or dict of its arguments; without it FLOPs are None.
         latency: Whether to time the forward pass with ``torch.utils.benchmark``: seconds, the median.
 
@@ -162,7 +166,7 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
 
     Raises:
         TypeError: The model is no module, or holds weights that cannot be read: lazy, on the meta device, DTensors,
-            quantized.
+            quantized and packed by torch.ao.
         ValueError: `latency` is asked for without an example, or the model raises on it.
 
     Example:
@@ -183,11 +187,11 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
     counted: set[int] = set()
     rows = []
     for name, layer in model.named_modules():
-        own = dict(layer.named_parameters(recurse=False))
+        own = _own(layer)
         if own:
-            new = [p.detach() for p in own.values() if id(p) not in counted]
+            new = [part for p in own.values() if id(p) not in counted for part in _stored(p)]
             counted |= {id(p) for p in own.values()}
-            layer_flops = None if example is None else flops.pop(layer, Flops())
+            layer_flops = None if example is None else _skipping(flops.pop(layer, Flops()), own.get("weight"))
             kind = getattr(layer, "original_name", type(layer).__name__)  # what was scripted
             rows.append(_row(name or "(model)", kind, new, layer_flops))
     elsewhere = sum((f.all for f in flops.values()), 0)
@@ -196,12 +200,34 @@ def report(model: nn.Module, example: Any = None, *, latency: bool = False) -> R
     return Report(tuple(rows), _sum(rows), _latency(model, example) if latency else None, count.uncounted)
 
 
+def _own(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's own tensors: its parameters, or what gp.compress stored in their place."""
+    own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+    if isinstance(layer, SparseLinear):
+        own |= {"weight": layer.weight} | ({} if layer.bias is None else {"bias": layer.bias})
+    return own
+
+
+def _stored(parameter: Tensor) -> list[Tensor]:
+    """What is kept of a parameter: itself, or the integers and scales of a quantized one."""
+    return list(parts(parameter).values()) if is_quantized(parameter) else [parameter.detach()]
+
+
+def _skipping(flops: Flops, weight: Tensor | None) -> Flops:
+    """The operations that zeros leave, where the product was with numbers that stand for the weight."""
+    if weight is None or not (is_quantized(weight) or weight.layout != torch.strided):
+        return flops
+    entries = _stored(weight)[0]
+    return Flops(flops.all, flops.all * nonzeros(entries) / max(entries.numel(), 1))
+
+
 def _require_values(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(getattr(layer, "_packed_params", None), torch.ScriptObject | nn.Module):
             raise TypeError(f"the module {name!r} is quantized, its weights are packed out of sight: report it before")
         for own, parameter in layer.named_parameters(recurse=False):
-            require_values(f"{name}.{own}" if name else own, parameter)
+            if not is_quantized(parameter):
+                require_values(f"{name}.{own}" if name else own, parameter)
 
 
 def _row(name: str, kind: str, tensors: list[Tensor], flops: Flops | None) -> Row:
