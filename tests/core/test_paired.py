@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gradprune.core.paired import interval, paired, standard_error
+from gradprune.core.paired import holm, interval, paired, standard_error
 
 THESE, THOSE = [0.9, 0.8, 0.95, 0.7], [0.85, 0.7, 0.9, 0.72]
 
@@ -34,3 +34,16 @@ def test_without_scipy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match=r"pip install 'gradprune\[search\]'"):
         interval(THESE)
+
+
+def test_better_and_worse_are_said_only_where_the_interval_leaves_out_zero():
+    assert paired([0.5, 0.6, 0.7], [0.1, 0.2, 0.31]).outcome == "better"
+    assert paired([0.1, 0.2, 0.31], [0.5, 0.6, 0.7]).outcome == "worse"
+    assert paired(THESE, THOSE).outcome == "not shown"
+    assert paired([0.2, -0.1], [0.1, 0.1]).outcome == "not shown"
+
+
+def test_without_spread_a_difference_is_certain_and_none_is_none():
+    assert paired([2.0, 3.0], [1.0, 2.0]).p == 0
+    assert paired([1.0, 2.0], [1.0, 2.0]).p == 1
+    assert holm([paired([2.0, 3.0], [1.0, 2.0]), paired([1.0, 2.0], [1.0, 2.0])]) == ["better", "not shown"]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gradprune.core.threads import in_shares
+from gradprune.core.threads import behind, in_shares, mapped
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -42,3 +42,46 @@ def test_an_error_of_one_share_is_raised():
 
     with pytest.raises(ValueError, match="five hundred"):
         in_shares(work, range(1000), 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_what_is_mapped_comes_in_order_and_only_a_few_items_are_asked_for_ahead(threads):
+    asked = []
+
+    def items():
+        for i in range(50):
+            asked.append(i)
+            yield i
+
+    found = mapped(lambda i: (time.sleep(0.001 * (i % 3)), i)[1], items(), threads)
+    assert [next(found) for _ in range(10)] == list(range(10))
+    assert len(asked) <= 10 + threads
+    assert list(found) == list(range(10, 50))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_an_error_while_mapping_is_raised_where_its_item_comes(threads):
+    found = mapped(lambda i: 1 // (3 - i), iter(range(6)), threads)
+    assert [next(found) for _ in range(3)] == [0, 0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_behind_are_done_in_order_before_the_block_ends(threads):
+    done = []
+    with behind(threads) as later:
+        for i in range(20):
+            later(done.append, i)
+            assert i - len(done) < 4
+    assert done == list(range(20))
+
+
+def test_an_error_behind_is_raised_and_nothing_goes_on_silently():
+    with pytest.raises(ZeroDivisionError), behind(2) as later:
+        later(divmod, 1, 0)
+    with pytest.raises(ZeroDivisionError), behind(2) as later:
+        later(divmod, 1, 0)
+        for _ in range(5):
+            later(time.sleep, 0)
+        pytest.fail("the error of the first call was not raised")

@@ -87,6 +87,7 @@ def test_report_counts(capsys):
     code, out, _ = answer(capsys, "report", "p.safetensors")
     assert code == 0
     assert re.search(r"^h\.\*\.fc\.weight +12 +F32 +20 x 30 +600 +90\.0% +28\.8 kB +3\.78 kB$", out, re.MULTILINE)
+    assert re.search(r"^tensor +\S* *dtype +shape +entries +zeros +bytes +packed$", out, re.MULTILINE)
     assert "14 tensors, 1 file: 7,400 entries, 6,480 zeros" in out
     assert "of the 7,200 weights, by their names, 90.00% are zero" in out
     _, found = told(capsys, "report", "p.safetensors")

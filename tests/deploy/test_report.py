@@ -112,6 +112,7 @@ def test_it_renders_as_text_html_rich_and_frame_and_says_that_zeros_save_no_time
     text, html = str(report), report._repr_html_()
     lines = text.splitlines()
     assert len({len(line) for line in lines[:-1]}) == 1
+    assert [line.split()[0] for line in lines[2:-3]] == [row.name for row in report.rows]
     assert "Conv2d" in lines[2]
     assert "716" in lines[-2]
     console = Console(file=io.StringIO(), width=200)

@@ -190,7 +190,7 @@ def test_a_disk_that_becomes_full_on_the_way_is_told_and_leaves_what_was_there(t
     [
         ("full", "the output is a folder that holds files"),
         ("file", "the output must be a folder, as the checkpoint is one"),
-        ("none/out", "the output is in a folder that does not exist"),
+        ("none/out", r"the output is in a folder that does not exist: '.*none'"),
     ],
 )
 def test_a_folder_is_written_only_where_none_is(tmp_path, target, says):

@@ -158,6 +158,18 @@ def test_an_error_of_the_users_passes_and_the_file_goes_on_after_it(tmp_path):
     assert len(gp.search(network(), lambda m: 1 / 0, space, trials=8, storage=file).rows()) == len(study)
 
 
+def test_a_space_named_in_another_order_is_the_same(tmp_path):
+    space = {"sparsity": (0.1, 0.9), "scope": ["global", "layer"]}
+    other = dict(reversed(space.items()))
+    gp.search(network(), correct, space, trials=1, storage=tmp_path / "study.db")
+    assert len(gp.search(network(), correct, other, trials=2, storage=tmp_path / "study.db").rows()) == 2
+
+
+def test_choices_without_a_name_are_refused():
+    with pytest.raises(ValueError, match=r"space\['scope'\] must have names as keys"):
+        gp.search(network(), correct, {"sparsity": (0.1, 0.9), "scope": {}}, trials=1)
+
+
 def test_a_file_of_another_space_or_kind_is_refused(tmp_path):
     file = tmp_path / "study.db"
     gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=file)
