@@ -152,7 +152,7 @@ export function render({ model, el }) {
       { kind: "rule", x: here, class: "gp-random" },
     ]);
     const rates = found === null ? null : ratesAt(found, setting.sparsity, test.rows);
-    const most = rates === null ? 1 : 1.1 * Math.max(...rates);
+    const most = 1.1 * Math.max(0, ...(rates ?? [])) || 1;
     const bars = { kind: "bars", width: 0.6, class: "gp-dense", x: [1, 2, 3, 4] };
     seconds.draw([{ ...bars, y: rates ?? [0, 0, 0, 0] }], { y: { to: most } });
     const facts = {
@@ -254,6 +254,7 @@ function shareOf({ times }, way, level) {
 
 function timeMarks(found, way, colour) {
   const seen = LEVELS.filter((level) => !Number.isNaN(shareOf(found, way, level)));
+  if (seen.length === 0) return [];
   const [x, y] = [
     seen.map((level) => 100 * level),
     seen.map((level) => Math.min(shareOf(found, way, level), HIGHEST)),
