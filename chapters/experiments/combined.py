@@ -3,7 +3,7 @@
 `python chapters/experiments/combined.py` writes chapters/results/combined.json; a run that was stopped goes on where it
 was.
 
-A perceptron of WIDTHS on the digits, five seeds, trained DENSE steps by SGD. Then each way has STEPS steps from the
+A perceptron of WIDTHS on the digits, ten seeds, trained DENSE steps by SGD. Then each way has STEPS steps from the
 whole rate. What is pruned loses SPARSITY of the weights, all layers ranked together; what is rounded has weights of
 `bits` bits, one scale for each output unit, as `gp.quantize` has them with eight, zeros as zeros; the scale is the one
 of sixty that leaves the least sum of squares. "nothing": trained on alone. "rounded after": the training does not know
@@ -28,7 +28,7 @@ from torch.nn import functional
 import gradprune as gp
 from gradprune import lab
 
-SEEDS = list(range(5))
+SEEDS = list(range(10))
 WIDTHS, SPARSITY = [64, 48, 10], 0.9
 DENSE, STEPS, RATE = 300, 300, 0.1
 TEMPERATURE, SOFT = 3.0, 0.9  # of chapter 5, not tuned

@@ -20,8 +20,8 @@ const WAYS = [
   ["shrunk", "idle units removed", "gp-dense"],
 ];
 const LEVELS = [0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98];
-const ROUNDS = 3;
-const LEAST = 12; // milliseconds that are timed at once: the browser's clock is coarse
+const ROUNDS = 5;
+const LEAST = 10; // milliseconds that are timed at once: the browser's clock is coarse
 const HIGHEST = 1.6; // share of the dense time at which the chart ends
 const BYTES_EACH = 4;
 
@@ -241,15 +241,10 @@ function millisecondsOf(run) {
   return took / times;
 }
 
-const median = (values) => {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.floor(sorted.length / 2)];
-};
-
-// The time of a way at a level over the dense one's in the same round: the median of the rounds; none without any.
+// The time of a way at a level over the dense one's, the shortest of the rounds of each: what else runs only adds.
 function shareOf({ times }, way, level) {
   const [own, dense] = [times.get(`${way} ${level}`), times.get(`dense ${level}`)];
-  return own.length === 0 ? Number.NaN : median(own.map((time, round) => time / dense[round]));
+  return own.length === 0 ? Number.NaN : Math.min(...own) / Math.min(...dense);
 }
 
 function timeMarks(found, way, colour) {
@@ -275,7 +270,7 @@ function ratesAt({ times }, sparsity, rows) {
   const level = nearest(sparsity);
   return ["dense", ...WAYS.map(([way]) => way)].map((way) => {
     const found = times.get(`${way} ${level}`);
-    return found.length === 0 ? 0 : rows / median(found);
+    return found.length === 0 ? 0 : rows / Math.min(...found);
   });
 }
 

@@ -78,7 +78,8 @@ class Speed(Live):
 def _prune_(model: nn.Module, sparsity: float, grain: str) -> gp.Masks:
     if grain == "weights":
         return gp.prune(model, sparsity=sparsity, min_keep=1)
-    return gp.prune(model, sparsity=sparsity, granularity="channel", include="0.*", min_keep=1)
+    most = 1 - 1 / perceptron.WIDTHS[1]  # one unit stays
+    return gp.prune(model, sparsity=min(sparsity, most), granularity="channel", include="0.*", min_keep=1)
 
 
 def _counted(model: nn.Module) -> dict[str, float]:
