@@ -49,6 +49,8 @@ def reference() -> dict[str, list[Case]]:
             "topFraction": _top_fraction(),
             "feedback": _feedback(),
             "training": _training(),
+            "sparse": _sparse(),
+            "units": _units(),
         }
 
 
@@ -123,6 +125,59 @@ def _network(sizes: list[int], activation: str, rows: int) -> Case:
         "gradients": [_list(gradient) for gradient in gradients],
         "predictions": single.argmax(1).tolist(),
         "accuracy": int((single.argmax(1) == labels).sum()) / rows,
+    }
+
+
+def _sparse() -> list[Case]:
+    """Perceptrons in part zero: by rows as torch has them, and as narrow as gp.shrink makes them."""
+    settings = itertools.product(([7, 6, 3], [5, 8, 6, 2]), (0.0, 0.3, 0.6, 0.8, 0.9), (3, 4))
+    return [_with_zeros(*setting) for setting in settings]
+
+
+def _with_zeros(sizes: list[int], sparsity: float, rows: int) -> Case:
+    model = _model(sizes, "relu")
+    nn.init.normal_(model[0].bias)
+    gp.prune(model, sparsity=sparsity, scope="layer", min_keep=1)
+    with torch.no_grad():
+        model[0].weight[1] = 0.0  # a unit that puts out a constant,
+        model[2].weight[:, 2] = 0.0  # and one that leads nowhere
+    inputs = torch.randn(rows, sizes[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that CSR is in beta
+        compressed = [layer.weight.detach().to_sparse_csr() for layer in _linears(model)]
+    small = gp.shrink(model, inputs)
+    return {
+        "name": f"{sizes} at {sparsity}, {rows} rows",
+        "sizes": sizes,
+        "parameters": _flat(model),
+        "inputs": _list(inputs),
+        "rows": rows,
+        "layers": [
+            {"starts": m.crow_indices().tolist(), "places": m.col_indices().tolist(), "values": _list(m.values())}
+            for m in compressed
+        ],
+        "logits": _list(model.double()(inputs.double()).float()),
+        "small": [sizes[0], *(layer.out_features for layer in _linears(small))],
+    }
+
+
+def _units() -> list[Case]:
+    return [
+        _without_units(sizes, s) for sizes in ([6, 9, 2], [64, 48, 10]) for s in (0.0, *torch.rand(9).tolist(), 1.0)
+    ]
+
+
+def _without_units(sizes: list[int], sparsity: float) -> Case:
+    model = _model(sizes, "relu")
+    weights = [_list(layer.weight) for layer in _linears(model)]
+    masks = gp.prune(model, sparsity=min(sparsity, 1 - 1 / sizes[1]), granularity="channel", include="0.*", min_keep=1)
+    every = [masks["0.weight"], torch.ones(sizes[2], sizes[1])]
+    return {
+        "name": f"{sizes} at {sparsity:.3f}",
+        "sizes": sizes,
+        "weights": weights,
+        "sparsity": sparsity,
+        "masks": [_list(mask.int()) for mask in every],
     }
 
 

@@ -26,7 +26,7 @@ NAMES = [
     for file in FILES
     for name in re.findall(r'^test\("([^"]+)"', (HERE / file).read_text(encoding="utf-8"), re.MULTILINE)
 ]
-ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training")
+ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training", "sparse")
 
 Outcomes = tuple[dict[str, bool], str]
 
@@ -120,6 +120,11 @@ MUTANTS = [
     ("training.test.js", "training.js", "if (training.change) training.change(gradients)", ""),
     ("training.test.js", "training.js", "training.sgd, training.masks", "training.sgd, null"),
     ("training.test.js", "training.js", "generator(options.seed)", "generator(0)"),
+    ("sparse.test.js", "sparse.js", "starts[i + 1] = at", "starts[i] = at"),
+    ("sparse.test.js", "sparse.js", "s1 += a[a1 + place]", "s1 += a[a0 + place]"),
+    ("sparse.test.js", "sparse.js", "at % size === unit", "at % size !== unit"),
+    ("sparse.test.js", "sparse.js", "array[to * from + unit] * constant", "constant"),
+    ("sparse.test.js", "sparse.js", "/ from - 0.5)", "/ from)"),
 ]
 
 

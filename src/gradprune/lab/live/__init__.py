@@ -6,10 +6,11 @@ from gradprune.lab.live.depth import Depth
 from gradprune.lab.live.figure import Live, Still
 from gradprune.lab.live.prune import Prune
 from gradprune.lab.live.retrain import Retrain
+from gradprune.lab.live.speed import Speed
 from gradprune.lab.live.start import Start
 from gradprune.lab.live.threshold import Threshold
 
-__all__ = ["Budget", "Clip", "Depth", "Live", "Prune", "Retrain", "Start", "Still", "Threshold", "figure"]
+__all__ = ["Budget", "Clip", "Depth", "Live", "Prune", "Retrain", "Speed", "Start", "Still", "Threshold", "figure"]
 
 _FIGURES: dict[str, type[Live]] = {
     "budget": Budget,
@@ -17,6 +18,7 @@ _FIGURES: dict[str, type[Live]] = {
     "depth": Depth,
     "prune": Prune,
     "retrain": Retrain,
+    "speed": Speed,
     "start": Start,
     "threshold": Threshold,
 }
