@@ -33,7 +33,7 @@ from gradprune import lab
 from gradprune.core import files
 from gradprune.lab import language
 
-STEPS, WARM_UP, BATCH, RATE, DECAY = 7000, 300, 16, 3e-3, 0.1
+STEPS, WARM_UP, BATCH, RATE, DECAY = 4500, 300, 16, 3e-3, 0.1
 SAVE_EVERY = 250
 STORED = 262_144  # tokens of training text that are stored
 ORDERS = [1, 2, 3, 4, 5]
@@ -193,12 +193,16 @@ def baselines() -> list[dict[str, Any]]:
     grown = len(lzma.compress(before + text, preset=9 | lzma.PRESET_EXTREME))
     grown -= len(lzma.compress(before, preset=9 | lzma.PRESET_EXTREME))
     rows.append({"model": "xz -9e, training text before it", "test": 8 * grown / len(text)})
-    rows.append({"model": "xz -9e alone", "test": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)})
+    rows.append(
+        {"model": "xz -9e alone", "test": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
+    )
     dictionary = zstandard.ZstdCompressionDict(before, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     wide = zstandard.ZstdCompressionParameters.from_level(22, window_log=23)
     packed = zstandard.ZstdCompressor(dict_data=dictionary, compression_params=wide).compress(text)
     rows.append({"model": "zstd -22, training text as dictionary", "test": 8 * len(packed) / len(text)})
-    rows.append({"model": "zstd -22 alone", "test": 8 * len(zstandard.ZstdCompressor(level=22).compress(text)) / len(text)})
+    rows.append(
+        {"model": "zstd -22 alone", "test": 8 * len(zstandard.ZstdCompressor(level=22).compress(text)) / len(text)}
+    )
     return rows
 
 
