@@ -82,8 +82,7 @@ def tokens() -> dict[str, Tensor]:
 def store_text() -> None:
     """Write the tokens that the pages need, and how many bytes each token stands for."""
     cut = tokenizer()
-    byte_level = len("Ġ")  # each letter of a piece is one byte
-    sizes = [len(cut.id_to_token(i)) * byte_level for i in range(language.VOCABULARY)]
+    sizes = [len(cut.id_to_token(i)) for i in range(language.VOCABULARY)]  # each letter of a piece stands for a byte
     sizes[language.END] = 0
     streams = tokens()
     tensors = {"test": streams["test"], "train": streams["python"][:STORED].clone()}

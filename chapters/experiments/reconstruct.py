@@ -33,7 +33,7 @@ from gradprune.lab import language
 SEEDS = list(range(5))
 CURVE_SEEDS = SEEDS[:3]
 TOKENS, CURVE = 32_768, [8_192, 131_072]
-TEST = 65_537
+TEST = 32_769
 LEVELS: list[Any] = [0.5, 0.7, "2:4"]
 METHODS = ["reconstruct", "wanda", "magnitude, reconstruct", "sparsegpt", "wanda, reconstruct"]
 
@@ -78,9 +78,9 @@ def cells() -> list[dict[str, Any]]:
     found = [_cell("dense", None)]
     found += [_cell("magnitude", level, scope=s) for level in LEVELS[:2] for s in ("global", "layer", "row")]
     found += [_cell("magnitude", "2:4")]
-    found += [_cell(m, level, TOKENS, seed) for m in METHODS[:3] for level in LEVELS for seed in SEEDS]
-    found += [_cell(m, 0.7, tokens, seed) for tokens in CURVE for m in METHODS[:2] for seed in CURVE_SEEDS]
-    return found + [_cell(m, level, TOKENS, seed) for m in METHODS[3:] for level in LEVELS for seed in CURVE_SEEDS]
+    found += [_cell(m, level, TOKENS, seed) for seed in SEEDS for level in LEVELS for m in METHODS[:3]]
+    found += [_cell(m, 0.7, tokens, seed) for tokens in CURVE for seed in CURVE_SEEDS for m in METHODS[:2]]
+    return found + [_cell(m, level, TOKENS, seed) for seed in CURVE_SEEDS for level in LEVELS for m in METHODS[3:]]
 
 
 def _cell(method: str, level: Any, tokens: int = 0, seed: int = 0, scope: str = "row") -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Noninferiority:
 
     @property
     def outcome(self) -> str:
-        """Return "holds" (the interval is within the tolerance), "fails" (beyond it) or "not shown" (it reaches over)."""
+        """Return "holds" (the interval is within the tolerance), "fails" (it is beyond) or "not shown" (neither)."""
         if self.high <= self.tolerance:
             return "holds"
         return "fails" if self.low > self.tolerance else "not shown"
