@@ -1,4 +1,4 @@
-"""Chapter 7: the language model pruned without being trained again, four ways, with several draws of examples.
+"""Chapter 7: the language model pruned without being trained again, in several ways, with several draws of examples.
 
 `python chapters/experiments/reconstruct.py` writes chapters/results/reconstruct.json; a run that was stopped goes on
 where it was. The model is the stored one (`language_model`); the head, tied to the embedding, is not pruned. Bits per
@@ -8,7 +8,7 @@ byte on the first TEST tokens of the test text.
 - "wanda": gp.prune by gp.activation, scope "row";
 - "sparsegpt": gp.reconstruct_ with solve="one pass", the masks and the weights of the paper;
 - "reconstruct": gp.reconstruct_, the same choice of masks, then the exact least squares for them;
-- "magnitude, reconstruct" and "wanda, reconstruct": the masks of these (scope "row"), then the exact least squares.
+- "magnitude, reconstruct": the masks of "magnitude" (scope "row"), then the exact least squares.
 
 "tokens" is how many tokens of training text are looked at, in windows of 128 drawn by "seed"; every other seed is
 another draw, of the one model. "seconds" is processor time, "layers" how many matrices are pruned.
@@ -30,12 +30,12 @@ import gradprune as gp
 from gradprune import lab
 from gradprune.lab import language
 
-SEEDS = list(range(5))
+SEEDS = list(range(4))
 CURVE_SEEDS = SEEDS[:3]
 TOKENS, CURVE = 32_768, [8_192, 131_072]
 TEST = 32_769
 LEVELS: list[Any] = [0.5, 0.7, "2:4"]
-METHODS = ["reconstruct", "wanda", "magnitude, reconstruct", "sparsegpt", "wanda, reconstruct"]
+METHODS = ["reconstruct", "wanda", "magnitude, reconstruct", "sparsegpt"]
 
 
 @cache
@@ -54,8 +54,6 @@ def prune(pruned: nn.Module, method: str, level: Any, batches: list[dict[str, An
         return gp.prune(pruned, by_inputs, **how)
     if method == "magnitude, reconstruct":
         return gp.reconstruct_(pruned, batches, score=gp.magnitude, **how)
-    if method == "wanda, reconstruct":
-        return gp.reconstruct_(pruned, batches, score=by_inputs, **how)
     if level != "2:4":
         how["scope"] = "layer"
     return gp.reconstruct_(pruned, batches, solve="one pass" if method == "sparsegpt" else "exact", **how)
