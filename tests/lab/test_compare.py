@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gradprune.lab.compare import Difference, holm, paired
+from gradprune.lab.compare import (
+    Difference,
+    Noninferiority,
+    holm,
+    noninferior,
+    noninferior_together,
+    paired,
+)
 
 
 def test_a_paired_difference_is_what_students_t_says_of_the_gaps():
@@ -67,3 +74,56 @@ def test_holm_keeps_the_side_and_is_stricter_than_each_interval_alone():
     assert holm([alone]) == ["worse"]
     assert holm([alone, Difference(0.1, -0.1, 0.3, 0.3)]) == ["not shown", "not shown"]
     assert holm([]) == []
+
+
+def test_noninferior_holds_fails_or_is_not_shown_by_where_its_interval_lies():
+    reference = [0.10, 0.11, 0.09, 0.10, 0.105]
+    noise = np.array([0.002, -0.001, 0.001, -0.002, 0.0])
+
+    def outcome(factor, spread=1.0):
+        return noninferior((factor * np.array(reference) + spread * noise).tolist(), reference, tolerance=0.2).outcome
+
+    assert outcome(1.0) == outcome(0.8) == "holds"
+    assert outcome(1.5) == "fails"
+    assert outcome(1.19, spread=10) == outcome(1.21, spread=10) == "not shown"
+
+
+def test_the_interval_of_a_growth_ends_where_the_paired_gap_is_just_shown():
+    generator = np.random.default_rng(1)
+    for _ in range(50):
+        reference = generator.uniform(0.08, 0.12, 6)
+        errors = reference * generator.uniform(0.9, 1.6) + generator.normal(0, 0.004, 6)
+        found = noninferior(errors.tolist(), reference.tolist(), tolerance=0.2)
+        for end in (found.low, found.high):
+            assert paired(errors.tolist(), ((1 + end) * reference).tolist()).p == pytest.approx(0.05)
+        gap = paired(errors.tolist(), (1.2 * reference).tolist())
+        assert found.outcome == {"worse": "holds", "better": "fails"}.get(gap.outcome, "not shown")
+
+
+def test_noninferior_without_spread_is_a_point():
+    found = noninferior([0.11, 0.11], [0.1, 0.1], tolerance=0.2)
+    assert (found.low, found.growth, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert (found.outcome, found.p) == ("holds", 0.0)
+    assert str(found) == "+10 % (+10 % to +10 %)"
+
+
+def test_outcomes_that_one_sentence_rests_on_are_corrected_together():
+    made = [Noninferiority(g, 0.0, 0.0, 0.2, p) for g, p in [(0.1, 0.001), (0.4, 0.002), (0.15, 0.04), (0.15, 0.3)]]
+    assert noninferior_together(made) == ["holds", "fails", "not shown", "not shown"]
+    assert noninferior_together(made[2:3]) == ["holds"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "reference", "tolerance", "message"),
+    [
+        ([0.1], [0.1], 0.2, "two pairs at least"),
+        ([0.1, 0.2], [0.1], 0.2, "of one length"),
+        ([0.1, -0.2], [0.1, 0.1], 0.2, "not negative"),
+        ([0.1, float("nan")], [0.1, 0.1], 0.2, "finite"),
+        ([0.1, 0.2], [0.1, 0.1], 0.0, "tolerance must be above 0"),
+        ([0.1, 0.2], [0.0, 0.2], 0.1, "too few or too far apart"),
+    ],
+)
+def test_noninferior_says_what_it_cannot_judge(errors, reference, tolerance, message):
+    with pytest.raises(ValueError, match=message):
+        noninferior(errors, reference, tolerance=tolerance)

@@ -248,3 +248,21 @@ def test_an_experiment_is_imported_with_those_that_it_imports_and_leaves_the_sea
     with pytest.raises(FileNotFoundError, match=r"no experiment 'absent': chapters/experiments has no absent\.py"):
         experiment.script("absent")
     assert sys.path == before
+
+
+def test_of_tied_tensors_one_is_stored_and_both_come_back_tied(tmp_path, monkeypatch):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4, bias=False)
+            self.head.weight = self.embedding.weight
+
+    monkeypatch.setattr(experiment, "repository", lambda: tmp_path)
+    (tmp_path / "chapters" / "results").mkdir(parents=True)
+    path, model = tmp_path / "chapters" / "results" / "tied.safetensors", Tied()
+    experiment.store_network(path, model)
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert list(file.keys()) == ["embedding.weight"]
+    found = experiment.network("tied", Tied())
+    assert found.head.weight is found.embedding.weight
+    assert torch.equal(found.head.weight, model.head.weight)

@@ -3,7 +3,20 @@
 Nothing in gradprune imports it.
 """
 
-from gradprune.lab import claims, compare, data, documents, experiment, figures, live, models, sliders, train, zoo
+from gradprune.lab import (
+    claims,
+    compare,
+    data,
+    documents,
+    experiment,
+    figures,
+    language,
+    live,
+    models,
+    sliders,
+    train,
+    zoo,
+)
 from gradprune.lab.setup import device, start
 
 __all__ = [
@@ -14,6 +27,7 @@ __all__ = [
     "documents",
     "experiment",
     "figures",
+    "language",
     "live",
     "models",
     "sliders",

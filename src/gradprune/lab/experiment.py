@@ -12,13 +12,13 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradprune.core import files
@@ -122,8 +122,12 @@ def script(name: str) -> ModuleType:
 
 
 def store_network(path: Path, model: nn.Module) -> None:
-    """Write a trained network's tensors to a safetensors file, with the command, versions, machine and day."""
-    files.write(path, _NETWORK, provenance([]), model.state_dict())
+    """Write a trained network's tensors to a safetensors file, with the command, versions, machine and day.
+
+    Of tensors that are tied the first is written.
+    """
+    state = model.state_dict()
+    files.write(path, _NETWORK, provenance([]), {name: state[name] for name in _own_names(state).values()})
 
 
 def network(name: str, model: nn.Module) -> nn.Module:
@@ -137,8 +141,21 @@ def network(name: str, model: nn.Module) -> nn.Module:
     path = repository() / "chapters" / "results" / f"{name}.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"no {path.name}; `python chapters/experiments/{name}.py` trains and writes it")
-    model.load_state_dict(files.read(path, _NETWORK)[1])
+    stored = files.read(path, _NETWORK)[1]
+    first, own = _own_names(model.state_dict()), model.state_dict()
+    for name, value in own.items():  # those that are tied to another
+        if name not in stored and first[value.data_ptr()] in stored:
+            stored[name] = stored[first[value.data_ptr()]]
+    model.load_state_dict(stored)
     return model.eval()
+
+
+def _own_names(state: Mapping[str, Tensor]) -> dict[int, str]:
+    """The first name of each place in memory."""
+    names: dict[int, str] = {}
+    for name, value in state.items():
+        names.setdefault(value.data_ptr(), name)
+    return names
 
 
 def _saved(path: Path, head: dict[str, Any]) -> list[Row]:
