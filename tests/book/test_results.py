@@ -189,3 +189,43 @@ def test_a_sparsity_chosen_again_with_few_examples_claims_what_is_stored():
     row, found = stored("few_examples", **cell), experiment.measure(cell)
     for way, claimed in found["claimed"].items():
         assert claimed == pytest.approx(row["claimed"][way], abs=0.06)
+
+
+def test_the_stored_network_shrunk_counts_weighs_and_reads_what_its_row_says(monkeypatch):
+    experiment = lab.experiment.script("deploy_residual")
+    network = lab.experiment.network("residual_network", lab.models.residual())
+    monkeypatch.setattr(experiment.base, "dense", lambda seed: copy.deepcopy(network))
+    experiment.stage.cache_clear()
+    cell = {"seed": 0, "what": "stage", "stage": "shrunk"}
+    row, found = stored("deploy_residual", **cell), experiment.measure(cell)
+    experiment.stage.cache_clear()
+    for name in ("parameters", "FLOPs"):
+        assert found[name] == row[name]
+    assert found["bytes"] == pytest.approx(row["bytes"], rel=0.01)
+    assert found["test"] == pytest.approx(row["test"], abs=0.06)
+    assert found["difference"] < 1e-4
+
+
+def test_a_perceptron_pruned_and_rounded_reads_what_its_row_says():
+    experiment = lab.experiment.script("combined")
+    for cell in (
+        {"way": "trained", "pruned": True, "bits": 4, "order": "rounded within", "teacher": False, "seed": 0},
+        {"way": "at once", "pruned": True, "bits": 2, "order": "pruned first", "teacher": False, "seed": 1},
+    ):
+        row, found = stored("combined", **cell), experiment.measure(cell)
+        assert found["bytes"] == row["bytes"]
+        assert found["test"] == pytest.approx(row["test"], abs=0.04)
+
+
+def test_the_networks_whose_steps_are_timed_count_what_their_rows_say():
+    experiment = lab.experiment.script("step_time")
+    for row in lab.experiment.load("step_time")["rows"]:
+        build, length = experiment.NETWORKS[row["kind"]][row["network"]]
+        total = gp.report(build(), torch.zeros(1, length)).total
+        assert (total.parameters, total.flops) == (row["parameters"], row["FLOPs"])
+
+
+def test_a_small_layer_is_measured_slower_by_rows_as_its_row_says():
+    cell = {"size": 64, "batch": 1, "sparsity": 0.9}
+    row, found = stored("sparse_kernels", **cell), lab.experiment.script("sparse_kernels").measure(cell)
+    assert row["CSR"]["high"] < 1 > found["CSR"]["low"]

@@ -50,7 +50,7 @@ class Speed(Live):
     def still(self) -> Still:
         """Return what is counted at some sparsities: FLOPs and bytes by rows and with idle units removed."""
         levels = [0.0, 0.5, 0.8, 0.9, 0.95]
-        rows: list[Any] = []
+        rows: list[list[str]] = []
         curves: dict[str, list[float]] = {"by rows": [], "shrunk": []}
         for level in levels:
             model = self.network
