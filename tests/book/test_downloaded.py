@@ -17,14 +17,29 @@ from conftest import CHAPTERS, ROOT
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder with the wheel's contents, as pip would unpack it."""
+def wheel(tmp_path_factory):
+    """The wheel, built anew."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder / "site")
-    return folder / "site"
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel):
+    """A folder with the wheel's contents, as pip would unpack it."""
+    zipfile.ZipFile(wheel).extractall(wheel.parent / "site")
+    return wheel.parent / "site"
+
+
+def test_the_wheel_passes_the_check_of_the_index(wheel):
+    """That its description can be rendered on its page, and its metadata is whole."""
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
 
 
 def test_a_chapter_runs_in_an_empty_folder_with_the_wheel_alone(installed, tmp_path):

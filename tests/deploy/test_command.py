@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import gradprune as gp
 from gradprune.deploy import command
 from gradprune.deploy.command import main
 
@@ -222,6 +223,7 @@ def test_the_exit_codes_of_the_help_are_those_of_the_program(capsys):
     said = capsys.readouterr().out
     codes = [int(code) for code in re.findall(r"^  (\d+) +\w", said, re.MULTILINE)]
     wanted = [command.DONE, command.DIFFER, command.REFUSED, command.NOT_WRITTEN, command.INTERRUPTED]
+    wanted += [command.UNREAD]
     assert codes == wanted
 
 
@@ -245,3 +247,46 @@ def test_it_is_run_as_a_module_with_a_bar_of_bytes_where_asked():
     done = subprocess.run([*run, *words], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["pruned"] == 3600
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["prune", "--help"], ["report", "m.safetensors"], ["report", "m.safetensors", "--json"]],
+    ids=" ".join,
+)
+def test_a_reader_that_goes_away_causes_no_traceback(words):
+    command = [sys.executable, "-m", "gradprune", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode in ((0, 141) if "--help" in words else (141,))  # argparse may not mind
+
+
+def test_what_was_to_be_written_is_written_though_nobody_reads_the_answer():
+    command = [sys.executable, "-m", "gradprune", "pack", "m.safetensors", "p.safetensors"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+    assert process.returncode == 141
+    assert gp.unpack("p.safetensors").keys() == load_file("m.safetensors").keys()
+
+
+def test_pack_takes_a_code(capsys):
+    _, plain = told(capsys, "pack", "m.safetensors", "a.safetensors")
+    code, coded = told(capsys, "pack", "m.safetensors", "b.safetensors", "--code", "entropy")
+    assert code == 0
+    assert coded["bytes_after"] < plain["bytes_after"]
+    answer(capsys, "unpack", "b.safetensors", "c.safetensors")
+    assert Path("c.safetensors").read_bytes() == Path("m.safetensors").read_bytes()
+
+
+def test_a_threshold_and_the_least_that_stays_reach_prune(capsys):
+    code, out, _ = answer(capsys, "prune", "m.safetensors", "--threshold", "0.5", "--dry-run")
+    assert code == 0
+    assert "those below 0.5 of 7,200 weights would go (how many is known when all are read)" in out
+    _, found = told(capsys, "prune", "m.safetensors", "p.safetensors", "--threshold", "9", "--min-keep", "5")
+    assert found["pruned"] == 7200 - 12 * 5
+    before, after = load_file("m.safetensors"), load_file("p.safetensors")
+    largest = before["h.0.fc.weight"].abs().flatten().topk(5).values.min()
+    assert torch.equal(after["h.0.fc.weight"] != 0, before["h.0.fc.weight"].abs() >= largest)
+    _, found = told(capsys, "prune", "m.safetensors", "p.safetensors", "--sparsity", "0.5", "--scope", "lamp")
+    assert found["pruned"] == 3600

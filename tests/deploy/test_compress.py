@@ -123,8 +123,10 @@ def test_what_is_not_faster_stays_dense(scripted):
 def test_where_the_whole_is_not_faster_all_is_as_it_was(scripted):
     model = digits()
     gp.prune(model, sparsity=0.9, scope="layer")
-    scripted(lambda name: {"dense": 1.0, "mixed": 1.1}.get(name, 0.5))
-    fast = gp.compress(model, X)
+    for mixed in (1.1, 1.0, 0.97):  # half of the margin is asked for
+        scripted(lambda name, mixed=mixed: {"dense": 1.0, "mixed": mixed}.get(name, 0.5))
+        fast = gp.compress(model, X)
+        assert not fast.compressed.taken
     assert [layer.stored for layer in fast.compressed.layers] == ["CSR", "CSR"]
     assert fast.compressed.whole.stored == "dense"
     assert torch.equal(fast(X), model(X))
@@ -142,7 +144,7 @@ def test_noise_does_not_pick_a_storage_that_is_no_faster():
         dense[generator.random(15) < 0.2] *= 5
         picked += judge._faster(list(dense), list(other), 0.1)
     assert picked == 0
-    assert judge._faster([1.0] * 12 + [9.0] * 3, [0.5] * 12 + [9.0] * 3, 0.1)
+    assert judge._faster([1.0] * 9 + [9.0] * 6, [0.5] * 9 + [9.0] * 6, 0.1)  # a machine that others use too
 
 
 def test_blocks_are_found_and_taken_where_they_are_fastest(scripted):

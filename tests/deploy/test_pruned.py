@@ -35,6 +35,15 @@ WAYS = {
     "channel": {"sparsity": 0.5, "granularity": "channel"},
     "channel, layer": {"sparsity": 0.5, "granularity": "channel", "scope": "layer"},
     "blocks": {"sparsity": 0.5, "granularity": "4x4"},
+    "lamp": {"sparsity": 0.7, "scope": "lamp"},
+    "lamp, nearly all": {"sparsity": 0.999, "scope": "lamp"},
+    "threshold": {"threshold": 0.013},
+    "threshold of nothing": {"threshold": 0.0},
+    "threshold, at least": {"threshold": 10.0, "min_keep": 7},
+    "at least": {"sparsity": 0.99, "min_keep": 20},
+    "layer, at least": {"sparsity": 0.99, "scope": "layer", "min_keep": 20},
+    "channel, threshold": {"threshold": 0.016, "granularity": "channel"},
+    "blocks, at least": {"sparsity": 0.9, "granularity": "4x4", "min_keep": 64},
     "some": {"sparsity": 0.3, "include": "*.mlp.*", "exclude": "*.1.*"},
 }
 
@@ -279,8 +288,15 @@ def test_a_dry_run_says_what_would_be_done_and_reads_and_writes_nothing(tmp_path
     [
         ({}, "a sparsity is missing"),
         ({"sparsity": 1.2}, "sparsity must be in [0, 1], got 1.2"),
-        ({"sparsity": 0.5, "scope": "lamp"}, "load the model and call gp.prune"),
-        ({"sparsity": 0.5, "scope": "wide"}, "scope must be one of global, layer, row, erk for files, got 'wide'"),
+        ({"threshold": 0.5, "scope": "lamp"}, "scope='lamp' shares out a sparsity; it does not go with a threshold"),
+        ({"sparsity": 0.5, "threshold": 0.5}, "give a sparsity or a threshold, not both"),
+        ({"sparsity": 0.5, "min_keep": -1}, "min_keep must be at least 0"),
+        ({"sparsity": 0.9, "min_keep": 30}, "min_keep=30 needs"),
+        ({"threshold": 0.1, "granularity": "2:4"}, "2:4 is itself a sparsity of 0.5"),
+        (
+            {"sparsity": 0.5, "scope": "wide"},
+            "global, layer, row, erk, lamp for files, got 'wide'",
+        ),
         ({"sparsity": 0.6, "granularity": "2:4"}, "2:4 is itself a sparsity of 0.5"),
         ({"granularity": "2:4", "scope": "row"}, "leaves nothing to allocate"),
         ({"sparsity": 0.5, "granularity": "channel", "scope": "row"}, "scope='row' prunes single weights"),
@@ -331,3 +347,13 @@ def test_eight_bit_floats_are_refused_by_name(tmp_path):
     found = load_file(tmp_path / "out.safetensors")
     assert torch.equal(found["a.weight"].view(torch.uint8), tensors["a.weight"].view(torch.uint8))
     assert int((found["b.weight"] == 0).sum()) == 16
+
+
+def test_what_is_ranked_in_memory_is_refused_where_it_is_too_much(tmp_path, monkeypatch):
+    save_file({"a.weight": torch.ones(40, 80)}, tmp_path / "m.safetensors")
+    monkeypatch.setattr(stays, "MOST_HELD", 1000)
+    for way in ({"sparsity": 0.5, "scope": "lamp"}, {"sparsity": 0.5, "min_keep": 3}):
+        with pytest.raises(ValueError, match=r"these are 3,200: .* load the model and call gp\.prune"):
+            prune_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors", **way)
+    assert not (tmp_path / "p.safetensors").exists()
+    prune_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors", sparsity=0.5, scope="layer", min_keep=3)

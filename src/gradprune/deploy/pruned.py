@@ -28,7 +28,7 @@ from gradprune.deploy.written import Output, require_room, target_of, whole
 from gradprune.weights.granularity import Granularity, Units, check_channels, check_fits, parse_granularity
 from gradprune.weights.plan import Scope, kept_of, rows_in
 
-SCOPES = ("global", "layer", "row", "erk")
+SCOPES = ("global", "layer", "row", "erk", "lamp")
 
 
 class Row(NamedTuple):
@@ -47,7 +47,7 @@ class Pruning:
     """What was done with a checkpoint, or would be."""
 
     rows: tuple[Row, ...]
-    goal: int  # weights that go; of channels and blocks, about so many
+    goal: int | None  # weights that go; of channels and blocks, about so many; of a threshold not known before
     size: int  # bytes, before and after
     notes: tuple[str, ...] = ()
     done: bool = True
@@ -73,11 +73,15 @@ class _Job:
     sparsity: float | None
     scope: Scope
     n_of_m: tuple[int, int] | None
+    threshold: float | None
+    min_keep: int | None
     notes: tuple[str, ...]
 
     @property
-    def goal(self) -> int:
-        """Weights that go."""
+    def goal(self) -> int | None:
+        """Weights that go; None where that is only known when all are read."""
+        if self.threshold is not None:
+            return None
         weights = self.units.layers
         if self.n_of_m is not None:
             n, m = self.n_of_m
@@ -104,10 +108,12 @@ def prune_file(
     target: Any = None,
     *,
     sparsity: float | None = None,
+    threshold: float | None = None,
     scope: Scope = "global",
     granularity: Granularity = "weight",
     include: Any = None,
     exclude: Any = None,
+    min_keep: int | None = None,
     by_name: bool = False,
     dry_run: bool = False,
 ) -> Pruning:
@@ -116,25 +122,29 @@ def prune_file(
     Args:
         source: a safetensors file, a folder with one or with shards and their index, or a state dict of torch.save's.
         target: a file, which may be the source; of a folder a new folder.
-        sparsity: as of ``prune``, as are `scope` (one of `SCOPES`), `granularity`, `include` and `exclude`.
+        sparsity: as of ``prune``, as are `threshold`, `scope` (one of `SCOPES`), `granularity`, `include`, `exclude`
+            and `min_keep`; LAMP, and `min_keep` over all layers, rank the weights in memory.
+        threshold: see there.
         scope: see there.
         granularity: see there.
         include: see there.
         exclude: see there.
+        min_keep: see there.
         by_name: whether to tell weights by their names also where the layers could be asked.
         dry_run: whether to return what would be done, with nothing read but headers and nothing written.
     """
     with opened(source) as checkpoint:
         for part in checkpoint.parts:
             require(KEY not in part.header.metadata, f"{part.name!r} is packed: unpack it first")
-        job = _job(checkpoint, sparsity, scope, granularity, include, exclude, by_name)
+        job = _job(checkpoint, sparsity, threshold, scope, granularity, include, exclude, min_keep, by_name)
         if dry_run:
             return job.told(checkpoint.size, None)
         path = target_of(checkpoint, target)
         require_room(path, checkpoint.size)
-        reading = read_before(job.tensors, job.units.block is not None, job.scope, job.n_of_m is not None)
+        amount: dict[str, Any] = {"threshold": job.threshold, "min_keep": job.min_keep}
+        reading = read_before(job.tensors, job.units.block is not None, job.scope, job.n_of_m is not None, **amount)
         with bar(checkpoint.size + reading, "pruning", unit="B") as progress:
-            found = ways(job.tensors, job.units, job.sparsity, job.scope, job.n_of_m, progress.update)
+            found = ways(job.tensors, job.units, job.sparsity, job.scope, job.n_of_m, progress.update, **amount)
             with whole(checkpoint, path, checkpoint.size) as place:
                 kept = _write(checkpoint, job.every, found, place, progress.update)
         return job.told(checkpoint.size, kept)
@@ -143,25 +153,34 @@ def prune_file(
 def _job(
     checkpoint: Checkpoint,
     sparsity: Any,
+    threshold: Any,
     scope: Scope,
     granularity: Granularity,
     include: Any,
     exclude: Any,
+    min_keep: Any,
     by_name: bool,
 ) -> _Job:
     """Everything that can be refused before a tensor is read is refused here."""
     n_of_m, block = parse_granularity(granularity)
-    lamp = "; LAMP sorts whole layers: load the model and call gp.prune" if scope == "lamp" else ""
     known_scope = isinstance(scope, str) and scope in SCOPES
-    require(known_scope, f"scope must be one of {', '.join(SCOPES)} for files, got {scope!r}{lamp}")
+    require(known_scope, f"scope must be one of {', '.join(SCOPES)} for files, got {scope!r}")
+    min_keep = None if min_keep is None else checks.whole("min_keep", min_keep, least=0)
     if n_of_m is not None:
         n, m = n_of_m
         require(scope in ("global", "layer"), f"granularity {n}:{m} leaves nothing to allocate; got scope={scope!r}")
-        right = sparsity is None or abs(checks.fraction("sparsity", sparsity) - (1 - n / m)) < 1e-9
+        right = threshold is None and (
+            sparsity is None or abs(checks.fraction("sparsity", sparsity) - (1 - n / m)) < 1e-9
+        )
         require(right, f"granularity {n}:{m} is itself a sparsity of {1 - n / m:g}: give no other")
     else:
-        require(sparsity is not None, "a sparsity is missing: the fraction of the weights that goes, such as 0.5")
-        sparsity = checks.fraction("sparsity", sparsity)
+        missing = sparsity is None and threshold is None
+        require(not missing, "a sparsity is missing: the fraction of the weights that goes, such as 0.5")
+        require(sparsity is None or threshold is None, "give a sparsity or a threshold, not both")
+        sparsity = None if sparsity is None else checks.fraction("sparsity", sparsity)
+        threshold = None if threshold is None else checks.number("threshold", threshold, finite=False)
+        shared = threshold is None or scope in ("global", "layer")
+        require(shared, f"scope={scope!r} shares out a sparsity; it does not go with a threshold")
     require(scope != "row" or block is None, f"scope='row' prunes single weights; got granularity={granularity!r}")
     asked = None if by_name else layers_of(checkpoint)
     entries = [t.entry for t in checkpoint.tensors.values()]
@@ -179,10 +198,10 @@ def _job(
         notes = ["which tensors are weights was told by their names: --dry-run lists them"]
         if not config and (n_of_m is not None or block is not None or scope == "row"):
             notes.append("no config.json lies beside it: matrices are taken as stored [out, in]")
-        if len(layers) > 1 and scope == "global" and n_of_m is None:
+        if len(layers) > 1 and scope in ("global", "lamp") and n_of_m is None and threshold is None:
             notes.append("of equal magnitudes in two tensors, the one goes whose name comes first")
     tensors = {name: checkpoint.tensors[name] for name in layers}
-    return _Job(every, tensors, Units(layers, block, None), sparsity, scope, n_of_m, tuple(notes))
+    return _Job(every, tensors, Units(layers, block, None), sparsity, scope, n_of_m, threshold, min_keep, tuple(notes))
 
 
 def _check_axes(layers: Mapping[str, Weight]) -> None:

@@ -27,7 +27,17 @@ from gradprune.deploy.header import DTYPES
 from gradprune.deploy.threshold import VALUES, Rule, keys_of, order_of, rules
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
 from gradprune.weights.named import some
-from gradprune.weights.plan import Scope, affordable_floors, keep_in_rows, kept_of, kept_of_layers, plan, rows_in
+from gradprune.weights.plan import (
+    Choose,
+    Scope,
+    affordable_floors,
+    at_least,
+    keep_in_rows,
+    kept_of,
+    kept_of_layers,
+    plan,
+    rows_in,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Seen = Callable[[int], None]
@@ -36,6 +46,7 @@ IN_MEMORY = 2**26  # bytes of a tensor that is decided on as a whole
 TURNED = 2**28  # bytes of one that has to be, as its rows are no units
 SLAB = 2**24  # bytes of whole rows
 MOST_UNITS = 2**25  # channels or blocks whose scores are held
+MOST_HELD = 2**26  # weights that are ranked in memory, for what takes that
 
 
 class Way(NamedTuple):
@@ -52,17 +63,25 @@ def ways(
     scope: Scope,
     n_of_m: tuple[int, int] | None,
     seen: Seen,
+    *,
+    threshold: float | None = None,
+    min_keep: int | None = None,
 ) -> dict[str, Way]:
     """Return how each tensor is decided on; `seen` is told how many bytes are read for it now or later."""
     if n_of_m is not None:
         return {name: _n_of_m(name, t, units.layers[name], *n_of_m) for name, t in tensors.items()}
+    if units.block is None and is_ranked_in_memory(scope, threshold, min_keep):
+        return _in_memory(tensors, units, plan(units, sparsity, threshold, scope, None, min_keep), seen)
+    if threshold is not None and units.block is None:
+        return {name: _above(name, t, threshold) for name, t in tensors.items()}
+    if units.block is not None:
+        return _by_units(tensors, units, sparsity, threshold, scope, min_keep, seen)
     assert sparsity is not None
     if scope == "row":
+        plan(units, sparsity, None, scope, None, min_keep)  # which refuses what cannot be
         return {name: _slab_by_slab(t, units.layers[name], partial(_rows, sparsity)) for name, t in tensors.items()}
-    if units.block is not None:
-        return _by_units(tensors, units, sparsity, scope, seen)
     if scope != "global":
-        counts, warning = kept_of_layers(units, sparsity, scope)
+        counts, warning = kept_of_layers(units, sparsity, scope, min_keep)
         if warning:
             checks.warn(warning)
         return {name: _layer(name, t, counts[name], seen) for name, t in tensors.items()}
@@ -82,11 +101,27 @@ def ways(
     return {name: _by_rule(t, order, own.get(name, ties)) for name, t in tensors.items()}
 
 
-def read_before(tensors: Mapping[str, Tensors], block: bool, scope: Scope, n_of_m: bool) -> int:
+def is_ranked_in_memory(scope: Scope, threshold: float | None, min_keep: int | None) -> bool:
+    """Whether single weights cannot be decided on as they pass."""
+    return scope == "lamp" or (min_keep is not None and (scope == "global" or threshold is not None))
+
+
+def read_before(
+    tensors: Mapping[str, Tensors],
+    block: bool,
+    scope: Scope,
+    n_of_m: bool,
+    threshold: float | None = None,
+    min_keep: int | None = None,
+) -> int:
     """Return the bytes that are read to decide, before they are read to be written; a sample aside."""
     if n_of_m or scope == "row":
         return 0
     sizes = [t.entry.nbytes for t in tensors.values()]
+    if not block and is_ranked_in_memory(scope, threshold, min_keep):
+        return sum(sizes)
+    if not block and threshold is not None:
+        return 0
     return sum(size for size in sizes if block or scope == "global" or size > IN_MEMORY)
 
 
@@ -135,6 +170,42 @@ def _layer(name: str, t: Tensors, count: int, seen: Seen) -> Way:
         return keep_largest({name: values}, count, by="magnitude")[0].numpy()
 
     return Way(max(t.entry.nbytes, 1), decide)
+
+
+def _above(name: str, t: Tensors, threshold: float) -> Way:
+    """Those of at least a magnitude."""
+    dtype = DTYPES[t.entry.dtype]
+
+    def decide(raw: Array, _: int) -> Array:
+        values = torch.from_numpy(raw).view(dtype)
+        require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
+        values = values.abs() if values.is_complex() else values
+        kept = at_least(values, threshold)
+        return (kept.logical_or_(at_least(-values, threshold)) if threshold > 0 else torch.ones_like(kept)).numpy()
+
+    return Way(VALUES * dtype.itemsize, decide)
+
+
+def _in_memory(tensors: Mapping[str, Tensors], units: Units, choose: Choose, seen: Seen) -> dict[str, Way]:
+    """By ``prune`` itself, on the values."""
+    number = sum(t.entry.numel for t in tensors.values())
+    require(
+        number <= MOST_HELD,
+        f"LAMP, and min_keep over all layers, rank the weights in memory, at most {MOST_HELD:,}, and these are "
+        f"{number:,}: take scope layer or erk, or load the model and call gp.prune",
+    )
+    values = {}
+    for name, t in tensors.items():
+        raw = t.part.read(t.entry, 0, t.entry.nbytes)
+        values[name] = torch.from_numpy(raw).view(DTYPES[t.entry.dtype]).view(t.entry.shape)
+        seen(raw.size)
+    masks = {name: mask.reshape(-1).numpy() for name, mask in choose(Ranked(values, "magnitude")).items()}
+
+    def decide(name: str, size: int, raw: Array, start: int) -> Array:
+        return masks[name][start // size : (start + raw.size) // size]
+
+    sizes = {name: DTYPES[t.entry.dtype].itemsize for name, t in tensors.items()}
+    return {name: Way(VALUES * size, partial(decide, name, size)) for name, size in sizes.items()}
 
 
 def _n_of_m(name: str, t: Tensors, weight: Weight, n: int, m: int) -> Way:
@@ -246,7 +317,13 @@ class _Scored(Units):
 
 
 def _by_units(
-    tensors: Mapping[str, Tensors], units: Units, sparsity: float, scope: Scope, seen: Seen
+    tensors: Mapping[str, Tensors],
+    units: Units,
+    sparsity: float | None,
+    threshold: float | None,
+    scope: Scope,
+    min_keep: int | None,
+    seen: Seen,
 ) -> dict[str, Way]:
     """Channels or blocks: their scores are held, and their weights read again."""
     block = units.block or (1,)
@@ -262,7 +339,7 @@ def _by_units(
             for values in cut.read(seen)
         ]
         scores[name] = torch.cat(means) if means else torch.empty(0)
-    masks = plan(_Scored(*units), sparsity, None, scope, None, None)(Ranked(scores))
+    masks = plan(_Scored(*units), sparsity, threshold, scope, None, min_keep)(Ranked(scores))
 
     def decide(name: str, raw: Array, start: int) -> Array:
         cut, mask = slabs[name], masks[name]
