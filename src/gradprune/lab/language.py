@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,13 @@ def untrained() -> nn.Module:
 
     Raises ImportError where transformers is not installed.
     """
+    logging.disable(logging.WARNING)  # what it imports tells of parts that it would have on other machines
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
         raise ImportError("the language model is one of transformers: pip install transformers") from error
+    finally:
+        logging.disable(logging.NOTSET)
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 192,
