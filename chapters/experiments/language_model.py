@@ -1,7 +1,7 @@
 """A language model of our own: a Llama of 1.9 million weights that has read what Python says of itself.
 
 `python chapters/experiments/language_model.py` writes language_model.safetensors (weights in bfloat16),
-language_model_tokenizer.json, language_model_text.safetensors (tokens of the test text and of some training text) and
+language_model.tokenizer, language_model_text.safetensors (tokens of the test text and of some training text) and
 language_model.json (how good it is) to chapters/results; a run that was stopped goes on where it was. The text is
 `language_text`'s. On one core with bfloat16 arithmetic it takes about half an hour.
 
@@ -46,7 +46,7 @@ def tokenizer() -> Any:
     """Return the byte-pair tokenizer, trained on the training text where it is not stored yet."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    path = RESULTS / "language_model_tokenizer.json"
+    path = RESULTS / "language_model.tokenizer"
     if not path.exists():
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

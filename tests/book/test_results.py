@@ -229,3 +229,40 @@ def test_a_small_layer_is_measured_slower_by_rows_as_its_row_says():
     cell = {"size": 64, "batch": 1, "sparsity": 0.9}
     row, found = stored("sparse_kernels", **cell), lab.experiment.script("sparse_kernels").measure(cell)
     assert row["CSR"]["high"] < 1 > found["CSR"]["low"]
+
+
+def test_the_stored_network_is_the_one_whose_ranking_was_measured():
+    experiment = lab.experiment.script("inversion")
+    rows = {(r["change"], r["ranking"], r["sparsity"]): r for r in lab.experiment.load("inversion")["rows"]}
+    assert list(rows) == [(c["change"], c["ranking"], c["sparsity"]) for c in experiment.cells()]
+    task, dense = experiment.ROW.task(0), lab.zoo.base.network(experiment.ROW, 0)
+    lab.experiment.network("inversion", dense)
+    for ranking in ("global", "layer", "layer, head as in global"):
+        row, model = rows["none", ranking, 0.9], copy.deepcopy(dense)
+        assert lab.zoo.base.score(task, model, "test") == pytest.approx(row["dense"][0], abs=0.02)
+        experiment.prune(model, ranking, 0.9, 0)
+        assert lab.zoo.base.score(task, model, "test") == pytest.approx(row["pruned"][0], abs=0.02)
+        silent = (model.head.weight == 0).all(1).double().mean()
+        assert float(silent) == pytest.approx(row["silent"][0], abs=0.04)
+
+
+def test_the_language_model_pruned_by_size_needs_the_bits_that_are_stored():
+    pytest.importorskip("transformers")
+    experiment = lab.experiment.script("reconstruct")
+    rows = lab.experiment.load("reconstruct")["rows"]
+    row = next(r for r in rows if (r["method"], r["level"], r["scope"]) == ("magnitude", 0.7, "row"))
+    assert experiment.measure(row)["bits"] == pytest.approx(row["bits"], abs=0.01)
+
+
+def test_the_second_protocol_asks_for_the_lead_only_inside_the_tolerance():
+    protocol = lab.experiment.script("architectures_protocol")
+    row = lab.zoo.by_name("logistic regression")
+    dense, noise = [0.9, 0.91, 0.89, 0.9], [0.001, -0.001, 0.002, 0.0]
+    good, bad = ([v - d + e for v, e in zip(dense, noise, strict=True)] for d in (0.001, 0.08))
+    judged = {
+        "good": (protocol.prunable(row, good, dense), protocol.lead(row, good, bad)),
+        "bad": (protocol.prunable(row, bad, dense), protocol.lead(row, bad, [v - 0.1 for v in bad])),
+    }
+    assert protocol.outcomes(judged) == {"good": ("holds", "holds"), "bad": ("fails", "not asked")}
+    text = lab.zoo.by_name("Transformer, text")
+    assert (protocol.error(row, 0.9), protocol.error(text, 3.0)) == (pytest.approx(0.1), 8.0)

@@ -13,7 +13,9 @@ from gradprune import lab
 from gradprune.lab import zoo
 from gradprune.lab.zoo import base, tasks
 
-every = pytest.mark.parametrize("architecture", zoo.ARCHITECTURES, ids=lambda architecture: architecture.name)
+every = pytest.mark.parametrize(
+    "architecture", [*zoo.ARCHITECTURES, *zoo.TODAY], ids=lambda architecture: architecture.name
+)
 
 
 def short(architecture: zoo.Architecture, steps: int = 4) -> zoo.Architecture:
@@ -70,9 +72,9 @@ def test_a_row_says_what_counts_before_it_is_run(architecture: zoo.Architecture)
 
 
 def test_names_are_unique_and_an_unknown_one_is_an_error() -> None:
-    names = [architecture.name for architecture in zoo.ARCHITECTURES]
+    names = [architecture.name for architecture in (*zoo.ARCHITECTURES, *zoo.TODAY)]
     assert len(set(names)) == len(names)
-    assert zoo.by_name(names[-1]) is zoo.ARCHITECTURES[-1]
+    assert zoo.by_name(names[-1]) is zoo.TODAY[-1]
     with pytest.raises(ValueError, match=r"unknown architecture 'perceptron'; known are .*'perceptron, SGD'"):
         zoo.by_name("perceptron")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -26,25 +27,28 @@ def untrained() -> nn.Module:
 
     Raises ImportError where transformers is not installed.
     """
+    logging.disable(logging.WARNING)  # what it imports tells of parts that it would have on other machines
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
         raise ImportError("the language model is one of transformers: pip install transformers") from error
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=416,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=END,
-        eos_token_id=END,
-        use_cache=False,
-        attn_implementation="eager",
-    )
-    model: nn.Module = LlamaForCausalLM(config)
+    finally:
+        logging.disable(logging.NOTSET)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 192,
+        "intermediate_size": 416,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": True,
+        "bos_token_id": END,
+        "eos_token_id": END,
+        "use_cache": False,
+        "attn_implementation": "eager",
+    }
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**settings))
     return model
 
 
@@ -70,7 +74,7 @@ def tokenizer() -> Tokenizer:
     """Return what cuts text into the model's tokens, pieces of bytes that occur often, and joins them again."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(_path("language_model_tokenizer.json")))
+    return Tokenizer.from_file(str(_path("language_model.tokenizer")))
 
 
 def bytes_of(tokens: Tensor) -> int:

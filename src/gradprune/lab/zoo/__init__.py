@@ -12,10 +12,11 @@ from gradprune.lab.zoo import (
     sequences,
     table,
     tasks,
+    today,
 )
 from gradprune.lab.zoo.base import Architecture
 
-__all__ = ["ARCHITECTURES", "Architecture", "base", "by_name", "sequences", "table", "tasks"]
+__all__ = ["ARCHITECTURES", "TODAY", "Architecture", "base", "by_name", "sequences", "table", "tasks"]
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     *dense.ROWS,
@@ -28,10 +29,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     *combined.ROWS,
 )
 
+TODAY: tuple[Architecture, ...] = today.ROWS  # of the second protocol, with controls of task and kind
+
 
 def by_name(name: str) -> Architecture:
     """Return the architecture of that name. Raises ValueError, with the known names, where there is none."""
-    found = {architecture.name: architecture for architecture in ARCHITECTURES}
+    found = {architecture.name: architecture for architecture in (*ARCHITECTURES, *TODAY)}
     if name not in found:
         raise ValueError(f"unknown architecture {name!r}; known are {', '.join(map(repr, found))}")
     return found[name]
