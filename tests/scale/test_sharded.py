@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import gradprune as gp
+from gradprune.core import select_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUES = ("normal", "ties", "zeros", "equal", "extremes")
@@ -101,7 +102,18 @@ def masks_are_those_of_one_process(rank, ranks):
         check_as_one_process(mesh, "fsdp", (1, (5, 7, 4), torch.float32, "ties"), sparsity=sparsity)
     check_as_one_process(mesh, "rows", (1, (9, 7, 4)), sparsity=0.5, scope={"0.weight": 0.2}, exclude="1.*")
     check_as_one_process(mesh, "columns", (1, (9, 7, 4)), sparsity=0.9, min_keep=4)
-    check_as_one_process(mesh, "columns", (1, (300, 260), torch.float32, "equal"), sparsity=0.333)
+
+
+def larger_masks_are_those_of_one_process_whatever_a_sample_says(rank, ranks):
+    mesh, bracket = mesh_of(ranks), select_sharded._bracket
+    for seed, values in enumerate(VALUES):
+        for how, dtype in zip(("fsdp", "columns", "mixed"), DTYPES[seed % 2 :], strict=False):
+            sparsity = (0.333, 0.5, 0.87, 0.999)[seed % 4]
+            check_as_one_process(mesh, how, (seed, (401, 300, 257), dtype, values), sparsity=sparsity)
+    for missed in ((0, 0), (5, 2**20), (2**31 - 9, 2**31 - 1)):
+        select_sharded._bracket = lambda *_, missed=missed: missed
+        check_as_one_process(mesh, "rows", (7, (31, 40, 9), torch.float32, "normal"), sparsity=0.7)
+    select_sharded._bracket = bracket
 
 
 def check_refused(rank, ranks, model, kind, match, **asked):
@@ -252,6 +264,7 @@ def masks_go_through_a_distributed_checkpoint(rank, ranks):
 
 CASES = (
     masks_are_those_of_one_process,
+    larger_masks_are_those_of_one_process_whatever_a_sample_says,
     what_is_wrong_on_one_rank_is_raised_on_all,
     copies_that_differ_in_their_last_bits_get_one_mask,
     masks_go_through_a_distributed_checkpoint,

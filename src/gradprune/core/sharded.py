@@ -58,6 +58,10 @@ class Ranks(NamedTuple):
         torch.distributed.all_reduce(total)
         return total.cpu()
 
+    def add(self, number: int) -> int:
+        """Return the sum of one number over all ranks."""
+        return int(self.sum(torch.tensor([number], dtype=torch.int64, device="cpu")))
+
     def first(self, values: Tensor) -> Tensor:
         """Return what rank 0 has, on the CPU."""
         sent = values.to(self.device, copy=True)

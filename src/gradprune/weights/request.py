@@ -352,11 +352,19 @@ def _look_for_torchs_masks(layers: Mapping[str, Weight]) -> None:
 def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:
     """Warn where weights that are to stay are zero already, as an earlier pruning leaves them."""
     weights = sum(p.numel() for p in parameters.values())
+    if zeros_by_a_sample(parameters, weights) > ZEROS_NOTICED / 2 * weights:
+        warn_of_zeros(zeros_that_stay(parameters, keep), weights)
+
+
+def zeros_by_a_sample(parameters: Mapping[str, Tensor], weights: int) -> int:
+    """Return about how many entries are zero, of so many weights in all."""
     step = max(1, weights // ZEROS_SAMPLED)
-    if _total([_zeros_by_a_sample(p.detach(), step) for p in parameters.values()]) <= ZEROS_NOTICED / 2 * weights:
-        return
-    zeros = _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
-    warn_of_zeros(zeros, weights)
+    return _total([_zeros_by_a_sample(p.detach(), step) for p in parameters.values()])
+
+
+def zeros_that_stay(parameters: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> int:
+    """Return how many entries are zero where their mask is True."""
+    return _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
 
 
 def warn_of_zeros(zeros: int, weights: int) -> None:

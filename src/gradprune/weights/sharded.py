@@ -20,7 +20,16 @@ from gradprune.weights.hold import warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.named import parameters_of
 from gradprune.weights.plan import Scope
-from gradprune.weights.request import Request, Score, checked_amount, checked_score, warn_of_zeros
+from gradprune.weights.request import (
+    ZEROS_NOTICED,
+    Request,
+    Score,
+    checked_amount,
+    checked_score,
+    warn_of_zeros,
+    zeros_by_a_sample,
+    zeros_that_stay,
+)
 from gradprune.weights.score import magnitude
 from gradprune.weights.shown import weights_among
 
@@ -68,8 +77,7 @@ def prune_sharded(
     warn_of_revived(request.parameters)
     ranked = Ranked({name: shard.local.detach() for name, shard in shards.items()}, "magnitude")
     keep = replace(request, pick=_pick(shards, ranks)).plan(sparsity=amount)(ranked)
-    kept, zeros = _counted(shards, keep, ranks)
-    warn_of_zeros(zeros, sum(shard.numel for shard in shards.values()))
+    kept = _counted(shards, keep, ranks)
     masks = ShardedMasks({name: like(p, keep[name]) for name, p in request.parameters.items()}, kept)
     masks.apply_(model)
     return masks
@@ -165,7 +173,7 @@ class ShardedMasks(Masks):
 
     def _alive(self, model: nn.Module) -> int:
         alive = super()._alive(model)
-        return int(ranks_of(self.values()).sum(torch.tensor([alive], device="cpu")))
+        return ranks_of(self.values()).add(alive)
 
 
 _SAVE = "give masks.state_dict() to torch.distributed.checkpoint, and what it loads to Masks.from_state_dict"
@@ -191,11 +199,14 @@ def _pick(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
     return Pick(keep, lambda name, mask: select_sharded.count([shards[name]], [mask], ranks)[0])
 
 
-def _counted(shards: Mapping[str, Shard], keep: Mapping[str, Tensor], ranks: Ranks) -> tuple[dict[str, int], int]:
-    """How many entries of each whole stay, and how many weights stay that are zero already."""
-    zeros = {name: (shard.local.detach() == 0).logical_and_(keep[name]) for name, shard in shards.items()}
-    counts = select_sharded.count([*shards.values()] * 2, [*(keep[name] for name in shards), *zeros.values()], ranks)
-    return dict(zip(shards, counts, strict=False)), sum(counts[len(shards) :])
+def _counted(shards: Mapping[str, Shard], keep: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:
+    """How many entries of each whole stay; warns where many of them are zero already."""
+    counts = select_sharded.count(shards.values(), [keep[name] for name in shards], ranks)
+    total = sum(shard.numel for shard in shards.values())
+    own = {name: shard.local.detach() for name, shard in shards.items() if shard.owned}
+    if ranks.add(zeros_by_a_sample(own, total)) > ZEROS_NOTICED / 2 * total:
+        warn_of_zeros(ranks.add(zeros_that_stay(own, keep)), total)
+    return dict(zip(shards, counts, strict=True))
 
 
 def _layout(tensor: Tensor) -> str:
