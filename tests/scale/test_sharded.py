@@ -163,6 +163,11 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", sparsity=0.5)
         check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", sparsity=1.0, scope="layer")
 
+    model = sharded(chain(1, (5, 7, 6, 4, 3)), "mixed", mesh)
+    if last:
+        nn.init.normal_(model[3].weight)
+    check_refused(rank, ranks, model, ValueError, "'3.weight' is no DTensor, and its values on rank", sparsity=0.5)
+    assert in_quiet(gp.prune, model, sparsity=0.5, exclude="3.*").holds(model)
     flat = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("a", "b"))
     for on, place, match in (
         (flat, [Shard(0), Shard(1)], f"'0.weight' is a DTensor .* on a mesh of 1 x {ranks}, which is not supported"),

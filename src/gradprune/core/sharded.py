@@ -77,6 +77,7 @@ class Block(NamedTuple):
     placement: str
     local: tuple[int, ...]
     offset: tuple[int, ...]
+    sums: tuple[float, float] = (0.0, 0.0)  # of a plain tensor: of its values, and of their magnitudes
 
 
 def is_sharded(model: Any) -> bool:
@@ -147,6 +148,9 @@ def together(
     _raise_first([failure for failure, _, _ in told], error)
     _require_same([asked for _, asked, _ in told], "the argument {}")
     _require_same([{name: block[:3] for name, block in blocks.items()} for _, _, blocks in told], "the parameter {!r}")
+    for name, tensor in tensors.items():
+        eps = 0.0 if tensor.dtype == torch.bool else torch.finfo(tensor.dtype).eps
+        _require_copies(name, eps, [blocks[name] for _, _, blocks in told])
     rank = torch.distributed.get_rank()
     held = {
         name: _held(name, tensor, [blocks[name] for _, _, blocks in told], rank) for name, tensor in tensors.items()
@@ -163,7 +167,10 @@ def _block(name: str, tensor: Tensor) -> Block:
     """What this rank holds, or TypeError where that is not one block of it."""
     shape, dtype = tuple(tensor.shape), str(tensor.dtype)
     if not is_distributed(tensor):
-        return Block(shape, dtype, "whole", shape, (0,) * len(shape))
+        wide = torch.complex128 if tensor.is_complex() else torch.float64
+        values = tensor.detach().double() if tensor.dtype == torch.bool else tensor.detach()
+        sums = complex(values.sum(dtype=wide)), float(values.abs().sum(dtype=torch.float64))
+        return Block(shape, dtype, "whole", shape, (0,) * len(shape), (sums[0].real + sums[0].imag, sums[1]))
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor import Shard as Sharded
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -180,6 +187,18 @@ def _block(name: str, tensor: Tensor) -> Block:
     if tuple(held.shape) != tuple(found):
         raise TypeError(f"{layout}, but its block has shape {tuple(held.shape)}, wanted {tuple(found)}: {_WAY_OUT}")
     return Block(shape, dtype, str(placements[0]), tuple(found), tuple(offset))
+
+
+def _require_copies(name: str, eps: float, blocks: Sequence[Block]) -> None:
+    """Raise ValueError where a plain tensor is another one on each rank, not a copy but for rounding."""
+    sums, sizes = zip(*(block.sums for block in blocks), strict=True)
+    tolerance = (1e-5 + eps / max(1, math.prod(blocks[0].shape)) ** 0.5) * max(sizes)
+    for rank, other in enumerate(sums):
+        if abs(other - sums[0]) > tolerance:
+            raise ValueError(
+                f"{name!r} is no DTensor, and its values on rank {rank} are not those on rank 0: exclude it, or "
+                "broadcast it first if it is to be the same"
+            )
 
 
 def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int) -> Shard:
