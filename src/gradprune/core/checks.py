@@ -148,7 +148,7 @@ def require_values(name: str, tensor: Tensor, what: str = "parameter") -> None:
     called = f"the {what} {name!r}"
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         raise TypeError(f"{called} is lazy, without a shape yet: run the model on one batch first")
-    if _is_distributed(tensor):
+    if is_distributed(tensor):
         raise TypeError(f"{called} is a DTensor (FSDP2 or tensor parallel), which is not supported yet")
     if tensor.is_meta:
         raise TypeError(f"{called} is on the meta device, without values: materialize the model first (to_empty, load)")
@@ -186,7 +186,8 @@ def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None
         raise ValueError(f"{called} is a view with the negative bit set: resolve it first, resolve_neg()")
 
 
-def _is_distributed(tensor: Tensor) -> bool:
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
     # By name: importing torch.distributed.tensor takes longer than importing this package.
     return any(kind.__name__ == "DTensor" and kind.__module__.startswith("torch.") for kind in type(tensor).__mro__)
 

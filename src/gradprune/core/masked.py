@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradprune.core.order import INTEGER_OF_SIZE
+from gradprune.core.sharded import local
 from gradprune.core.threads import in_shares, threads_of_torch
 from gradprune.core.uncompiled import uncompiled
 
@@ -21,10 +22,11 @@ SHARED = 2**24  # entries from which on threads of our own are worth their start
 def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set each tensor to +0.0 where its mask is False, at the speed of memory, whatever stands there.
 
-    The pairs are of one shape and one device, and the tensors can be written (``checks.require_writable``). All pairs
-    are taken before the first is written, and an interrupt is let through once all are.
+    The pairs are of one shape and one device, and the tensors can be written (``checks.require_writable``); of a
+    DTensor the mask is that of the block held here. All pairs are taken before the first is written, and an interrupt
+    is let through once all are.
     """
-    pairs = [_as_integers(tensor.detach(), mask.detach()) for tensor, mask in tensors]
+    pairs = [_as_integers(local(tensor).detach(), mask.detach()) for tensor, mask in tensors]
     try:
         _multiply_(pairs)
     except BaseException:  # a signal's, between two tensors: no half of the masks
@@ -43,11 +45,12 @@ def count_kept(mask: Tensor) -> int:
 def count_alive(tensors: Iterable[tuple[Tensor, Tensor]]) -> int:
     """Return how many entries of the tensors are other than zero where their mask is False; NaN is, -0.0 is not.
 
-    The pairs are of one shape and one device. No temporary is as large as a tensor, and a device is waited for once.
+    The pairs are of one shape and one device, as in ``zero_pruned_``. No temporary is as large as a
+    tensor, and a device is waited for once.
     """
     alive, waiting = 0, dict[torch.device, Tensor]()
     for tensor, mask in tensors:
-        for values, kept in pieces(tensor.detach(), mask.detach()):
+        for values, kept in pieces(local(tensor).detach(), mask.detach()):
             if _on_cpu(values):
                 alive += int(np.count_nonzero(_nonzero(values) > kept.numpy()))
             else:

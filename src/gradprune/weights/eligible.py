@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.layers import QUANTIZED, Weight, require_layers, stated_axes, weights_of
@@ -17,7 +17,12 @@ StatedAxes = Mapping[str, tuple[int, int]] | None
 
 
 def eligible(
-    model: nn.Module, include: Patterns = None, exclude: Patterns = None, axes: StatedAxes = None
+    model: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    axes: StatedAxes = None,
+    *,
+    held: Callable[[Tensor], Tensor] = lambda parameter: parameter,
 ) -> dict[str, Weight]:
     """Return the weights that may be pruned, by name, a tied one once.
 
@@ -33,6 +38,7 @@ def eligible(
         exclude: glob patterns; no parameters of which one matches a name.
         axes: glob pattern -> (output, input), the axes of weights whose layer is not known; such a parameter is
             eligible whatever its name and shape.
+        held: parameter -> what is written of it in this process.
 
     Raises:
         ValueError: where nothing is left, a pattern matches nothing, parameters share memory without being tied, or
@@ -53,7 +59,7 @@ def eligible(
     checks.require(bool(layers), f"include={include!r} and exclude={exclude!r} leave nothing of {list(pool or beside)}")
     for name, weight in layers.items():
         checks.require(not weight.refused, f"{name!r} cannot be pruned: {weight.refused}")
-        checks.require_writable(name, weight.parameter)
+        checks.require_writable(name, held(weight.parameter))
     require_own_memory(
         {name: w.parameter for name, w in layers.items()}, {name: w.parameter for name, w in every.items()}
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from gradprune.core import checks
 from gradprune.core.checks import require
+from gradprune.core.collect import Kept
 from gradprune.core.layers import Axes, Weight
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By
+from gradprune.core.select import keep_and_count
 
 Granularity = Literal["weight", "channel"] | str | tuple[int, ...]
 
@@ -29,6 +31,16 @@ class Ranked(NamedTuple):
         return {name: v.abs() if self.by == "magnitude" else v for name, v in self.values.items()}
 
 
+class Pick(NamedTuple):
+    """How the largest are chosen by name, and how many of a mask's entries stay: in one process, or over several."""
+
+    keep: Callable[..., Kept] = keep_and_count
+    stay: Callable[[str, Tensor], int] = lambda name, mask: count_kept(mask)
+
+
+ONE_PROCESS = Pick()
+
+
 class Units(NamedTuple):
     """What goes or stays together: single weights, or the tiles of a block shape (a channel is the tile (1,)).
 
@@ -38,6 +50,7 @@ class Units(NamedTuple):
     layers: Mapping[str, Weight]
     block: tuple[int, ...] | None
     within: Mapping[str, Tensor] | None
+    pick: Pick = ONE_PROCESS
 
     def cost(self, name: str) -> int:
         """Weights in one unit."""

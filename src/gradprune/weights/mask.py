@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import files
-from gradprune.core.checks import require, require_readable, require_writable
+from gradprune.core.checks import is_distributed, require, require_readable, require_writable
 from gradprune.core.masked import count_alive, count_kept, zero_pruned_
 from gradprune.core.steps import Optimizers, as_list, not_owned, ridden
 from gradprune.weights import bits
@@ -113,7 +113,7 @@ class Masks(Mapping[str, Tensor]):
         Chapter 4.
         """
         parameters = self._writable(model)
-        zero_pruned_([(parameter, self[name].to(parameter.device)) for name, parameter in parameters.items()])
+        zero_pruned_([(parameter, self._beside(parameter, name)) for name, parameter in parameters.items()])
         return self._belonging_to(parameters)
 
     def holds(self, model: nn.Module) -> bool:
@@ -142,7 +142,7 @@ class Masks(Mapping[str, Tensor]):
 
         Chapter 4.
         """
-        return not count_alive((p, self[name].to(p.device)) for name, p in parameters_of(model, self).items())
+        return not self._alive(model)
 
     def mask_gradients_(self, model: nn.Module) -> Masks:
         """Set the gradients of the pruned weights of `model` to zero, so that a norm counts only what can move.
@@ -162,12 +162,12 @@ class Masks(Mapping[str, Tensor]):
 
         Chapter 4.
         """
-        gradients = {name: p.grad for name, p in parameters_of(model, self).items() if p.grad is not None}
+        gradients = {name: p.grad for name, p in self._of(model).items() if p.grad is not None}
         for name, gradient in gradients.items():
             if gradient.layout != torch.strided:
                 raise ValueError(f"the gradient of {name!r} is sparse ({gradient.layout}); make it dense first")
-            require_writable(name, gradient, "gradient of")
-        zero_pruned_([(gradient, self[name].to(gradient.device)) for name, gradient in gradients.items()])
+            require_writable(name, self._held(gradient), "gradient of")
+        zero_pruned_([(gradient, self._beside(gradient, name)) for name, gradient in gradients.items()])
         return self
 
     def hold(self, optimizer: Optimizers, model: nn.Module | None = None) -> Hold:
@@ -207,7 +207,7 @@ class Masks(Mapping[str, Tensor]):
             ridden(given)
         parameters = self._live_parameters() if model is None else self._writable(model)
         missing = set(not_owned(parameters, optimizers))
-        held = {p: self[name].to(p.device) for name, p in parameters.items() if name not in missing}
+        held = {p: self._beside(p, name) for name, p in parameters.items() if name not in missing}
         if parameters and not held:
             raise ValueError(
                 f"the optimizer owns none of the {len(parameters)} masked parameters ({some(parameters)}); "
@@ -222,11 +222,29 @@ class Masks(Mapping[str, Tensor]):
         self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
         return self
 
+    # What masks of parameters that are spread over several processes do otherwise.
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """What this process has of a tensor."""
+        return tensor
+
+    def _beside(self, tensor: Tensor, name: str) -> Tensor:
+        """The mask of what is held here of a tensor, on its device."""
+        return self[name].to(tensor.device)
+
+    def _of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters by the masks' names."""
+        return parameters_of(model, self)
+
+    def _alive(self, model: nn.Module) -> int:
+        """How many of the pruned weights are other than zero."""
+        return count_alive((p, self._beside(p, name)) for name, p in self._of(model).items())
+
     def _writable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by the masks' names, checked."""
-        parameters = parameters_of(model, self)
+        parameters = self._of(model)
         for name, parameter in parameters.items():
-            require_writable(name, parameter)
+            require_writable(name, self._held(parameter))
         return parameters
 
     def _live_parameters(self) -> dict[str, nn.Parameter]:
@@ -237,7 +255,7 @@ class Masks(Mapping[str, Tensor]):
             "these masks belong to no model yet: call masks.apply_(model) first, or masks.hold(optimizer, model)",
         )
         for name, parameter in found.items():
-            require_writable(name, parameter)
+            require_writable(name, self._held(parameter))
             require(parameter.shape == self[name].shape, f"the mask of {name!r} no longer has the parameter's shape")
         return found
 
@@ -255,6 +273,10 @@ class Masks(Mapping[str, Tensor]):
             TypeError: where `state` or an entry of it is no dict.
             ValueError: where an entry lacks bits or shape, or they disagree.
         """
+        if isinstance(state, Mapping) and any(isinstance(v, Tensor) and is_distributed(v) for v in state.values()):
+            from gradprune.weights.sharded import ShardedMasks
+
+            return ShardedMasks.from_state_dict(state)
         return cls(bits.unpacked(state))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -6,7 +6,7 @@ DataParallel and AveragedModel put ``module.`` before the names, torch.compile `
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import dropwhile
 
 import torch
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from gradprune.core.checks import module, require_readable
 
 
-def parameters_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+def parameters_of(
+    model: nn.Module, masks: Mapping[str, Tensor], held: Callable[[Tensor], Tensor] = lambda parameter: parameter
+) -> dict[str, nn.Parameter]:
     """Return the model's parameters by the masks' names, readable and of the masks' shapes.
 
-    Raises ValueError where a name means none or several, a shape differs, or one parameter has two masks.
+    `held` returns what this process has of a tensor. Raises ValueError where a name means none or several, a shape
+    differs, or one parameter has two masks.
     """
     every = dict(module(model).named_parameters(remove_duplicate=False))
     found: dict[str, nn.Parameter] = {}
@@ -29,13 +32,13 @@ def parameters_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn
             bare.setdefault(_bare(name), []).append(name)
     for name, mask in masks.items():
         parameter = every[_own_name(name, every, bare)]
-        require_readable(name, parameter)
+        require_readable(name, held(parameter))
         if parameter.shape != mask.shape:
             raise ValueError(
                 f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter has shape {tuple(parameter.shape)}"
             )
         other = first_name.setdefault(parameter, name)
-        if other != name and not torch.equal(mask, masks[other].to(mask.device)):
+        if other != name and not torch.equal(held(mask), held(masks[other]).to(mask.device)):
             raise ValueError(f"{other!r} and {name!r} are one parameter of this model, and their masks differ")
         found[name] = parameter
     return found

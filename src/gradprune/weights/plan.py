@@ -15,7 +15,7 @@ from gradprune.core.checks import require
 from gradprune.core.layers import Weight
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By
-from gradprune.core.select import keep_and_count, keep_largest, keep_n_of_m
+from gradprune.core.select import keep_n_of_m
 from gradprune.weights import allocate
 from gradprune.weights.directions import rows_of
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
@@ -202,10 +202,10 @@ def _keep_over_all(
         values = {name: ranked.values[name] for name in free}
         among = None if units.within is None else [_known(units.allowed(name)) for name in free]
         count = _units_nearest(units, values, among, left)
-        kept = keep_and_count(values, count, by=ranked.by, among=among)
+        kept = units.pick.keep(values, count, by=ranked.by, among=among)
         masks = dict(zip(free, kept.masks, strict=True))
         doubtful = [n for n, least in zip(free, kept.at_least, strict=True) if least < floors[n] + (noticed > 0)]
-        counts = {name: count_kept(masks[name]) for name in doubtful}
+        counts = {name: units.pick.stay(name, masks[name]) for name in doubtful}
         short = {name: floors[name] for name, kept_here in counts.items() if kept_here < floors[name]}
         if not short:
             _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == floors[n]}, noticed)
@@ -234,7 +234,7 @@ def _largest(units: Units, ranked: Ranked, counts: Mapping[str, int]) -> dict[st
     for name, count in counts.items():
         allowed = units.allowed(name)
         among = None if allowed is None else [allowed]
-        masks[name] = keep_largest({name: ranked.values[name]}, count, by=ranked.by, among=among)[0]
+        masks[name] = units.pick.keep({name: ranked.values[name]}, count, by=ranked.by, among=among).masks[0]
     return masks
 
 

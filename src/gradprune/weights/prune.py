@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 from gradprune.core.checks import require
+from gradprune.core.sharded import is_sharded
 from gradprune.core.words import in_our_words, instead
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity
@@ -17,6 +18,7 @@ from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
 from gradprune.weights.request import Request, Score
 from gradprune.weights.score import magnitude
+from gradprune.weights.sharded import prune_sharded
 
 
 class AsPrune(TypedDict, total=False):
@@ -72,7 +74,9 @@ def prune(
     first name; patterns and names may be any that the state dict has. A complex number is one weight. Where
     ``torch.nn.utils.prune`` prunes a model already, take its masks over first, by ``Masks.from_torch_(model)``: until
     then its parameters are called ``..._orig``, and masks made here are of those names. Where weight_norm divides by
-    the norm of a row, single weights are pruned so that each row keeps one, or the network would be NaN.
+    the norm of a row, single weights are pruned so that each row keeps one, or the network would be NaN. Where
+    parameters are DTensors (FSDP2, tensor parallel, on one mesh dimension), all ranks call this together and choose,
+    single weights by magnitude and sparsity, as one process would; the masks are DTensors too.
 
     Args:
         model: the network; its weights are changed in place.
@@ -126,6 +130,23 @@ def prune(
 
     Han et al. (2015), section 3; chapter 4.
     """
+    if is_sharded(model):
+        require(
+            example is None, f"example is not supported where parameters are DTensors; got {type(example).__name__}"
+        )
+        return prune_sharded(
+            model,
+            score,
+            sparsity=sparsity,
+            threshold=threshold,
+            scope=scope,
+            granularity=granularity,
+            include=include,
+            exclude=exclude,
+            min_keep=min_keep,
+            within=within,
+            axes=axes,
+        )
     if isinstance(granularity, str) and granularity == "group":
         require(min_keep is None, "granularity='group' leaves one channel of each group and takes no min_keep")
         found = prune_groups(

@@ -17,7 +17,9 @@ from gradprune.core.masked import count_kept, pieces
 from gradprune.weights.directions import with_no_row_empty
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
 from gradprune.weights.granularity import (
+    ONE_PROCESS,
     Granularity,
+    Pick,
     Ranked,
     Units,
     check_channels,
@@ -48,6 +50,7 @@ class Request:
     block: tuple[int, ...] | None
     min_keep: int | None
     outputs: str = ""  # the last layer, where its outputs may go without having been named
+    pick: Pick = ONE_PROCESS
 
     @classmethod
     def of(
@@ -60,15 +63,19 @@ class Request:
         exclude: Patterns = None,
         min_keep: int | None = None,
         axes: StatedAxes = None,
+        held: Callable[[Tensor], Tensor] = lambda parameter: parameter,
     ) -> Request:
-        """Check the arguments, which are those of ``prune``, against the model; errors as there."""
+        """Check the arguments, which are those of ``prune``, against the model; errors as there.
+
+        `held` is as of ``eligible``.
+        """
         include = None if include is None else as_patterns("include", include)
         exclude = None if exclude is None else as_patterns("exclude", exclude)
         if not isinstance(scope, str | Mapping):
             raise TypeError(_wanted_scope(scope))
         n_of_m, block = parse_granularity(granularity)
         _check_made_for(scope, granularity)
-        layers = eligible(model, include, exclude, axes)
+        layers = eligible(model, include, exclude, axes, held=held)
         _look_for_torchs_masks(layers)
         if n_of_m is not None or block is not None or scope == "row":
             layers = with_axes(layers)
@@ -157,7 +164,7 @@ class Request:
         if threshold is not None:
             shared = self.scope in ("global", "layer")
             require(shared, f"scope={self.scope!r} shares out a sparsity; it does not go with a threshold")
-        units = Units(self.layers, self.block, _checked_within(within, self.parameters))
+        units = Units(self.layers, self.block, _checked_within(within, self.parameters), self.pick)
         return plan(units, sparsity, threshold, self.scope, self.n_of_m, self.min_keep)
 
     def amount(self, value: float, kind: Literal["sparsity", "threshold"] = "sparsity") -> dict[str, float]:
@@ -345,10 +352,23 @@ def _look_for_torchs_masks(layers: Mapping[str, Weight]) -> None:
 def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:
     """Warn where weights that are to stay are zero already, as an earlier pruning leaves them."""
     weights = sum(p.numel() for p in parameters.values())
+    if zeros_by_a_sample(parameters, weights) > ZEROS_NOTICED / 2 * weights:
+        warn_of_zeros(zeros_that_stay(parameters, keep), weights)
+
+
+def zeros_by_a_sample(parameters: Mapping[str, Tensor], weights: int) -> int:
+    """Return about how many entries are zero, of so many weights in all."""
     step = max(1, weights // ZEROS_SAMPLED)
-    if _total([_zeros_by_a_sample(p.detach(), step) for p in parameters.values()]) <= ZEROS_NOTICED / 2 * weights:
-        return
-    zeros = _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
+    return _total([_zeros_by_a_sample(p.detach(), step) for p in parameters.values()])
+
+
+def zeros_that_stay(parameters: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> int:
+    """Return how many entries are zero where their mask is True."""
+    return _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
+
+
+def warn_of_zeros(zeros: int, weights: int) -> None:
+    """Warn where more of the weights than a few are zero already and yet stay."""
     if zeros > ZEROS_NOTICED * weights:
         checks.warn(
             f"{zeros:,} of the {weights:,} weights are zero already and yet stay, by these masks: if an earlier "

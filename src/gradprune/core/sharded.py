@@ -1,0 +1,240 @@
+"""What does one process hold of a tensor that is spread over several, and how do all of them raise together?
+
+A DTensor is cut into blocks, one a rank, or is whole on each. Blocks that several ranks hold are counted by the lowest
+of them, their owner. Whatever can go wrong on one rank alone is told to the others before it is raised: a rank that
+left would let them wait for ever.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gradprune.core.checks import is_distributed
+
+T = TypeVar("T")
+
+_WAY_OUT = "prune the model before it is sharded, or shard it over one mesh dimension, by Shard or Replicate"
+
+
+class Shard(NamedTuple):
+    """The block of a tensor that this rank holds."""
+
+    local: Tensor  # the tensor's own memory
+    shape: tuple[int, ...]  # of the whole
+    offset: tuple[int, ...]
+    owned: bool  # whether this rank counts it
+    shared: bool  # whether all ranks hold it
+
+    @property
+    def numel(self) -> int:
+        """Entries of the whole."""
+        return math.prod(self.shape)
+
+    def positions(self, flat: Tensor) -> Tensor:
+        """Return where entries of the block, numbered row by row, stand in the whole, numbered so too."""
+        found, stride = torch.zeros_like(flat), 1
+        for size, own, start in zip(
+            reversed(self.shape), reversed(self.local.shape), reversed(self.offset), strict=True
+        ):
+            found += (flat % own + start) * stride
+            flat, stride = flat // own, stride * size
+        return found
+
+
+class Ranks(NamedTuple):
+    """All processes, and the device through which they talk."""
+
+    device: torch.device
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Return the sum over all ranks, on the CPU."""
+        total = numbers.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.cpu()
+
+    def add(self, number: int) -> int:
+        """Return the sum of one number over all ranks."""
+        return int(self.sum(torch.tensor([number], dtype=torch.int64, device="cpu")))
+
+    def first(self, values: Tensor) -> Tensor:
+        """Return what rank 0 has, on the CPU."""
+        sent = values.to(self.device, copy=True)
+        torch.distributed.broadcast(sent, src=0)
+        return sent.cpu()
+
+
+class Block(NamedTuple):
+    """What one rank tells the others of its part of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    placement: str
+    local: tuple[int, ...]
+    offset: tuple[int, ...]
+    sums: tuple[float, float] = (0.0, 0.0)  # of a plain tensor: of its values, and of their magnitudes
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a parameter of the model is a DTensor, or is one between steps; False at once where none can be."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    if not hasattr(loaded, "DTensor") or not isinstance(model, nn.Module):
+        return False
+    plain = all(type(p) is nn.Parameter or not is_distributed(p) for p in model.parameters())
+    return not plain or any(True for _ in _fsdp_modules(model))
+
+
+def reshard_(model: nn.Module) -> None:
+    """Let FSDP2 give up gathered parameters, as the root's are after a forward pass: what is written there is lost."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, in the tensor's own memory; the tensor itself where that is all."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter or not is_distributed(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+def like(whole: Tensor, block: Tensor) -> Tensor:
+    """Return a block as part of a DTensor that lies as `whole` does."""
+    if not is_distributed(whole):
+        return block
+    mesh, placements = whole.device_mesh, whole.placements  # type: ignore[attr-defined]
+    return type(whole).from_local(  # type: ignore[attr-defined, no-any-return]
+        block, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
+    """Return all processes, or raise TypeError, on each of a mesh, where the mesh leaves some out."""
+    meshes = [t.device_mesh for t in tensors if is_distributed(t)]  # type: ignore[attr-defined]
+    largest = max(meshes, key=lambda mesh: int(mesh.size()))
+    world = torch.distributed.get_world_size()
+    if largest.size() != world:
+        raise TypeError(
+            f"the model is sharded over {largest.size()} of {world} ranks, which is not supported: {_WAY_OUT}"
+        )
+    kind = largest.device_type
+    return Ranks(torch.device(kind, getattr(torch, kind).current_device()) if kind != "cpu" else torch.device("cpu"))
+
+
+def together(
+    work: Callable[[], tuple[T, Mapping[str, object], Mapping[str, Tensor]]],
+) -> tuple[T, dict[str, Shard]]:
+    """Do what each rank does by itself; return its result, and the blocks of its tensors.
+
+    `work` returns a result, what was asked for (compared as text) and the tensors by name. Where it raises on one rank,
+    or ranks ask for different things, all ranks raise the same.
+    """
+    result, blocks, error = None, {}, None
+    asked: dict[str, str] = {}
+    tensors: Mapping[str, Tensor] = {}
+    try:
+        result, given, tensors = work()
+        asked = {name: repr(value) for name, value in given.items()}
+        blocks = {name: _block(name, tensor) for name, tensor in tensors.items()}
+    except Exception as raised:
+        error = raised
+    told: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, (_as_told(error), asked, blocks))
+    _raise_first([failure for failure, _, _ in told], error)
+    _require_same([asked for _, asked, _ in told], "the argument {}")
+    _require_same([{name: block[:3] for name, block in blocks.items()} for _, _, blocks in told], "the parameter {!r}")
+    for name, tensor in tensors.items():
+        eps = 0.0 if tensor.dtype == torch.bool else torch.finfo(tensor.dtype).eps
+        _require_copies(name, eps, [blocks[name] for _, _, blocks in told])
+    rank = torch.distributed.get_rank()
+    held = {
+        name: _held(name, tensor, [blocks[name] for _, _, blocks in told], rank) for name, tensor in tensors.items()
+    }
+    return result, held  # type: ignore[return-value]
+
+
+def _fsdp_modules(model: nn.Module) -> Iterable[Any]:
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return (module for module in model.modules() if isinstance(module, kind)) if kind is not None else ()
+
+
+def _block(name: str, tensor: Tensor) -> Block:
+    """What this rank holds, or TypeError where that is not one block of it."""
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype)
+    if not is_distributed(tensor):
+        wide = torch.complex128 if tensor.is_complex() else torch.float64
+        values = tensor.detach().double() if tensor.dtype == torch.bool else tensor.detach()
+        sums = complex(values.sum(dtype=wide)), float(values.abs().sum(dtype=torch.float64))
+        return Block(shape, dtype, "whole", shape, (0,) * len(shape), (sums[0].real + sums[0].imag, sums[1]))
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Sharded
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    layout = f"the parameter {name!r} is a DTensor {', '.join(map(str, placements))}"
+    if mesh.ndim != 1 or mesh.size() != torch.distributed.get_world_size():
+        sizes = " x ".join(map(str, mesh.mesh.shape))
+        raise TypeError(f"{layout} on a mesh of {sizes}, which is not supported: {_WAY_OUT}")
+    if type(placements[0]) not in (Sharded, Replicate):
+        raise TypeError(f"{layout}, which is not supported: {_WAY_OUT}")
+    found, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    held = local(tensor)
+    if tuple(held.shape) != tuple(found):
+        raise TypeError(f"{layout}, but its block has shape {tuple(held.shape)}, wanted {tuple(found)}: {_WAY_OUT}")
+    return Block(shape, dtype, str(placements[0]), tuple(found), tuple(offset))
+
+
+def _require_copies(name: str, eps: float, blocks: Sequence[Block]) -> None:
+    """Raise ValueError where a plain tensor is another one on each rank, not a copy but for rounding."""
+    sums, sizes = zip(*(block.sums for block in blocks), strict=True)
+    tolerance = (1e-5 + eps / max(1, math.prod(blocks[0].shape)) ** 0.5) * max(sizes)
+    for rank, other in enumerate(sums):
+        if abs(other - sums[0]) > tolerance:
+            raise ValueError(
+                f"{name!r} is no DTensor, and its values on rank {rank} are not those on rank 0: exclude it, or "
+                "broadcast it first if it is to be the same"
+            )
+
+
+def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int) -> Shard:
+    """The block of a tensor here, once the blocks of all ranks were found to make up the whole."""
+    places = [(block.offset, block.local) for block in blocks]
+    different = set(places)
+    covered = sum(math.prod(shape) for _, shape in different)
+    shared = len(different) == 1 and len(blocks) > 1
+    whole = math.prod(blocks[rank].shape)
+    single = all(places.count(place) == 1 for place in different if math.prod(place[1]))
+    if covered != whole or not (shared or single):
+        raise TypeError(f"the blocks of {name!r} do not make up the whole, each once or on all ranks: {_WAY_OUT}")
+    mine = blocks[rank]
+    return Shard(local(tensor), mine.shape, mine.offset, places.index(places[rank]) == rank, shared)
+
+
+def _as_told(error: Exception | None) -> tuple[str, str] | None:
+    return None if error is None else (type(error).__name__, str(error))
+
+
+def _raise_first(failures: Sequence[tuple[str, str] | None], own: Exception | None) -> None:
+    """Raise what the first rank that failed says, which is named where not all say the same."""
+    failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
+    if not failed:
+        return
+    rank, (kind, message) = failed[0]
+    where = "" if failures.count(failures[rank]) == len(failures) else f"on rank {rank}: "
+    raise {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(where + message) from own
+
+
+def _require_same(told: Sequence[Mapping[str, object]], what: str) -> None:
+    """Raise ValueError where a rank tells something else than rank 0 does."""
+    for rank, other in enumerate(told):
+        for name in [*told[0], *other]:
+            if (first := told[0].get(name)) != (second := other.get(name)):
+                called = what.format(name)
+                raise ValueError(f"all ranks must ask the same, but {called} is {first} on rank 0, {second} on {rank}")
+        if list(told[0]) != list(other):
+            raise ValueError(f"all ranks must ask the same, but rank {rank} has another order of {list(told[0])}")

@@ -1,0 +1,287 @@
+"""gp.prune on DTensors: the masks of one process, over several."""
+
+import itertools
+import tempfile
+import warnings
+
+import group
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import gradprune as gp
+from gradprune.core import select_sharded
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VALUES = ("normal", "ties", "zeros", "equal", "extremes")
+LAYOUTS = ("fsdp", "rows", "columns", "copies", "mixed")
+
+
+def made(values, shape):
+    if values == "ties":
+        return torch.randint(-2, 3, shape) / 2
+    if values == "zeros":
+        return torch.randn(shape) * (torch.rand(shape) < 0.3) * -1.0
+    if values == "equal":
+        return torch.full(shape, -1.5)
+    if values == "extremes":
+        return torch.tensor([0.0, -0.0, 1e-45, torch.inf, -torch.inf, 65504.0])[torch.randint(0, 6, shape)]
+    return torch.randn(shape)
+
+
+def chain(seed, sizes, dtype=torch.float32, values="normal"):
+    """Linear layers, equal on all ranks."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(sizes)))
+    for p in model.parameters():
+        p.data = made(values, p.shape).to(dtype)
+    return model
+
+
+def sharded(model, how, mesh):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    if how == "fsdp":
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    mixed = [Shard(1), Replicate(), Shard(0), None]
+    for i, layer in enumerate(model):
+        place = {"rows": Shard(0), "columns": Shard(1), "copies": Replicate(), "mixed": mixed[i % 4]}[how]
+        if place is not None:
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [place]))
+    return model
+
+
+def whole(tensor):
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def in_quiet(function, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
+
+
+def check_as_one_process(mesh, how, case, **asked):
+    alone, spread = chain(*case), sharded(chain(*case), how, mesh)
+    wanted, found = in_quiet(gp.prune, alone, **asked), in_quiet(gp.prune, spread, **asked)
+    assert list(found) == list(wanted), (how, case, asked)
+    for name, mask in found.items():
+        parameter = spread.get_parameter(name)
+        assert type(mask) is type(parameter.data)
+        assert torch.equal(whole(mask), wanted[name]), (how, case, asked, name)
+        assert torch.equal(bits(whole(parameter)), bits(alone.get_parameter(name))), (how, case, asked, name)
+        if mask.shape != whole(mask).shape:
+            assert mask.placements == parameter.placements
+    assert found.sparsity == wanted.sparsity
+    assert found.holds(spread)
+
+
+def mesh_of(ranks):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (ranks,))
+
+
+def masks_are_those_of_one_process(rank, ranks):
+    mesh = mesh_of(ranks)
+    for seed, (how, values) in enumerate(itertools.product(LAYOUTS, VALUES)):
+        dtype, other = DTYPES[seed % 4], DTYPES[(seed + 1 + seed // 4) % 4]
+        check_as_one_process(mesh, how, (seed, (5, 7, 8, 3), dtype, values), sparsity=0.6)
+        check_as_one_process(mesh, how, (seed, (7, 5, 1, 2, 16), other, values), sparsity=0.37, scope="layer")
+    for sparsity in (0.0, 1.0, 0.97):
+        check_as_one_process(mesh, "fsdp", (1, (5, 7, 4), torch.float32, "ties"), sparsity=sparsity)
+    check_as_one_process(mesh, "rows", (1, (9, 7, 4)), sparsity=0.5, scope={"0.weight": 0.2}, exclude="1.*")
+    check_as_one_process(mesh, "columns", (1, (9, 7, 4)), sparsity=0.9, min_keep=4)
+
+
+def larger_masks_are_those_of_one_process_whatever_a_sample_says(rank, ranks):
+    mesh, bracket = mesh_of(ranks), select_sharded._bracket
+    for seed, values in enumerate(VALUES):
+        for how, dtype in zip(("fsdp", "columns", "mixed"), DTYPES[seed % 2 :], strict=False):
+            sparsity = (0.333, 0.5, 0.87, 0.999)[seed % 4]
+            check_as_one_process(mesh, how, (seed, (401, 300, 257), dtype, values), sparsity=sparsity)
+    for missed in ((0, 0), (5, 2**20), (2**31 - 9, 2**31 - 1)):
+        select_sharded._bracket = lambda *_, missed=missed: missed
+        check_as_one_process(mesh, "rows", (7, (31, 40, 9), torch.float32, "normal"), sparsity=0.7)
+    select_sharded._bracket = bracket
+
+
+def check_refused(rank, ranks, model, kind, match, **asked):
+    """All ranks raise the same, and nothing is written."""
+    before = [bits(local(p)).clone() for p in model.parameters()]
+    with pytest.raises(kind, match=match) as raised:
+        gp.prune(model, **asked)
+    said = [None] * ranks
+    dist.all_gather_object(said, str(raised.value))
+    assert len(set(said)) == 1, said
+    assert all(torch.equal(bits(local(p)), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def local(tensor):
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+    mesh, last = mesh_of(ranks), rank == ranks - 1
+    model = sharded(chain(1, (5, 7, 6)), "fsdp", mesh)
+    differ = f"all ranks must ask the same, but the argument sparsity is 0.5 on rank 0, 0.25 on {ranks - 1}"
+    check_refused(rank, ranks, model, ValueError, differ, sparsity=0.25 if last else 0.5)
+    check_refused(
+        rank, ranks, model, ValueError, "the argument include is", sparsity=0.5, include="0.*" if last else "*"
+    )
+    check_refused(
+        rank, ranks, model, ValueError, f"on rank {ranks - 1}: sparsity must be in", sparsity=1.2 if last else 0.5
+    )
+    check_refused(rank, ranks, model, ValueError, r"^sparsity must be in \[0, 1\]", sparsity=1.2)
+    check_refused(rank, ranks, model, ValueError, "'no' matches none", sparsity=0.5, include="no")
+    check_refused(
+        rank, ranks, model, TypeError, f"on rank {ranks - 1}: scope must", sparsity=0.5, scope=1 if last else "layer"
+    )
+    unsupported = {"threshold": 0.1}, {"score": gp.random}, {"granularity": "channel"}, {"scope": "row"}, {"within": {}}
+    for more in unsupported:
+        amount = {} if "threshold" in more else {"sparsity": 0.5}
+        check_refused(
+            rank, ranks, model, ValueError, "is not supported where parameters are DTensors", **amount, **more
+        )
+    for how, owner in (("fsdp", 0), ("fsdp", ranks - 1), ("copies", ranks - 1)):
+        model = sharded(chain(1, (5, 7, 6)), how, mesh)
+        if rank == owner:
+            local(model[1].weight).view(-1)[-1] = torch.nan
+        check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", sparsity=0.5)
+        check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", sparsity=1.0, scope="layer")
+
+    model = sharded(chain(1, (5, 7, 6, 4, 3)), "mixed", mesh)
+    if last:
+        nn.init.normal_(model[3].weight)
+    check_refused(rank, ranks, model, ValueError, "'3.weight' is no DTensor, and its values on rank", sparsity=0.5)
+    assert in_quiet(gp.prune, model, sparsity=0.5, exclude="3.*").holds(model)
+    flat = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("a", "b"))
+    for on, place, match in (
+        (flat, [Shard(0), Shard(1)], f"'0.weight' is a DTensor .* on a mesh of 1 x {ranks}, which is not supported"),
+        (flat["a"], [Shard(0)], f"sharded over 1 of {ranks} ranks, which is not supported"),
+        (mesh, [Partial()], "'0.weight' is a DTensor P.*, which is not supported"),
+    ):
+        model = chain(1, (5, 7))
+        weight = model[0].weight.detach()
+        made = DTensor.from_local(weight, on, place) if Partial() in place else distribute_tensor(weight, on, place)
+        model[0].weight = nn.Parameter(made)
+        check_refused(rank, ranks, model, TypeError, match, sparsity=0.5)
+
+
+def copies_that_differ_in_their_last_bits_get_one_mask(rank, ranks):
+    from torch.distributed.tensor import DTensor, Replicate
+
+    model, alone = (chain(3, (16, 16, 16), torch.bfloat16, "ties") for _ in range(2))
+    torch.manual_seed(rank)
+    with torch.no_grad():
+        own = model[0].weight * (1 + torch.rand(16, 16) * (rank > 0) / 64)
+    model[0].weight = nn.Parameter(DTensor.from_local(own, mesh_of(ranks), [Replicate()], run_check=False))
+    wanted, found = gp.prune(alone, sparsity=0.5), gp.prune(model, sparsity=0.5)
+    assert torch.equal(local(found["0.weight"]), wanted["0.weight"])
+    assert torch.equal(found["1.weight"], wanted["1.weight"])
+
+
+def a_transformer_keeps_its_zeros_while_it_trains(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def transformer():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=10, vocab_size=37, n_positions=8))
+
+    alone, model = transformer(), transformer()
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh_of(ranks))
+    fully_shard(model, mesh=mesh_of(ranks))
+    torch.manual_seed(rank)
+    ids = torch.randint(0, 37, (2, 8))
+    with torch.no_grad():
+        model(ids)  # the root's parameters are whole now, and what is written there is lost
+    wanted, masks = gp.prune(alone, sparsity=0.8), gp.prune(model, sparsity=0.8)
+    assert masks == {name: sharded_like(masks[name], mask) for name, mask in wanted.items()}
+    assert repr(masks).startswith(f"Masks(8 tensors, 2,400 weights, sparsity {wanted.sparsity:.4f}")
+    assert masks.holds(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def step():
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        masks.mask_gradients_(model)
+        optimizer.step()
+
+    step()  # with a momentum that would revive what is pruned
+    for p in model.parameters():
+        assert "exp_avg" in optimizer.state[p]
+    with masks.hold(optimizer, model):
+        for _ in range(2):
+            step()
+            assert masks.holds(model)
+    with torch.no_grad():
+        model(ids)
+        for p in model.parameters():
+            local(p).add_(1.0)
+    assert not masks.holds(model)
+    assert masks.apply_(model).holds(model)
+    assert gp.prune(model, sparsity=0.9).sparsity > 0.899
+
+
+def sharded_like(block, mask):
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(mask, block.device_mesh, block.placements)
+
+
+def masks_go_through_a_distributed_checkpoint(rank, ranks):
+    import torch.distributed.checkpoint as checkpoint
+
+    model = sharded(chain(4, (5, 7, 6)), "fsdp", mesh_of(ranks))
+    masks = gp.prune(model, sparsity=0.5)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    checkpoint.save({"masks": masks.state_dict()}, checkpoint_id=folder[0])
+    read = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    checkpoint.load({"masks": read}, checkpoint_id=folder[0])
+    found = gp.Masks.from_state_dict(read)
+    assert found == masks
+    assert found.sparsity == masks.sparsity
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    found.hold(optimizer, model)
+    model(torch.randn(2, 5)).sum().backward()
+    optimizer.step()
+    assert found.holds(model)
+    other = sharded(chain(4, (5, 7, 6)), "columns", mesh_of(ranks))
+    with pytest.raises(ValueError, match=r"the mask of '0\.weight' lies as .* shard both alike"):
+        found.apply_(other)
+
+
+CASES = (
+    masks_are_those_of_one_process,
+    larger_masks_are_those_of_one_process_whatever_a_sample_says,
+    what_is_wrong_on_one_rank_is_raised_on_all,
+    copies_that_differ_in_their_last_bits_get_one_mask,
+    masks_go_through_a_distributed_checkpoint,
+    a_transformer_keeps_its_zeros_while_it_trains,
+)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request):
+    return group.run(CASES, request.param)
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_over_several_processes(found, case):
+    assert not found[case], found[case]
