@@ -181,6 +181,20 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         check_refused(rank, ranks, model, TypeError, match, sparsity=0.5)
 
 
+def parameters_that_a_forward_pass_left_whole_are_pruned_in_their_blocks(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+
+    alone, model = chain(5, (5, 7, 6)), fully_shard(chain(5, (5, 7, 6)), mesh=mesh_of(ranks))
+    x = torch.ones(2, 5)
+    with torch.no_grad():
+        model(x)
+        assert not hasattr(model[0].weight, "to_local")  # whole, and what is written there is lost
+        wanted, masks = gp.prune(alone, sparsity=0.5), gp.prune(model, sparsity=0.5)
+        assert torch.equal(model(x), alone(x))
+        assert masks.holds(model)
+    assert all(torch.equal(whole(masks[name]), mask) for name, mask in wanted.items())
+
+
 def copies_that_differ_in_their_last_bits_get_one_mask(rank, ranks):
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -208,8 +222,6 @@ def a_transformer_keeps_its_zeros_while_it_trains(rank, ranks):
     fully_shard(model, mesh=mesh_of(ranks))
     torch.manual_seed(rank)
     ids = torch.randint(0, 37, (2, 8))
-    with torch.no_grad():
-        model(ids)  # the root's parameters are whole now, and what is written there is lost
     wanted, masks = gp.prune(alone, sparsity=0.8), gp.prune(model, sparsity=0.8)
     assert masks == {name: sharded_like(masks[name], mask) for name, mask in wanted.items()}
     assert repr(masks).startswith(f"Masks(8 tensors, 2,400 weights, sparsity {wanted.sparsity:.4f}")
@@ -271,6 +283,7 @@ CASES = (
     masks_are_those_of_one_process,
     larger_masks_are_those_of_one_process_whatever_a_sample_says,
     what_is_wrong_on_one_rank_is_raised_on_all,
+    parameters_that_a_forward_pass_left_whole_are_pruned_in_their_blocks,
     copies_that_differ_in_their_last_bits_get_one_mask,
     masks_go_through_a_distributed_checkpoint,
     a_transformer_keeps_its_zeros_while_it_trains,
