@@ -158,6 +158,7 @@ export function render({ model, el }) {
     const facts = {
       ...setting,
       ...costFacts(seen.ways),
+      kept: seen.ways.rows.flops / 2, // a product and a sum for each weight that stays
       units: seen.sizes[1],
       accuracy: read(seen.ways.masked.run()),
       accuracyRows: read(seen.ways.rows.run()),
