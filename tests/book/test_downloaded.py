@@ -77,7 +77,8 @@ def test_the_wheel_holds_each_result_experiment_and_figure_once_and_nothing_else
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
     shipped = files(installed / "gradprune" / "lab" / "shipped")
-    kept = {f"chapters/{name}" for name in files(ROOT / "chapters") if name.endswith((".json", ".safetensors", ".tokenizer"))}
+    kinds = (".json", ".safetensors", ".tokenizer")
+    kept = {f"chapters/{name}" for name in files(ROOT / "chapters") if name.endswith(kinds)}
     kept |= {f"chapters/experiments/{path.name}" for path in (ROOT / "chapters" / "experiments").glob("*.py")}
     assert shipped - {"chapters/experiments/ruff.toml"} == kept | {"book/claims.yml"}
     package = {name for name in files(ROOT / "src" / "gradprune") if not name.endswith(".pyc")}
