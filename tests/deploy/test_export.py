@@ -174,3 +174,18 @@ def test_the_libraries_print_nothing(call, tmp_path):
     code = f"import torch; from torch import nn; import gradprune as gp; model = nn.Sequential(nn.Linear(8, 8)); {call}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+def test_a_quantized_layer_that_stands_in_two_places_is_in_the_file_once(tmp_path):
+    layer = nn.Linear(64, 64)
+    twice = gp.quantize(nn.Sequential(layer, nn.ReLU(), layer))
+    once = gp.quantize(nn.Sequential(layer, nn.ReLU()))
+    found, alone = (gp.export(model, torch.randn(3, 64), tmp_path / "model.onnx").bytes for model in (twice, once))
+    assert found - alone < layer.weight.numel()
+
+
+@pytest.mark.parametrize("call", [lambda m, x, path: gp.export(m, x, path), lambda m, x, _: gp.compress(m, x)])
+def test_an_example_that_the_network_does_not_take_is_shown(tmp_path, call):
+    with pytest.raises(ValueError, match=r"does not run on the example, a tensor of shape \(3, 5\)"):
+        call(nn.Sequential(nn.Linear(64, 8)), torch.randn(3, 5), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

@@ -154,7 +154,7 @@ def require_values(name: str, tensor: Tensor, what: str = "parameter") -> None:
         raise TypeError(f"{called} is on the meta device, without values: materialize the model first (to_empty, load)")
     if tensor.is_quantized:
         raise TypeError(f"{called} is quantized: prune before quantizing")
-    if type(tensor).__module__.startswith("torchao."):
+    if is_quantized(tensor):
         raise TypeError(f"{called} is quantized: do it before, or with what gp.dequantize(model) returns")
     if hasattr(tensor, "__tensor_flatten__"):
         raise TypeError(f"{called} is a {type(tensor).__name__}, whose entries are held by other tensors: do it before")
@@ -184,6 +184,11 @@ def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None
         raise ValueError(f"{called} was made in inference mode and cannot be changed outside it: clone it first")
     if tensor.is_neg():
         raise ValueError(f"{called} is a view with the negative bit set: resolve it first, resolve_neg()")
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers and scales in the place of its entries, as torchao's do."""
+    return type(tensor).__module__.startswith("torchao.")
 
 
 def is_distributed(tensor: Tensor) -> bool:

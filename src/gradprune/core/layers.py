@@ -17,6 +17,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from gradprune.core.checks import is_quantized
+
 QUANTIZED = "is quantized: gp.dequantize(model) gives its rounded values; prune those, and quantize them again"
 
 
@@ -72,11 +74,6 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
                 role = roles.get((id(module), attribute)) or _hooked(module, attribute)
                 found.setdefault(id(parameter), []).append(_weight(name, parameter, module, attribute, role))
     return {uses[0].name: _joined(uses) for uses in found.values()}
-
-
-def is_quantized(tensor: Tensor) -> bool:
-    """Whether a tensor holds integers and scales in the place of its entries, as torchao's do."""
-    return type(tensor).__module__.startswith("torchao.")
 
 
 def last_of(model: nn.Module) -> Weight | None:
@@ -277,6 +274,20 @@ def _hooked(module: nn.Module, attribute: str) -> _Role | None:
 
 
 # ---------------------------------------------------------------------------------------------- kinds that are lost
+
+
+def uncompiled_network(model: nn.Module) -> nn.Module:
+    """Return the network itself, which torch.compile may have wrapped."""
+    network: nn.Module = getattr(model, "_orig_mod", model)
+    return network
+
+
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever in the model that stands; the model itself it cannot be."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            above, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(above), attribute, new)
 
 
 def require_layers(model: nn.Module) -> None:

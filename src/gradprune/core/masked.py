@@ -45,8 +45,8 @@ def count_kept(mask: Tensor) -> int:
 def count_alive(tensors: Iterable[tuple[Tensor, Tensor]]) -> int:
     """Return how many entries of the tensors are other than zero where their mask is False; NaN is, -0.0 is not.
 
-    The pairs are of one shape and one device, as in ``zero_pruned_``. No temporary is as large as a
-    tensor, and a device is waited for once.
+    The pairs are of one shape and one device, as in ``zero_pruned_``. No temporary is as large as a tensor, and a
+    device is waited for once.
     """
     alive, waiting = 0, dict[torch.device, Tensor]()
     for tensor, mask in tensors:

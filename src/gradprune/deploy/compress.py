@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.checks import require, require_readable
-from gradprune.core.evaluate import as_written, call, evaluated, tensors_in
-from gradprune.core.layers import require_layers, weights_of
+from gradprune.core.evaluate import as_written, call, call_on, evaluated, tensors_in
+from gradprune.core.layers import replace_, require_layers, uncompiled_network, weights_of
 from gradprune.core.progress import bar
 from gradprune.core.tables import Table
 from gradprune.deploy.quantize import is_conv1d
@@ -113,7 +113,8 @@ def compress(
 
     Raises:
         TypeError: The model is no module, or one whose layers cannot be told; or a weight has no values.
-        ValueError: A mask is not the model's; the model returns no tensor, or has no linear layer.
+        ValueError: A mask is not the model's; the model raises on the example, returns no tensor, or has no linear
+            layer.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).eval()
@@ -130,7 +131,7 @@ def compress(
     require_layers(checks.module(model))
     rounds = checks.whole("rounds", rounds, least=3)
     margin = checks.number("margin", margin, least=0.0, below=1.0)
-    network = getattr(model, "_orig_mod", model)  # of torch.compile
+    network = uncompiled_network(model)
     given = None if masks is None else Masks(masks)
     for name, weight in weights_of(network).items():
         require_readable(name, weight.parameter)
@@ -193,7 +194,7 @@ class _Compressing:
             return chosen[""].eval()
         small = copy.deepcopy(self.dense) if chosen else self.dense
         for path, layer in chosen.items():
-            _put_(small, path, layer)
+            replace_(small, small.get_submodule(path), layer)
         return small.eval()
 
     def _differs(self, small: nn.Module, wanted: list[Tensor]) -> tuple[str, float]:
@@ -356,20 +357,11 @@ def _inputs(
         for m in layers.values()
     ]
     try:
-        outputs = [t.detach().clone() for t in tensors_in(call(model, example))]
+        outputs = [t.detach().clone() for t in tensors_in(call_on(model, example))]
     finally:
         for hook in hooks:
             hook.remove()
     return seen, outputs
-
-
-def _put_(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put a layer in the place of another, wherever that stands."""
-    old = model.get_submodule(path)
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            above, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(above), attribute, layer)
 
 
 def _zeros(model: nn.Module) -> float:

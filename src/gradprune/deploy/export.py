@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks, files
-from gradprune.core.checks import require, require_values
+from gradprune.core.checks import is_quantized, require, require_values
 from gradprune.core.encoded import readable
-from gradprune.core.evaluate import arguments, as_written, evaluated, tensors_in
-from gradprune.core.layers import is_quantized, require_layers
+from gradprune.core.evaluate import arguments, as_written, call_on, evaluated, tensors_in
+from gradprune.core.layers import replace_, require_layers, uncompiled_network
 from gradprune.core.quiet import quiet
 from gradprune.deploy.quantize import parts, scheme_of
 from gradprune.weights.mask import Masks
@@ -86,8 +86,9 @@ def export(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed (``pip install 'gradprune[deploy]'``).
         TypeError: The model is no module, or one whose layers cannot be told; the example holds no tensor.
-        ValueError: It cannot be exported, or not run by ONNX Runtime; the outputs differ by more than the tolerance;
-            it has more than 2 GB; it is quantized by "int8_dynamic"; nothing can be written at `path`.
+        ValueError: It raises on the example, cannot be exported, or not run by ONNX Runtime; the outputs differ by more
+            than the tolerance; it has more than 2 GB; it is quantized by "int8_dynamic"; nothing can be written at
+            `path`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
@@ -102,7 +103,7 @@ def export(
     place = files.place("path", path)
     limit = None if tolerance is None else checks.number("tolerance", tolerance, above=0.0)
     _libraries()
-    network = getattr(model, "_orig_mod", model)  # of torch.compile
+    network = uncompiled_network(model)
     given = None if masks is None else Masks(masks)
     inputs = _Inputs(network, example)
     _check(network, inputs)
@@ -122,6 +123,7 @@ class _Inputs:
     """The example, and the same with another number of rows."""
 
     def __init__(self, model: nn.Module, example: Any) -> None:
+        self.example = example
         args, kwargs = arguments(example)
         self.names = _names(model, args, kwargs)
         self.keys = tuple(kwargs)
@@ -205,8 +207,7 @@ def _unwrap_(model: nn.Module) -> None:
         if weight is None or not is_quantized(weight):
             continue
         require(bool(name), "the model is one quantized layer alone: put it into nn.Sequential")
-        above, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(above), attribute, _Integers(module).train(module.training))
+        replace_(model, module, _Integers(module).train(module.training))
 
 
 class _Outputs(nn.Module):
@@ -215,16 +216,12 @@ class _Outputs(nn.Module):
     def __init__(self, model: nn.Module, inputs: _Inputs) -> None:
         super().__init__()
         self.model, self.keys = model, inputs.keys
-        found = model(*inputs.tensors[: len(inputs.tensors) - len(self.keys)], **self._named(inputs.tensors))
-        self.names = _output_names(found)
+        self.names = _output_names(call_on(model, inputs.example))
         require(bool(self.names), f"{type(model).__name__} returns no tensor for the example")
 
-    def _named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        first = len(tensors) - len(self.keys)
-        return dict(zip(self.keys, tensors[first:], strict=True))
-
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        found = self.model(*tensors[: len(tensors) - len(self.keys)], **self._named(tensors))
+        first = len(tensors) - len(self.keys)
+        found = self.model(*tensors[:first], **dict(zip(self.keys, tensors[first:], strict=True)))
         return tuple(tensors_in(found))
 
 

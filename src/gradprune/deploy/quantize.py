@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks
-from gradprune.core.checks import require, require_readable, require_values
+from gradprune.core.checks import is_quantized, require, require_readable, require_values
 from gradprune.core.encoded import readable
-from gradprune.core.layers import Weight, is_quantized, require_layers, weights_of
+from gradprune.core.layers import Weight, replace_, require_layers, uncompiled_network, weights_of
 from gradprune.core.quiet import quiet
 from gradprune.core.tables import Table
 from gradprune.weights.eligible import Patterns, as_patterns
@@ -121,7 +121,7 @@ def quantize(
     require_layers(checks.module(model))
     checks.choice("scheme", scheme, SCHEMES)
     torchao()
-    network = getattr(model, "_orig_mod", model)  # of torch.compile
+    network = uncompiled_network(model)
     given = None if masks is None else Masks(masks)
     every = weights_of(network)
     for name, weight in every.items():
@@ -163,7 +163,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 
     Chapter 8.
     """
-    network = getattr(checks.module(model), "_orig_mod", model)
+    network = uncompiled_network(checks.module(model))
     held = {name: p for name, p in network.named_parameters() if is_quantized(p)}
     require(bool(held), "no weight of the model is quantized: gp.quantize does that")
     twin = copy.deepcopy(network)
@@ -271,10 +271,7 @@ def as_linear_(model: nn.Module, name: str) -> nn.Linear:
     new._parameters["weight"] = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
     new._parameters["bias"] = bias
     new.train(old.training)
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            above, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(above), attribute, new)
+    replace_(model, old, new)
     return new
 
 

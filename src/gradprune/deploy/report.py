@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.checks import module, require_values
+from gradprune.core.checks import is_quantized, module, require_values
 from gradprune.core.encoded import bitmask_bytes, readable
 from gradprune.core.evaluate import call, evaluated
 from gradprune.core.flops import Count, Flops, count_flops, nonzeros
-from gradprune.core.layers import is_quantized
 from gradprune.core.tables import as_frame, html_table
 from gradprune.deploy.quantize import parts
 from gradprune.deploy.sparse import SparseLinear

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.encoded import readable
+from gradprune.core.layers import uncompiled_network
 from gradprune.core.progress import bar
 from gradprune.core.tables import Table
 from gradprune.weights.eligible import Patterns, eligible
@@ -117,7 +118,7 @@ def share_weights(
         values = weight.parameter
         checks.require(not values.is_complex(), f"{name!r} is complex: its values have no order")
         checks.require(bool(values.isfinite().all()), f"{name!r} has weights that are infinite or NaN")
-    twin = copy.deepcopy(getattr(model, "_orig_mod", model))
+    twin = copy.deepcopy(uncompiled_network(model))
     names = dict(twin.named_parameters(remove_duplicate=False))
     if given is not None:
         given.apply_(twin)

@@ -33,7 +33,7 @@ from gradprune.core.coupled import (
     writes,
 )
 from gradprune.core.evaluate import as_written, call_on, evaluated, tensors_in
-from gradprune.core.layers import require_layers
+from gradprune.core.layers import require_layers, uncompiled_network
 from gradprune.deploy.constant import constants, inputs_like
 from gradprune.deploy.cut import Undo, columns, cut_, replace_, rows
 from gradprune.deploy.widths import remember_dense_
@@ -89,7 +89,7 @@ def shrink(model: nn.Module, example: Any, masks: Mapping[str, Tensor] | None = 
     for name, parameter in model.named_parameters():
         require_values(name, parameter)
     given = None if masks is None else Masks(masks)
-    small = copy.deepcopy(getattr(model, "_orig_mod", model))
+    small = copy.deepcopy(uncompiled_network(model))
     for parameter in small.parameters():
         parameter.grad = None
     if given is not None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks, files
-from gradprune.core.checks import require
-from gradprune.core.layers import is_quantized, require_layers
+from gradprune.core.checks import is_quantized, require
+from gradprune.core.layers import require_layers, uncompiled_network
 from gradprune.deploy.cut import WIDTHS
 from gradprune.deploy.quantize import DTYPES, SCHEMES, as_linear_, assembled, is_conv1d, parts, scheme_of
 from gradprune.deploy.sparse import SparseLinear
@@ -142,7 +142,7 @@ def remember_dense_(model: nn.Module) -> None:
 
 def _plain(model: nn.Module) -> nn.Module:
     require_layers(checks.module(model))
-    return getattr(model, "_orig_mod", model)  # of torch.compile
+    return uncompiled_network(model)
 
 
 class _Saved:

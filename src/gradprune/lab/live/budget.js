@@ -5,7 +5,7 @@ import { readNetwork, readSplit } from "./examples.js";
 import { copyNetwork } from "./network.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
 import { countAll, countKept, createReader, percent } from "./reading.js";
-import { closing, createStage, drawer, publish, say } from "./stage.js";
+import { closing, createStage, drawer, listen, publish, say } from "./stage.js";
 
 const BOUNDED = [
   ["accuracy", "accuracy lost"],
@@ -159,10 +159,7 @@ export function render({ model, el }) {
     scope.set(setting.scope);
     request();
   }
-  for (const name of SETTINGS) model.on(`change:${name}`, follow);
-  stage.ends.push(() => {
-    for (const name of SETTINGS) model.off(`change:${name}`, follow);
-  });
+  listen(stage, model, SETTINGS, follow);
   follow();
   return closing(stage);
 }

@@ -3,7 +3,7 @@ import { createChart, plain, scientific } from "./chart.js";
 import { button, slider } from "./controls.js";
 import { clipByNorm, clipByValue } from "./gradients.js";
 import { createHeat } from "./heat.js";
-import { animator, closing, createStage, drawer, element, publish, say } from "./stage.js";
+import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
 import { cellGradient, cellLoss } from "./unroll.js";
 import { walk } from "./walk.js";
 
@@ -126,11 +126,8 @@ export function render({ model, el }) {
     for (const name of ["rate", "bound"]) sliders[name].set(Math.log10(setting[name]));
     request();
   }
-  for (const name of names) model.on(`change:${name}`, follow);
-  stage.ends.push(() => {
-    player.stop();
-    for (const name of names) model.off(`change:${name}`, follow);
-  });
+  listen(stage, model, names, follow);
+  stage.ends.push(() => player.stop());
   follow();
   stage.root.numbers = () => both;
   return closing(stage);

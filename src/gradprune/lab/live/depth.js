@@ -14,7 +14,7 @@ import {
   forward,
 } from "./network.js";
 import { createReader, percent } from "./reading.js";
-import { animator, closing, createStage, drawer, publish, say } from "./stage.js";
+import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const ROWS = 64; // examples whose gradient is shown
@@ -227,10 +227,7 @@ export function render({ model, el }) {
     activation.set(setting.activation);
     start();
   }
-  for (const name of SETTINGS) model.on(`change:${name}`, follow);
-  stage.ends.push(() => {
-    for (const name of SETTINGS) model.off(`change:${name}`, follow);
-  });
+  listen(stage, model, SETTINGS, follow);
   stage.root.numbers = () => flatten(net);
   stage.root.gradients = gradientNorms;
   stage.root.train = (steps) => trainSteps(training, steps);

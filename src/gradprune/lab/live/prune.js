@@ -5,7 +5,7 @@ import { readFloats, readNetwork, readSplit } from "./examples.js";
 import { copyNetwork, createWorkspace, forward, predictions } from "./network.js";
 import { createPixels } from "./pixels.js";
 import { applyMasks, largestScores, magnitudeScores, pruneMasks } from "./rank.js";
-import { closing, createStage, drawer, element, publish, say } from "./stage.js";
+import { closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
 import { createTraces } from "./trace.js";
 
 const RANKINGS = [
@@ -186,10 +186,7 @@ export function render({ model, el }) {
     scope.set(setting.scope);
     request();
   }
-  for (const name of Object.keys(first)) model.on(`change:${name}`, follow);
-  stage.ends.push(() => {
-    for (const name of Object.keys(first)) model.off(`change:${name}`, follow);
-  });
+  listen(stage, model, Object.keys(first), follow);
   follow();
   return closing(stage);
 }

@@ -7,7 +7,7 @@ import { createSgd } from "./optimizer.js";
 import { createPixels } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
 import { countAll, countKept, createReader, percent } from "./reading.js";
-import { animator, closing, createStage, drawer, element, publish, say } from "./stage.js";
+import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const ABOUT = 180; // steps of each network: as many rounds as there are make it whole
@@ -168,10 +168,7 @@ export function render({ model, el }) {
     after.set(setting.after);
     start();
   }
-  for (const name of SETTINGS) model.on(`change:${name}`, follow);
-  stage.ends.push(() => {
-    for (const name of SETTINGS) model.off(`change:${name}`, follow);
-  });
+  listen(stage, model, SETTINGS, follow);
   stage.root.numbers = () => ({ once: flatten(once.net), many: flatten(many.net) });
   follow();
   return closing(stage);

@@ -6,7 +6,7 @@ import { copyNetwork, createWorkspace, forward, predictions } from "./network.js
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
 import { countAll, percent } from "./reading.js";
 import { compressNetwork, forwardRows, unitMasks, withoutIdleUnits } from "./sparse.js";
-import { animator, closing, createStage, drawer, publish, say } from "./stage.js";
+import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
 
 const GRAINS = [
   ["weights", "single weights"],
@@ -207,10 +207,7 @@ export function render({ model, el }) {
     grain.set(setting.grain);
     request();
   }
-  for (const name of SETTINGS) model.on(`change:${name}`, follow);
-  stage.ends.push(() => {
-    for (const name of SETTINGS) model.off(`change:${name}`, follow);
-  });
+  listen(stage, model, SETTINGS, follow);
   follow();
   return closing(stage);
 }

@@ -99,6 +99,14 @@ export function publish(model, traits) {
   model.save_changes();
 }
 
+// Calls `follow` when one of these traits of the model changes, as long as the figure stands on the page.
+export function listen(stage, model, names, follow) {
+  for (const name of names) model.on(`change:${name}`, follow);
+  stage.ends.push(() => {
+    for (const name of names) model.off(`change:${name}`, follow);
+  });
+}
+
 // What `render` returns: ends what the figure started, when its element is taken off the page.
 export const closing = (stage) => () => {
   clearTimeout(stage.timer);

@@ -6,7 +6,7 @@ import { copyNetwork, createWorkspace, flatten, forward, predictions } from "./n
 import { createPad } from "./pad.js";
 import { createPixels } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
-import { animator, closing, createStage, drawer, element, publish, say } from "./stage.js";
+import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
 import { createTraces } from "./trace.js";
 import { createTraining, epochSteps, trainSteps } from "./training.js";
 
@@ -168,8 +168,7 @@ export function render({ model, el }) {
     prune(model.get("sparsity"));
     request();
   }
-  model.on("change:sparsity", follow);
-  stage.ends.push(() => model.off("change:sparsity", follow));
+  listen(stage, model, ["sparsity"], follow);
   pad.pick(FIRST);
   follow();
   stage.root.numbers = () => flatten(net);

@@ -5,7 +5,7 @@ import { readNetwork, readSplit } from "./examples.js";
 import { createFeedback, norm, topFraction } from "./gradients.js";
 import { copyNetwork, flatten, parameterCount } from "./network.js";
 import { createReader, percent } from "./reading.js";
-import { animator, closing, createStage, drawer, publish, say } from "./stage.js";
+import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const STEPS = 270;
@@ -178,8 +178,7 @@ export function render({ model, el }) {
     share.set(Math.log10(model.get("density")));
     start();
   }
-  model.on("change:density", follow);
-  stage.ends.push(() => model.off("change:density", follow));
+  listen(stage, model, ["density"], follow);
   stage.root.numbers = (kind) => flatten(runs[kind].net);
   stage.root.rest = (kind) => restOf(runs[kind]).flatMap((array) => [...array]);
   stage.root.advance = (count) => {
