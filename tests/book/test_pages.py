@@ -488,7 +488,7 @@ def test_search_finds_each_chapter_by_its_title(context: BrowserContext) -> None
         title = re.sub(r"[\d.#]", "", soup(path).h1.get_text()).strip()
         seen = visit(context, HTML / "search.html", "?q=" + title.replace(" ", "+"))
         results = seen.page.locator("#search-results li a")
-        results.first.wait_for()
+        seen.page.locator("#search-results").get_by_text("Search finished").wait_for()  # results come one by one
         found = [link.get_attribute("href") for link in results.all()]
         assert any(path.name in str(address) for address in found), f"{title!r} finds only {found}"
         assert seen.wrong == []
@@ -502,7 +502,7 @@ def test_search_opens_by_keyboard_and_finds_a_term_of_the_package(context: Brows
     seen.page.keyboard.press("Enter")
     seen.page.wait_for_url("**/search.html?q=jacobian*")
     results = seen.page.locator("#search-results li a")
-    results.first.wait_for()
+    seen.page.locator("#search-results").get_by_text("Search finished").wait_for()
     assert any("api/gradients" in str(link.get_attribute("href")) for link in results.all())
     assert seen.wrong == []
     seen.page.close()
