@@ -155,7 +155,7 @@ def spread(way: str, model: nn.Module) -> tuple[nn.Module, Any]:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         model = DistributedDataParallel(model, process_group=pairs[dist.get_rank() // 2])
     if "averaged" in way:
-        return model, PostLocalSGDOptimizer(sgd(model), PeriodicModelAverager(period=PERIOD))
+        return model, PostLocalSGDOptimizer(sgd(model), PeriodicModelAverager(PERIOD, warmup_steps=PERIOD - 1))
     return model, sgd(model)
 
 
