@@ -105,15 +105,39 @@ def masks_are_those_of_one_process(rank, ranks):
 
 
 def larger_masks_are_those_of_one_process_whatever_a_sample_says(rank, ranks):
-    mesh, bracket = mesh_of(ranks), select_sharded._bracket
+    mesh, brackets = mesh_of(ranks), select_sharded._brackets
     for seed, values in enumerate(VALUES):
         for how, dtype in zip(("fsdp", "columns", "mixed"), DTYPES[seed % 2 :], strict=False):
             sparsity = (0.333, 0.5, 0.87, 0.999)[seed % 4]
             check_as_one_process(mesh, how, (seed, (401, 300, 257), dtype, values), sparsity=sparsity)
     for missed in ((0, 0), (5, 2**20), (2**31 - 9, 2**31 - 1)):
-        select_sharded._bracket = lambda *_, missed=missed: missed
-        check_as_one_process(mesh, "rows", (7, (31, 40, 9), torch.float32, "normal"), sparsity=0.7)
-    select_sharded._bracket = bracket
+        select_sharded._brackets = lambda groups, _, missed=missed: [missed] * len(groups)
+        for scope in ("global", "layer"):
+            check_as_one_process(mesh, "rows", (7, (31, 40, 9), torch.float32, "normal"), sparsity=0.7, scope=scope)
+    select_sharded._brackets = brackets
+
+
+def layers_by_themselves_are_chosen_by_as_few_messages_as_one(rank, ranks):
+    few, some, many = (sent_for(mesh_of(ranks), [16] * number) for number in (3, 42, 121))
+    assert len(few) == len(some) == len(many)
+    assert sum(many) < 4e6
+    large = sent_for(mesh_of(ranks), [150, 200, 120, 250, 90])
+    assert sum(large) < 4e6
+
+
+def sent_for(mesh, sizes):
+    """How many bytes each message of a pruning by layers has."""
+    model, sent, reduce, broadcast = sharded(chain(2, sizes), "fsdp", mesh), [], dist.all_reduce, dist.broadcast
+
+    def noting(function):
+        return lambda tensor, *args, **named: (sent.append(tensor.nbytes), function(tensor, *args, **named))[1]
+
+    dist.all_reduce, dist.broadcast = noting(reduce), noting(broadcast)
+    try:
+        in_quiet(gp.prune, model, sparsity=0.7, scope="layer")
+    finally:
+        dist.all_reduce, dist.broadcast = reduce, broadcast
+    return sent
 
 
 def check_refused(rank, ranks, model, kind, match, **asked):
@@ -282,6 +306,7 @@ def masks_go_through_a_distributed_checkpoint(rank, ranks):
 CASES = (
     masks_are_those_of_one_process,
     larger_masks_are_those_of_one_process_whatever_a_sample_says,
+    layers_by_themselves_are_chosen_by_as_few_messages_as_one,
     what_is_wrong_on_one_rank_is_raised_on_all,
     parameters_that_a_forward_pass_left_whole_are_pruned_in_their_blocks,
     copies_that_differ_in_their_last_bits_get_one_mask,
