@@ -2,12 +2,12 @@
 
 import itertools
 import tempfile
-import warnings
 
 import group
 import pytest
 import torch
 import torch.distributed as dist
+from shards import LAYOUTS, bits, chain, in_quiet, local, mesh_of, sharded, whole
 from torch import nn
 
 import gradprune as gp
@@ -15,60 +15,6 @@ from gradprune.core import select_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUES = ("normal", "ties", "zeros", "equal", "extremes")
-LAYOUTS = ("fsdp", "rows", "columns", "copies", "mixed")
-
-
-def made(values, shape):
-    if values == "ties":
-        return torch.randint(-2, 3, shape) / 2
-    if values == "zeros":
-        return torch.randn(shape) * (torch.rand(shape) < 0.3) * -1.0
-    if values == "equal":
-        return torch.full(shape, -1.5)
-    if values == "extremes":
-        return torch.tensor([0.0, -0.0, 1e-45, torch.inf, -torch.inf, 65504.0])[torch.randint(0, 6, shape)]
-    return torch.randn(shape)
-
-
-def chain(seed, sizes, dtype=torch.float32, values="normal"):
-    """Linear layers, equal on all ranks."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(sizes)))
-    for p in model.parameters():
-        p.data = made(values, p.shape).to(dtype)
-    return model
-
-
-def sharded(model, how, mesh):
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    if how == "fsdp":
-        for layer in model:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-    mixed = [Shard(1), Replicate(), Shard(0), None]
-    for i, layer in enumerate(model):
-        place = {"rows": Shard(0), "columns": Shard(1), "copies": Replicate(), "mixed": mixed[i % 4]}[how]
-        if place is not None:
-            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [place]))
-    return model
-
-
-def whole(tensor):
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def bits(tensor):
-    return tensor.detach().contiguous().view(torch.uint8)
-
-
-def in_quiet(function, *args, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*args, **kwargs)
 
 
 def check_as_one_process(mesh, how, case, **asked):
@@ -84,12 +30,6 @@ def check_as_one_process(mesh, how, case, **asked):
             assert mask.placements == parameter.placements
     assert found.sparsity == wanted.sparsity
     assert found.holds(spread)
-
-
-def mesh_of(ranks):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (ranks,))
 
 
 def masks_are_those_of_one_process(rank, ranks):
@@ -149,10 +89,6 @@ def check_refused(rank, ranks, model, kind, match, **asked):
     dist.all_gather_object(said, str(raised.value))
     assert len(set(said)) == 1, said
     assert all(torch.equal(bits(local(p)), old) for p, old in zip(model.parameters(), before, strict=True))
-
-
-def local(tensor):
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
