@@ -2,12 +2,12 @@
 
 import itertools
 import tempfile
-import warnings
 
 import group
 import pytest
 import torch
 import torch.distributed as dist
+from shards import LAYOUTS, bits, chain, in_quiet, local, mesh_of, sharded, whole
 from torch import nn
 
 import gradprune as gp
@@ -15,60 +15,6 @@ from gradprune.core import select_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUES = ("normal", "ties", "zeros", "equal", "extremes")
-LAYOUTS = ("fsdp", "rows", "columns", "copies", "mixed")
-
-
-def made(values, shape):
-    if values == "ties":
-        return torch.randint(-2, 3, shape) / 2
-    if values == "zeros":
-        return torch.randn(shape) * (torch.rand(shape) < 0.3) * -1.0
-    if values == "equal":
-        return torch.full(shape, -1.5)
-    if values == "extremes":
-        return torch.tensor([0.0, -0.0, 1e-45, torch.inf, -torch.inf, 65504.0])[torch.randint(0, 6, shape)]
-    return torch.randn(shape)
-
-
-def chain(seed, sizes, dtype=torch.float32, values="normal"):
-    """Linear layers, equal on all ranks."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(sizes)))
-    for p in model.parameters():
-        p.data = made(values, p.shape).to(dtype)
-    return model
-
-
-def sharded(model, how, mesh):
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    if how == "fsdp":
-        for layer in model:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-    mixed = [Shard(1), Replicate(), Shard(0), None]
-    for i, layer in enumerate(model):
-        place = {"rows": Shard(0), "columns": Shard(1), "copies": Replicate(), "mixed": mixed[i % 4]}[how]
-        if place is not None:
-            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [place]))
-    return model
-
-
-def whole(tensor):
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def bits(tensor):
-    return tensor.detach().contiguous().view(torch.uint8)
-
-
-def in_quiet(function, *args, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*args, **kwargs)
 
 
 def check_as_one_process(mesh, how, case, **asked):
@@ -86,12 +32,6 @@ def check_as_one_process(mesh, how, case, **asked):
     assert found.holds(spread)
 
 
-def mesh_of(ranks):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (ranks,))
-
-
 def masks_are_those_of_one_process(rank, ranks):
     mesh = mesh_of(ranks)
     for seed, (how, values) in enumerate(itertools.product(LAYOUTS, VALUES)):
@@ -105,15 +45,39 @@ def masks_are_those_of_one_process(rank, ranks):
 
 
 def larger_masks_are_those_of_one_process_whatever_a_sample_says(rank, ranks):
-    mesh, bracket = mesh_of(ranks), select_sharded._bracket
+    mesh, brackets = mesh_of(ranks), select_sharded._brackets
     for seed, values in enumerate(VALUES):
         for how, dtype in zip(("fsdp", "columns", "mixed"), DTYPES[seed % 2 :], strict=False):
             sparsity = (0.333, 0.5, 0.87, 0.999)[seed % 4]
             check_as_one_process(mesh, how, (seed, (401, 300, 257), dtype, values), sparsity=sparsity)
     for missed in ((0, 0), (5, 2**20), (2**31 - 9, 2**31 - 1)):
-        select_sharded._bracket = lambda *_, missed=missed: missed
-        check_as_one_process(mesh, "rows", (7, (31, 40, 9), torch.float32, "normal"), sparsity=0.7)
-    select_sharded._bracket = bracket
+        select_sharded._brackets = lambda groups, _, missed=missed: [missed] * len(groups)
+        for scope in ("global", "layer"):
+            check_as_one_process(mesh, "rows", (7, (31, 40, 9), torch.float32, "normal"), sparsity=0.7, scope=scope)
+    select_sharded._brackets = brackets
+
+
+def layers_by_themselves_are_chosen_by_as_few_messages_as_one(rank, ranks):
+    few, some, many = (sent_for(mesh_of(ranks), [16] * number) for number in (3, 42, 121))
+    assert len(few) == len(some) == len(many)
+    assert sum(many) < 4e6
+    large = sent_for(mesh_of(ranks), [150, 200, 120, 250, 90])
+    assert sum(large) < 4e6
+
+
+def sent_for(mesh, sizes):
+    """How many bytes each message of a pruning by layers has."""
+    model, sent, reduce, broadcast = sharded(chain(2, sizes), "fsdp", mesh), [], dist.all_reduce, dist.broadcast
+
+    def noting(function):
+        return lambda tensor, *args, **named: (sent.append(tensor.nbytes), function(tensor, *args, **named))[1]
+
+    dist.all_reduce, dist.broadcast = noting(reduce), noting(broadcast)
+    try:
+        in_quiet(gp.prune, model, sparsity=0.7, scope="layer")
+    finally:
+        dist.all_reduce, dist.broadcast = reduce, broadcast
+    return sent
 
 
 def check_refused(rank, ranks, model, kind, match, **asked):
@@ -125,10 +89,6 @@ def check_refused(rank, ranks, model, kind, match, **asked):
     dist.all_gather_object(said, str(raised.value))
     assert len(set(said)) == 1, said
     assert all(torch.equal(bits(local(p)), old) for p, old in zip(model.parameters(), before, strict=True))
-
-
-def local(tensor):
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
@@ -282,6 +242,7 @@ def masks_go_through_a_distributed_checkpoint(rank, ranks):
 CASES = (
     masks_are_those_of_one_process,
     larger_masks_are_those_of_one_process_whatever_a_sample_says,
+    layers_by_themselves_are_chosen_by_as_few_messages_as_one,
     what_is_wrong_on_one_rank_is_raised_on_all,
     parameters_that_a_forward_pass_left_whole_are_pruned_in_their_blocks,
     copies_that_differ_in_their_last_bits_get_one_mask,

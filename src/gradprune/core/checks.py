@@ -10,7 +10,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -184,6 +184,15 @@ def require_writable(name: str, tensor: Tensor, what: str = "parameter") -> None
         raise ValueError(f"{called} was made in inference mode and cannot be changed outside it: clone it first")
     if tensor.is_neg():
         raise ValueError(f"{called} is a view with the negative bit set: resolve it first, resolve_neg()")
+
+
+def require_whole(tensors: Iterable[Any]) -> None:
+    """Raise TypeError where FSDP1 has flattened a parameter: it is then a part of this rank's alone."""
+    if "torch.distributed.fsdp" in sys.modules and any(getattr(t, "_fsdp_flattened", False) for t in tensors):
+        raise TypeError(
+            "the parameters are those of a FullyShardedDataParallel (FSDP1), of which each rank sees a flattened part, "
+            "which is not supported: shard the model by torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
 
 
 def is_quantized(tensor: Tensor) -> bool:

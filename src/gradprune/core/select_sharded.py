@@ -1,16 +1,19 @@
 """Which k values are the largest, exactly, over tensors that are spread over several processes?
 
-A sample says between which keys of ``order`` the wanted one most likely lies. Each rank counts what is below them and
-takes what is between, or all where the sample missed or too many are equal. Of these the wanted key is found digit by
-digit: how often each value of the upper 15 bits occurs on all ranks says in which of them it lies, the same of the next
-bits inside it says the key. Each rank sends counts, never its values. Of values equal to the key the later stay, by
-their place in the whole: where some of them must go, the place of the first that stays is found in the same way. So the
-masks are those of one process, bit for bit.
+The tensors come in groups, each ranked by itself; all groups go through every step together, so that the ranks talk as
+often for a hundred groups as for one. A sample says between which keys of ``order`` the wanted one of a group most
+likely lies. Each rank counts what is below them and takes what is between, or all where the sample missed or too many
+are equal. Of these the wanted key is found digit by digit: how often each value of the upper bits occurs on all ranks
+says in which of them it lies, the same of the next bits inside it says the key. Each rank sends counts, never its
+values. Of values equal to the key the later stay, by their place in the whole: where some of them must go, the place of
+the first that stays is found in the same way. So the masks are those of one process, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +25,12 @@ from gradprune.core.order import Order
 from gradprune.core.sharded import Ranks, Shard
 from gradprune.core.uncompiled import uncompiled
 
-FIRST, NEXT = 15, 16  # bits of a digit
+DIGIT = 11, 6  # bits of a digit: at most, and at least
+COUNTS = 2**18  # that are sent at a time: 128 groups have digits of 11 bits, more have shorter ones
+COARSE = 15  # upper bits of a key by which a sample is looked at
 PIECE = 2**17  # entries at a time, which a cache holds
-SAMPLE = 2**16  # entries of all ranks
-MOST_BETWEEN = 0.25  # of a rank's entries that are copied
+SAMPLE = 2**16, 2**14  # entries of all ranks: of all groups together, but at least so many of each
+MOST_BETWEEN = 0.25  # of a rank's entries of a group that are copied
 Numbers = Callable[[], Iterator[Tensor]]
 
 
@@ -36,19 +41,23 @@ def keep_and_count(shards: Mapping[str, Shard], ranks: Ranks, k: int) -> Kept:
     All ranks call it with the same names and k. Of shared tensors the lowest rank's values decide for all. Raises
     ValueError on all ranks, naming the tensor, where one of them holds a NaN.
     """
-    names, parts = list(shards), list(shards.values())
-    order = collect([s.local for s in parts], "magnitude", names=names).order
-    total = sum(part.numel for part in parts)
-    if total == 0:
-        return Kept([torch.ones_like(p.local, dtype=torch.bool) for p in parts], [0] * len(parts))
-    # With no value to stay, the largest is looked for all the same: NaN is an error.
-    key, below, equal = _locate(names, parts, order, min(total, total - k + 1), ranks)
-    if k == 0:
-        return Kept([torch.zeros_like(p.local, dtype=torch.bool) for p in parts], [0] * len(parts))
-    first = _first_to_stay(parts, order, key, equal - (k - (total - below - equal)), ranks)
-    masks = [_mask(part, order, key, start) for part, start in zip(parts, first, strict=True)]
-    _let_first_decide_(parts, masks, ranks)
-    return Kept(masks, count(parts, masks, ranks))
+    return keep_each([(shards, k)], ranks)[0]
+
+
+@uncompiled
+def keep_each(groups: Iterable[tuple[Mapping[str, Shard], int]], ranks: Ranks) -> list[Kept]:
+    """Return what ``keep_and_count`` does for each group and its k, by as many reductions as for one."""
+    every = [_Group.of(shards, k) for shards, k in groups]
+    ranked = [group for group in every if group.total]
+    if not ranked:
+        return [Kept(_all_of(group), [0] * len(group.parts)) for group in every]
+    found = _locate(ranked, ranks)
+    answers = iter(zip(found, _first_to_stay(ranked, found, ranks), strict=True))
+    masks = [_masks(group, *next(answers)) if group.total else _all_of(group) for group in every]
+    parts, flat = [part for group in every for part in group.parts], [mask for some in masks for mask in some]
+    _let_first_decide_(parts, flat, ranks)
+    counts = iter(count(parts, flat, ranks))
+    return [Kept(some, [next(counts) for _ in some]) for some in masks]
 
 
 def count(shards: Iterable[Shard], masks: Iterable[Tensor], ranks: Ranks) -> list[int]:
@@ -57,58 +66,127 @@ def count(shards: Iterable[Shard], masks: Iterable[Tensor], ranks: Ranks) -> lis
     return ranks.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
 
 
+class _Group(NamedTuple):
+    """Tensors that are ranked together."""
+
+    names: list[str]
+    parts: list[Shard]
+    order: Order
+    stay: int
+    total: int
+
+    @classmethod
+    def of(cls, shards: Mapping[str, Shard], k: int) -> _Group:
+        names, parts = list(shards), list(shards.values())
+        order = collect([part.local for part in parts], "magnitude", names=names).order
+        return cls(names, parts, order, k, sum(part.numel for part in parts))
+
+    @property
+    def rank(self) -> int:
+        """Which of all, from the smallest, is the last to stay; the largest where none stays, as NaN is an error."""
+        return min(self.total, self.total - self.stay + 1)
+
+    def keys(self) -> Iterator[Tensor]:
+        return (keys for part in self.parts if part.owned for keys in _keys(part, self.order))
+
+
+class _Search(NamedTuple):
+    """Which of all ranks' numbers is the k-th smallest? They are below 2**bits, and at most so many."""
+
+    numbers: Numbers
+    bits: int
+    k: int
+    most: int
+
+
+class _Found(NamedTuple):
+    number: int
+    below: int  # how many are smaller
+    equal: int
+
+
 def _keys(shard: Shard, order: Order) -> Iterator[Tensor]:
     for piece in shard.local.detach().resolve_neg().reshape(-1).split(PIECE):
         if piece.numel():
             yield order.keys(order.compared(piece))
 
 
-def _locate(names: list[str], parts: list[Shard], order: Order, k: int, ranks: Ranks) -> tuple[int, int, int]:
-    """The k-th smallest key of all, how many are below it, and how many equal it."""
-    low, high = _bracket(parts, order, k, ranks)
-    between: list[Tensor] = []
-    most = sum(part.local.numel() for part in parts) * MOST_BETWEEN
-    nan, below, inside, left = [0] * len(parts), 0, 0, 0
-    for i, part in enumerate(parts):
-        for keys in _keys(part, order):
-            nan[i] |= int(keys.max()) > order.highest
+def _locate(groups: Sequence[_Group], ranks: Ranks) -> list[_Found]:
+    """The key of the last to stay of each group."""
+    brackets = _brackets(groups, ranks)
+    taken = [_between(group, *ends) for group, ends in zip(groups, brackets, strict=True)]
+    numbers = [number for one in taken for number in one.told]
+    told = iter(ranks.sum(torch.tensor(numbers, dtype=torch.int64, device="cpu")).tolist())
+    searches, offsets = [], []
+    for group, (low, high), one in zip(groups, brackets, taken, strict=True):
+        for name in group.names:
+            if next(told):
+                raise_nan(repr(name))
+        below, inside, left = next(told), next(told), next(told)
+        if left or not below < group.rank <= below + inside:  # many are equal, or the sample missed
+            bits = group.order.magnitude_bits.bit_length()
+            searches.append(_Search(group.keys, bits, group.rank, group.total))
+            offsets.append((0, 0))
+        else:
+            searches.append(_Search(one.numbers, (high - low).bit_length(), group.rank - below, group.total))
+            offsets.append((low, below))
+    found = _kth_smallest(searches, ranks)
+    return [_Found(f.number + low, f.below + below, f.equal) for f, (low, below) in zip(found, offsets, strict=True)]
+
+
+class _Between(NamedTuple):
+    keys: list[Tensor]  # those between two keys, less the lower
+    told: list[
+        int
+    ]  # of each tensor whether it holds a NaN; how many keys are below, and between; whether some are left
+
+    def numbers(self) -> Iterator[Tensor]:
+        return iter(self.keys)
+
+
+def _between(group: _Group, low: int, high: int) -> _Between:
+    found: list[Tensor] = []
+    most = sum(part.local.numel() for part in group.parts) * MOST_BETWEEN
+    nan, below, inside, left = [0] * len(group.parts), 0, 0, 0
+    for i, part in enumerate(group.parts):
+        for keys in _keys(part, group.order):
+            nan[i] |= int(keys.max()) > group.order.highest
             if part.owned:
                 below += count_kept(keys < low)
                 within = (keys >= low).logical_and_(keys <= high)
-                number = count_kept(within)
-                inside += number
+                inside += count_kept(within)
                 if inside <= most:
-                    between.append(_where(keys, within) - low)
+                    found.append(_where(keys, within) - low)
                 else:
                     left = 1
-    told = ranks.sum(torch.tensor([*nan, below, inside, left], dtype=torch.int64, device="cpu")).tolist()
-    *nan, below, inside, left = told
-    for name, found in zip(names, nan, strict=True):
-        if found:
-            raise_nan(repr(name))
-    if left or not below < k <= below + inside:  # many are equal, or the sample missed
-        every = lambda: (keys for part in parts if part.owned for keys in _keys(part, order))  # noqa: E731
-        return _kth_smallest(every, order.magnitude_bits.bit_length(), k, ranks)
-    key, lower, equal = _kth_smallest(lambda: iter(between), (high - low).bit_length(), k - below, ranks)
-    return key + low, below + lower, equal
+    return _Between(found, [*nan, below, inside, left])
 
 
-def _bracket(parts: list[Shard], order: Order, k: int, ranks: Ranks) -> tuple[int, int]:
-    """Two keys between which the k-th smallest very likely lies, by the upper bits of a sample."""
-    step = -(-sum(part.numel for part in parts) // SAMPLE)
-    bits = order.magnitude_bits.bit_length()
-    shift = max(0, bits - FIRST)
-    counts = torch.zeros(2**FIRST, dtype=torch.int64, device=ranks.device)
-    for part in parts:
-        if part.owned:
-            some = order.keys(order.compared(part.local.detach().resolve_neg().reshape(-1)[::step].contiguous()))
-            counts += torch.bincount(some >> shift, minlength=2**FIRST).to(ranks.device)
-    up_to = ranks.sum(counts).cumsum(0)
-    number = int(up_to[-1])
-    middle, margin = k / sum(part.numel for part in parts) * number, 4 * number**0.5
-    ends = torch.searchsorted(up_to, torch.tensor([max(1.0, middle - margin), min(number, middle + margin)]).long())
-    low, high = ends.clamp_(0, 2**FIRST - 1).tolist()
-    return low << shift, ((high + 1) << shift) - 1
+def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
+    """Two keys between which the last to stay of each group very likely lies, by the upper bits of a sample."""
+    size = max(SAMPLE[0] // len(groups), SAMPLE[1])
+    shifts = [max(0, group.order.magnitude_bits.bit_length() - COARSE) for group in groups]
+    samples = [_sample(group, size, shift) for group, shift in zip(groups, shifts, strict=True)]
+    sizes = [sum(some.numel() for some in sample) for sample in samples]
+    searches = []
+    numbers = ranks.sum(torch.tensor(sizes, dtype=torch.int64, device="cpu")).tolist()
+    for group, sample, number in zip(groups, samples, numbers, strict=True):
+        middle, margin = group.rank / group.total * number, 4 * number**0.5
+        for end in (middle - margin, middle + margin):
+            k = min(max(1, int(end)), number)
+            searches.append(_Search(partial(iter, sample), COARSE, k, number))
+    ends = [one.number for one in _kth_smallest(searches, ranks)]
+    return [
+        (low << shift, ((high + 1) << shift) - 1)
+        for low, high, shift in zip(ends[::2], ends[1::2], shifts, strict=True)
+    ]
+
+
+def _sample(group: _Group, size: int, shift: int) -> list[Tensor]:
+    """The upper bits of about so many keys over all ranks."""
+    step = -(-group.total // size)
+    flat = (part.local.detach().resolve_neg().reshape(-1)[::step].contiguous() for part in group.parts if part.owned)
+    return [group.order.keys(group.order.compared(some)) >> shift for some in flat]
 
 
 def _where(keys: Tensor, within: Tensor) -> Tensor:
@@ -118,44 +196,65 @@ def _where(keys: Tensor, within: Tensor) -> Tensor:
     return torch.from_numpy(keys.numpy()[np.flatnonzero(within.numpy())])
 
 
-def _kth_smallest(numbers: Numbers, bits: int, k: int, ranks: Ranks) -> tuple[int, int, int]:
-    """The k-th smallest of all ranks' numbers, which have so many bits; how many are below it, how many equal it."""
-    digit, step, shift, below = 0, min(bits, FIRST), max(0, bits - FIRST), 0
-    first = True
-    while True:
-        counts = torch.zeros(2**step, dtype=torch.int64, device=ranks.device)
-        for some in numbers():
-            if not first:
-                some = some[some >> (shift + step) == digit]
-            here = torch.bincount((some >> shift) & (2**step - 1), minlength=2**step)
-            counts += here.to(ranks.device)
-        counts = ranks.sum(counts)
-        up_to = counts.cumsum(0)
-        found = int(torch.searchsorted(up_to, k - below))
-        below += int(up_to[found] - counts[found])
-        digit, first = digit << step | found, False
-        if shift == 0:
-            return digit, below, int(counts[found])
-        step = min(shift, NEXT)
-        shift -= step
+def _kth_smallest(searches: Sequence[_Search], ranks: Ranks) -> list[_Found]:
+    """What each search looks for: one reduction a digit, for all of them."""
+    found = [_Found(0, 0, 0) for _ in searches]
+    left = [search.bits for search in searches]
+    active = list(range(len(searches)))
+    while active:
+        step = max(min((COUNTS // len(active)).bit_length() - 1, DIGIT[0]), DIGIT[1])
+        steps = [min(left[i], step) for i in active]
+        here = [_histogram(searches[i], found[i].number, left[i], s) for i, s in zip(active, steps, strict=True)]
+        small = max(searches[i].most for i in active) < 2**31
+        counts = ranks.sum(torch.cat([c.to(ranks.device) for c in here]).to(torch.int32 if small else torch.int64))
+        for i, bits, some in zip(active, steps, counts.split([2**bits for bits in steps]), strict=True):
+            digits, below, _ = found[i]
+            up_to = some.cumsum(0)  # in 64 bits
+            digit = int(torch.searchsorted(up_to, searches[i].k - below))
+            equal = int(some[digit])
+            found[i] = _Found(digits << bits | digit, below + int(up_to[digit]) - equal, equal)
+            left[i] -= bits
+        active = [i for i in active if left[i]]
+    return found
 
 
-def _first_to_stay(parts: list[Shard], order: Order, key: int, going: int, ranks: Ranks) -> list[int]:
-    """For each tensor the place from which on values equal to the key stay, so that the first `going` of all go."""
-    if going == 0:
-        return [0] * len(parts)
-    ties = [sum(count_kept(keys == key) for keys in _keys(p, order)) if p.owned else 0 for p in parts]
-    ties = ranks.sum(torch.tensor(ties, dtype=torch.int64, device="cpu")).tolist()
-    first = []
-    for part, number in zip(parts, ties, strict=True):
-        if going >= number:
-            first.append(part.numel)
-        elif going == 0:
-            first.append(0)
-        else:
-            first.append(_kth_smallest(_places(part, order, key), part.numel.bit_length(), going + 1, ranks)[0])
-        going -= min(going, number)
+def _histogram(search: _Search, digits: int, left: int, bits: int) -> Tensor:
+    """How often each value of the next bits occurs among this rank's numbers that begin with the digits found."""
+    counts, shift = None, left - bits
+    for some in search.numbers():
+        if left < search.bits:
+            some = some[some >> left == digits]
+        here = torch.bincount((some >> shift) & (2**bits - 1), minlength=2**bits)
+        counts = here if counts is None else counts.add_(here.to(counts.device))
+    return counts if counts is not None else torch.zeros(2**bits, dtype=torch.int64, device="cpu")
+
+
+def _first_to_stay(groups: Sequence[_Group], found: Sequence[_Found], ranks: Ranks) -> list[list[int]]:
+    """For each tensor the place from which on values equal to the key stay, so that the first of all of them go."""
+    first = [[0] * len(group.parts) for group in groups]
+    going = [one.equal - (g.stay - (g.total - one.below - one.equal)) for g, one in zip(groups, found, strict=True)]
+    cut = [at for at, number in enumerate(going) if number]
+    if not cut:
+        return first
+    parts = [(at, i, part) for at in cut for i, part in enumerate(groups[at].parts)]
+    own = [_ties(part, groups[at].order, found[at].number) if part.owned else 0 for at, _, part in parts]
+    ties = ranks.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
+    where, searches = [], []
+    for (at, i, part), number in zip(parts, ties, strict=True):
+        if going[at] >= number:
+            first[at][i] = part.numel
+        elif going[at] > 0:
+            places = _places(part, groups[at].order, found[at].number)
+            searches.append(_Search(places, part.numel.bit_length(), going[at] + 1, part.numel))
+            where.append((at, i))
+        going[at] -= min(going[at], number)
+    for (at, i), one in zip(where, _kth_smallest(searches, ranks), strict=True):
+        first[at][i] = one.number
     return first
+
+
+def _ties(part: Shard, order: Order, key: int) -> int:
+    return sum(count_kept(keys == key) for keys in _keys(part, order))
 
 
 def _places(part: Shard, order: Order, key: int) -> Numbers:
@@ -166,6 +265,14 @@ def _places(part: Shard, order: Order, key: int) -> Numbers:
             yield part.positions((keys == key).nonzero().view(-1) + i * PIECE)
 
     return places
+
+
+def _all_of(group: _Group) -> list[Tensor]:
+    return [torch.ones_like(part.local, dtype=torch.bool) for part in group.parts]
+
+
+def _masks(group: _Group, found: _Found, first: list[int]) -> list[Tensor]:
+    return [_mask(part, group.order, found.number, start) for part, start in zip(group.parts, first, strict=True)]
 
 
 def _mask(part: Shard, order: Order, key: int, first: int) -> Tensor:

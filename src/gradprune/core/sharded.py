@@ -19,7 +19,25 @@ from gradprune.core.checks import is_distributed
 
 T = TypeVar("T")
 
-_WAY_OUT = "prune the model before it is sharded, or shard it over one mesh dimension, by Shard or Replicate"
+
+class Subject(NamedTuple):
+    """What an error calls the tensors that it is about, and what it says can be done."""
+
+    called: str
+    way_out: str
+    equal_copies: str
+
+
+PARAMETER = Subject(
+    "the parameter",
+    "prune the model before it is sharded, or shard it over one mesh dimension, by Shard or Replicate",
+    "exclude it, or broadcast it first if it is to be the same",
+)
+GRADIENT = Subject(
+    "the gradient of",
+    "shard the model over one mesh dimension, by Shard or Replicate",
+    "leave its parameter out, or all-reduce it first if it is to be the same",
+)
 
 
 class Shard(NamedTuple):
@@ -57,6 +75,12 @@ class Ranks(NamedTuple):
         total = numbers.to(self.device, copy=True)
         torch.distributed.all_reduce(total)
         return total.cpu()
+
+    def most(self, numbers: Tensor) -> Tensor:
+        """Return the largest over all ranks, on the CPU; none of the numbers is NaN."""
+        largest = numbers.to(self.device, copy=True)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.cpu()
 
     def add(self, number: int) -> int:
         """Return the sum of one number over all ranks."""
@@ -113,21 +137,21 @@ def like(whole: Tensor, block: Tensor) -> Tensor:
     )
 
 
-def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
+def ranks_of(tensors: Iterable[Tensor], subject: Subject = PARAMETER) -> Ranks:
     """Return all processes, or raise TypeError, on each of a mesh, where the mesh leaves some out."""
     meshes = [t.device_mesh for t in tensors if is_distributed(t)]  # type: ignore[attr-defined]
     largest = max(meshes, key=lambda mesh: int(mesh.size()))
     world = torch.distributed.get_world_size()
     if largest.size() != world:
         raise TypeError(
-            f"the model is sharded over {largest.size()} of {world} ranks, which is not supported: {_WAY_OUT}"
+            f"the model is sharded over {largest.size()} of {world} ranks, which is not supported: {subject.way_out}"
         )
     kind = largest.device_type
     return Ranks(torch.device(kind, getattr(torch, kind).current_device()) if kind != "cpu" else torch.device("cpu"))
 
 
 def together(
-    work: Callable[[], tuple[T, Mapping[str, object], Mapping[str, Tensor]]],
+    work: Callable[[], tuple[T, Mapping[str, object], Mapping[str, Tensor]]], subject: Subject = PARAMETER
 ) -> tuple[T, dict[str, Shard]]:
     """Do what each rank does by itself; return its result, and the blocks of its tensors.
 
@@ -140,20 +164,22 @@ def together(
     try:
         result, given, tensors = work()
         asked = {name: repr(value) for name, value in given.items()}
-        blocks = {name: _block(name, tensor) for name, tensor in tensors.items()}
+        blocks = {name: _block(name, tensor, subject) for name, tensor in tensors.items()}
     except Exception as raised:
         error = raised
     told: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(told, (_as_told(error), asked, blocks))
     _raise_first([failure for failure, _, _ in told], error)
     _require_same([asked for _, asked, _ in told], "the argument {}")
-    _require_same([{name: block[:3] for name, block in blocks.items()} for _, _, blocks in told], "the parameter {!r}")
+    alike = [{name: block[:3] for name, block in blocks.items()} for _, _, blocks in told]
+    _require_same(alike, subject.called + " {!r}")
     for name, tensor in tensors.items():
         eps = 0.0 if tensor.dtype == torch.bool else torch.finfo(tensor.dtype).eps
-        _require_copies(name, eps, [blocks[name] for _, _, blocks in told])
+        _require_copies(name, eps, [blocks[name] for _, _, blocks in told], subject)
     rank = torch.distributed.get_rank()
     held = {
-        name: _held(name, tensor, [blocks[name] for _, _, blocks in told], rank) for name, tensor in tensors.items()
+        name: _held(name, tensor, [blocks[name] for _, _, blocks in told], rank, subject)
+        for name, tensor in tensors.items()
     }
     return result, held  # type: ignore[return-value]
 
@@ -163,7 +189,7 @@ def _fsdp_modules(model: nn.Module) -> Iterable[Any]:
     return (module for module in model.modules() if isinstance(module, kind)) if kind is not None else ()
 
 
-def _block(name: str, tensor: Tensor) -> Block:
+def _block(name: str, tensor: Tensor, subject: Subject) -> Block:
     """What this rank holds, or TypeError where that is not one block of it."""
     shape, dtype = tuple(tensor.shape), str(tensor.dtype)
     if not is_distributed(tensor):
@@ -176,32 +202,34 @@ def _block(name: str, tensor: Tensor) -> Block:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    layout = f"the parameter {name!r} is a DTensor {', '.join(map(str, placements))}"
+    layout = f"{subject.called} {name!r} is a DTensor {', '.join(map(str, placements))}"
     if mesh.ndim != 1 or mesh.size() != torch.distributed.get_world_size():
         sizes = " x ".join(map(str, mesh.mesh.shape))
-        raise TypeError(f"{layout} on a mesh of {sizes}, which is not supported: {_WAY_OUT}")
+        raise TypeError(f"{layout} on a mesh of {sizes}, which is not supported: {subject.way_out}")
     if type(placements[0]) not in (Sharded, Replicate):
-        raise TypeError(f"{layout}, which is not supported: {_WAY_OUT}")
+        raise TypeError(f"{layout}, which is not supported: {subject.way_out}")
     found, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
     held = local(tensor)
     if tuple(held.shape) != tuple(found):
-        raise TypeError(f"{layout}, but its block has shape {tuple(held.shape)}, wanted {tuple(found)}: {_WAY_OUT}")
+        raise TypeError(
+            f"{layout}, but its block has shape {tuple(held.shape)}, wanted {tuple(found)}: {subject.way_out}"
+        )
     return Block(shape, dtype, str(placements[0]), tuple(found), tuple(offset))
 
 
-def _require_copies(name: str, eps: float, blocks: Sequence[Block]) -> None:
+def _require_copies(name: str, eps: float, blocks: Sequence[Block], subject: Subject) -> None:
     """Raise ValueError where a plain tensor is another one on each rank, not a copy but for rounding."""
     sums, sizes = zip(*(block.sums for block in blocks), strict=True)
     tolerance = (1e-5 + eps / max(1, math.prod(blocks[0].shape)) ** 0.5) * max(sizes)
     for rank, other in enumerate(sums):
         if abs(other - sums[0]) > tolerance:
             raise ValueError(
-                f"{name!r} is no DTensor, and its values on rank {rank} are not those on rank 0: exclude it, or "
-                "broadcast it first if it is to be the same"
+                f"{subject.called} {name!r} is no DTensor, and its values on rank {rank} are not those on rank 0: "
+                f"{subject.equal_copies}"
             )
 
 
-def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int) -> Shard:
+def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int, subject: Subject) -> Shard:
     """The block of a tensor here, once the blocks of all ranks were found to make up the whole."""
     places = [(block.offset, block.local) for block in blocks]
     different = set(places)
@@ -210,7 +238,9 @@ def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int) -> Shar
     whole = math.prod(blocks[rank].shape)
     single = all(places.count(place) == 1 for place in different if math.prod(place[1]))
     if covered != whole or not (shared or single):
-        raise TypeError(f"the blocks of {name!r} do not make up the whole, each once or on all ranks: {_WAY_OUT}")
+        raise TypeError(
+            f"the blocks of {name!r} do not make up the whole, each once or on all ranks: {subject.way_out}"
+        )
     mine = blocks[rank]
     return Shard(local(tensor), mine.shape, mine.offset, places.index(places[rank]) == rank, shared)
 

@@ -16,9 +16,10 @@ from gradprune.core import checks
 from gradprune.core.words import in_our_words
 from gradprune.gradients.clip import scale_to_norm_
 from gradprune.gradients.cliplog import ClipLog
-from gradprune.gradients.gathered import Gathered, require_log
+from gradprune.gradients.gathered import require_log
 from gradprune.gradients.nonfinite import NonFinite, known
 from gradprune.gradients.params import Params
+from gradprune.gradients.spread import gathered
 
 
 class AutoClip:
@@ -80,7 +81,9 @@ class AutoClip:
     @torch.no_grad()
     def __call__(self, params: Params) -> Tensor:
         """Clip the gradients of `params` in place; return their norm before, as :func:`clip_by_norm_` does."""
-        return scale_to_norm_(Gathered(params, self.nonfinite, self.log, "norm"), self._learn, 2.0)
+        asked = lambda: {"percentile": self.percentile, "window": self.window, "threshold": self.threshold}  # noqa: E731
+        found, _ = gathered(params, self.nonfinite, self.log, "norm", asked)
+        return scale_to_norm_(found, self._learn, 2.0)
 
     def _learn(self, norm: float) -> float:
         """Take the norm into the history; return what to clip to now."""

@@ -13,9 +13,10 @@ from gradprune.core.words import in_our_words
 from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.gathered import Gathered
 from gradprune.gradients.nonfinite import NonFinite
-from gradprune.gradients.norms import SMALL, count_over, grouped_by_device, largest_of, most_of, norm_of
+from gradprune.gradients.norms import SMALL, grouped_by_device, most_of
 from gradprune.gradients.params import Params
 from gradprune.gradients.representable import at_most
+from gradprune.gradients.spread import gathered
 from gradprune.gradients.unitwise import (
     absent_units,
     cut_by_tensor,
@@ -62,20 +63,20 @@ def clip_by_value_(params: Params, limit: float, *, nonfinite: NonFinite = "rais
 
     Mikolov (2012); chapter 2, equation 2.5.
     """
-    limit = checks.number("limit", limit, above=0.0, finite=False)
-    found = Gathered(params, nonfinite, log, "value")
-    size = most = most_of(largest_of(found.values, join=True))
+    asked = lambda: {"limit": checks.number("limit", limit, above=0.0, finite=False)}  # noqa: E731
+    found, given = gathered(params, nonfinite, log, "value", asked)
+    limit = given["limit"]
+    size = most = most_of(found.largest(join=True))
     if not math.isfinite(size):
-        if found.settle(largest_of(found.values)):
+        if found.settle(found.largest()):
             return found.note_settled(size, limit)
-        most = most_of(largest_of(found.values))
+        most = most_of(found.largest())
     if most <= limit:
         return found.note(size, limit, 1.0, 0.0)
     limits = {dtype: at_most(limit, dtype.to_real()) for dtype in found.dtypes}
     share = 0.0
-    if log is not None:
-        over = sum(count_over(value, limits[value.dtype]) for value in found.values)
-        share = over / sum(grad.numel() for grad in found.grads)
+    if found.counts:
+        share = found.over(limits) / sum(found.sizes)
     for dtype, largest in limits.items():
         _clamp_([value for value in found.values if value.dtype == dtype], largest)
     found.commit()
@@ -122,9 +123,15 @@ def clip_by_norm_(
 
     Pascanu et al. (2013), algorithm 1; chapter 2, equation 2.3.
     """
-    max_norm = checks.number("max_norm", max_norm, above=0.0, finite=False)
-    norm_type = checks.number("norm_type", norm_type, above=0.0, finite=False)
-    return scale_to_norm_(Gathered(params, nonfinite, log, "norm"), lambda _: max_norm, norm_type, extra=_AS_TORCH)
+
+    def asked() -> dict[str, float]:
+        return {
+            "max_norm": checks.number("max_norm", max_norm, above=0.0, finite=False),
+            "norm_type": checks.number("norm_type", norm_type, above=0.0, finite=False),
+        }
+
+    found, given = gathered(params, nonfinite, log, "norm", asked)
+    return scale_to_norm_(found, lambda _: given["max_norm"], given["norm_type"], extra=_AS_TORCH)
 
 
 @in_our_words
@@ -196,12 +203,12 @@ def scale_to_norm_(found: Gathered, bound: Callable[[float], float], p: float, *
     if not found.grads:
         found.note(0.0, bound(0.0), 1.0, 0.0)
         return torch.tensor(0.0, dtype=torch.float32, device="cpu")
-    norm = rest = norm_of(found.values, p)
+    norm = rest = found.norm(p)
     if not math.isfinite(norm):
-        if found.settle(largest_of(found.values)):
+        if found.settle(found.largest()):
             found.note_settled(norm, bound(0.0))
             return _as_tensor(norm, found)
-        rest = norm_of(found.values, p)
+        rest = found.norm(p)
     max_norm = bound(norm if rest == norm else 0.0)  # what is left of a norm says nothing about what is usual
     factor = 1.0
     if rest > max_norm:

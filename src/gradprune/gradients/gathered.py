@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradprune.core import checks
 from gradprune.gradients.cliplog import Call, ClipLog
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
+from gradprune.gradients.norms import count_over, largest_of, norm_of
 from gradprune.gradients.params import Params, read_once, require_trainable, with_gradient
 
 _is_contiguous, _is_neg = Tensor.is_contiguous, Tensor.is_neg
@@ -50,6 +51,31 @@ class Gathered:
             self._names = list(with_gradient(self._params))
         return self._names
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many entries each gradient has."""
+        return [grad.numel() for grad in self.grads]
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how many entries were bounded."""
+        return self.log is not None
+
+    def norm(self, p: float) -> float:
+        """The p-norm of all entries."""
+        return norm_of(self.values, p)
+
+    def largest(self, *, join: bool = False) -> list[float]:
+        """The largest magnitude of each gradient, as ``largest_of`` returns them."""
+        return largest_of(self.values, join=join)
+
+    def over(self, limits: Mapping[torch.dtype, float]) -> int:
+        """How many entries are larger in magnitude than their dtype's limit."""
+        return sum(count_over(value, limits[value.dtype]) for value in self.values)
+
+    def _not_finite(self, at: int) -> int:
+        return int(torch.isfinite(self.values[at]).logical_not().sum())
+
     def _dense(self, grad: Tensor) -> Tensor:
         if not grad.is_sparse:
             return grad
@@ -63,10 +89,10 @@ class Gathered:
         bad = [at for at, most in enumerate(largest) if not math.isfinite(most)]
         if self.nonfinite == "raise":
             at = bad[0]
-            count = int(torch.isfinite(self.values[at]).logical_not().sum())
+            count = self._not_finite(at)
             others = f", and those of {len(bad) - 1} others neither" if len(bad) > 1 else ""
             raise ValueError(
-                f"the gradient of {self.names[at]!r} is not finite in {count} of {self.grads[at].numel()} entries"
+                f"the gradient of {self.names[at]!r} is not finite in {count} of {self.sizes[at]} entries"
                 f"{others}; nothing was changed. nonfinite='zero' sets such a gradient to zero, 'skip' all of them, "
                 "'leave' leaves all to a gradient scaler that skips the step"
             )

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradprune.core.checks import require_whole
+
 Params = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | nn.Module
 
 _WANTED = "params must be a model, a tensor, or an iterable of tensors or of (name, tensor) pairs"
@@ -54,6 +56,7 @@ def by_name(params: Params) -> dict[str, Tensor]:
 def read_once(params: Params) -> Tensor | nn.Module | list[Any]:
     """Return a tensor or a model as it is and what an iterable holds as a list; refuse what can be none of them."""
     if isinstance(params, Tensor | nn.Module):
+        require_whole([params] if isinstance(params, Tensor) else params.parameters())
         return params
     if isinstance(params, Optimizer | Mapping | str | bytes | type) or not isinstance(params, Iterable):
         raise TypeError(f"{_WANTED}, got {_kind(params)}")
@@ -63,6 +66,7 @@ def read_once(params: Params) -> Tensor | nn.Module | list[Any]:
             "params is an iterator that yields nothing: it was used up before, or its model has no parameters; "
             "give the model itself, or a list"
         )
+    require_whole(entry[-1] if isinstance(entry, tuple) and entry else entry for entry in entries)
     return entries
 
 

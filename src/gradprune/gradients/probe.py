@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks
+from gradprune.core.sharded import is_sharded
 from gradprune.gradients.norms import norms_of, read
+from gradprune.gradients.spread import norms_over_ranks
+
+_NONE = "no parameter of the model has a gradient; call loss.backward() first, or pass the loss"
 
 
 def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, float]:
@@ -36,16 +43,29 @@ def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, fl
     Chapter 1.
     """
     checks.module(model)
+    checks.require_whole(model.parameters())
+    if is_sharded(model):
+        return norms_over_ranks(model, partial(_require_gradients, loss))
     if loss is None:
         named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        if not named:
-            raise ValueError("no parameter of the model has a gradient; call loss.backward() first, or pass the loss")
+        checks.require(bool(named), _NONE)
     else:
         named = _gradients_of(loss, model)
     for name, gradient in named.items():
         if gradient.is_meta or type(gradient) is not Tensor:
             checks.require_writable(name, gradient, "gradient of")
     return dict(zip(named, read(norms_of(list(named.values()))), strict=True))
+
+
+def _require_gradients(loss: Tensor | None, blocks: Mapping[str, Tensor]) -> None:
+    checks.require(
+        loss is None,
+        "a loss is not supported where parameters are DTensors (FSDP2, tensor parallel): call loss.backward(), then "
+        "gradient_norms(model)",
+    )
+    checks.require(bool(blocks), _NONE)
+    for name, block in blocks.items():
+        checks.require_writable(name, block, "gradient of")
 
 
 def _gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:

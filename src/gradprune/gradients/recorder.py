@@ -90,6 +90,7 @@ class Recorder:
         if held == self._held or self._model is None:
             return
         parameters = {name: p for name, p in self._model.named_parameters() if id(p) in held}
+        checks.require_whole(parameters.values())
         for name, parameter in parameters.items():
             if parameter.is_meta or type(parameter) is not nn.Parameter:
                 checks.require_writable(name, parameter)

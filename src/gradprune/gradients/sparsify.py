@@ -20,8 +20,9 @@ from gradprune.core.select import keep_largest
 from gradprune.core.words import in_our_words
 from gradprune.gradients.gathered import require_own_memory
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
-from gradprune.gradients.params import Params, with_gradient
+from gradprune.gradients.params import Params, read_once, with_gradient
 from gradprune.gradients.representable import BITS_OF_SIZE, at_least, neighbour
+from gradprune.gradients.spread import over_ranks
 
 Scope = Literal["global", "layer"]
 Gradients = dict[str, Tensor]
@@ -67,13 +68,22 @@ def threshold_gradients_(
 
     Chapter 3, equations 3.1 and 3.9.
     """
-    name, amount = one_of(threshold=threshold, ratio=ratio)
-    amount = checks.number(name, amount, least=0.0)
+
+    def asked() -> tuple[str, float]:
+        name, amount = one_of(threshold=threshold, ratio=ratio)
+        return name, checks.number(name, amount, least=0.0)
+
+    params = read_once(params)
+    if over_ranks(params):
+        from gradprune.gradients.sparsify_sharded import threshold_over_ranks_
+
+        return threshold_over_ranks_(params, nonfinite, asked)
+    name, amount = asked()
     gradients, done = settled(checked(with_gradient(params)), known(nonfinite))
     if done is not None:
         return done
     cuts = [amount if name == "threshold" else amount * mean_magnitude(g) for g in gradients.values()]
-    kept = sum(_zero_below_(g, cut) for g, cut in zip(gradients.values(), cuts, strict=True))
+    kept = sum(zero_below_(g, cut) for g, cut in zip(gradients.values(), cuts, strict=True))
     return share_of(kept, gradients)
 
 
@@ -107,8 +117,16 @@ def keep_top_gradients_(
 
     Aji and Heafield (2017), for all tensors as one; chapter 3.
     """
-    density = checks.fraction("density", density, one=KEEPS)
-    checked_scope(scope)
+
+    def asked() -> tuple[float, Scope]:
+        return checks.fraction("density", density, one=KEEPS), checked_scope(scope)
+
+    params = read_once(params)
+    if over_ranks(params):
+        from gradprune.gradients.sparsify_sharded import keep_top_over_ranks_
+
+        return keep_top_over_ranks_(params, nonfinite, asked)
+    density, scope = asked()
     gradients, done = settled(checked(with_gradient(params)), known(nonfinite))
     if done is not None:
         return done
@@ -122,10 +140,14 @@ def keep_top_gradients_(
 
 def checked(parameters: Mapping[str, Tensor]) -> Gradients:
     """Return the gradients by name, detached, where each is a dense real one that can be written; else raise."""
-    gradients: Gradients = {}
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        gradient = parameter.grad.detach()
+    gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+    require_numbers(gradients)
+    return gradients
+
+
+def require_numbers(gradients: Mapping[str, Tensor]) -> None:
+    """Raise, naming it, where a gradient is no dense one of real numbers that can be written."""
+    for name, gradient in gradients.items():
         if type(gradient) is Tensor and gradient.layout != torch.strided:
             raise ValueError(
                 f"the gradient of {name!r} is sparse ({gradient.layout}) already; leave that parameter out, "
@@ -134,9 +156,7 @@ def checked(parameters: Mapping[str, Tensor]) -> Gradients:
         checks.require_writable(name, gradient, "gradient of")
         if gradient.dtype not in _NUMBERS:
             raise ValueError(f"the gradient of {name!r} is {gradient.dtype}; thresholds are for real floating numbers")
-        gradients[name] = gradient
     require_own_memory((n, g) for n, g in gradients.items() if type(g) is Tensor)
-    return gradients
 
 
 def settled(gradients: Gradients, nonfinite: NonFinite) -> tuple[Gradients, float | None]:
@@ -183,27 +203,32 @@ def largest(values: Gradients, density: float, scope: Scope) -> dict[str, Tensor
     masks: dict[str, Tensor] = {}
     for group in groups:
         total = sum(v.numel() for v in group.values())
-        count = max(round(density * total), min(1, total)) if density else 0
-        masks |= zip(group, keep_largest(group, count, by="magnitude"), strict=True)
+        masks |= zip(group, keep_largest(group, number_kept(density, total), by="magnitude"), strict=True)
     return masks
+
+
+def number_kept(density: float, total: int) -> int:
+    """Return how many of so many entries stay: at least one where the density is not 0."""
+    return max(round(density * total), min(1, total)) if density else 0
 
 
 def mean_magnitude(values: Tensor) -> float:
     """Return the mean of |values|, summed in float64, never above the largest of them, as rounding might have it."""
-    if not values.numel():
-        return 0.0
+    return min(magnitudes(values) / values.numel(), float(extreme(values))) if values.numel() else 0.0
+
+
+def magnitudes(values: Tensor) -> float:
+    """Return the sum of |values|, in float64."""
     if values.device.type == "cpu":
         pieces = values.reshape(-1).split(PIECE)
         as_numpy = (p.numpy() if p.dtype != torch.bfloat16 else p.float().numpy() for p in pieces)
-        total = sum(float(np.abs(piece).sum(dtype=np.float64)) for piece in as_numpy)
-    else:
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
-        total = float(torch.linalg.vector_norm(values, 1, dtype=wide))
-    return min(total / values.numel(), float(extreme(values)))
+        return sum(float(np.abs(piece).sum(dtype=np.float64)) for piece in as_numpy)
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(values, 1, dtype=wide))
 
 
-def _zero_below_(values: Tensor, cut: float) -> int:
-    """Zero what is below `cut` in magnitude, in one pass at the speed of memory; return how many entries stay."""
+def zero_below_(values: Tensor, cut: float) -> int:
+    """Set to zero what is below `cut` in magnitude, in one pass; return how many entries stay."""
     if cut == 0:
         return values.numel()
     least = torch.tensor(at_least(cut, values.dtype), dtype=values.dtype, device="cpu")

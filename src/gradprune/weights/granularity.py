@@ -31,11 +31,29 @@ class Ranked(NamedTuple):
         return {name: v.abs() if self.by == "magnitude" else v for name, v in self.values.items()}
 
 
+def keep_each(
+    values: Mapping[str, Tensor], counts: Mapping[str, int], *, by: By, among: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Return the masks of the largest of each tensor by itself."""
+    found = {}
+    for name, count in counts.items():
+        allowed = among[name]
+        one = None if allowed is None else [allowed]
+        found[name] = keep_and_count({name: values[name]}, count, by=by, among=one).masks[0]
+    return found
+
+
+def stay_each(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many entries of each mask are True."""
+    return {name: count_kept(mask) for name, mask in masks.items()}
+
+
 class Pick(NamedTuple):
-    """How the largest are chosen by name, and how many of a mask's entries stay: in one process, or over several."""
+    """How the largest are chosen by name, and how many of masks' entries stay: in one process, or over several."""
 
     keep: Callable[..., Kept] = keep_and_count
-    stay: Callable[[str, Tensor], int] = lambda name, mask: count_kept(mask)
+    each: Callable[..., dict[str, Tensor]] = keep_each
+    stay: Callable[[Mapping[str, Tensor]], dict[str, int]] = stay_each
 
 
 ONE_PROCESS = Pick()

@@ -205,7 +205,7 @@ def _keep_over_all(
         kept = units.pick.keep(values, count, by=ranked.by, among=among)
         masks = dict(zip(free, kept.masks, strict=True))
         doubtful = [n for n, least in zip(free, kept.at_least, strict=True) if least < floors[n] + (noticed > 0)]
-        counts = {name: units.pick.stay(name, masks[name]) for name in doubtful}
+        counts = units.pick.stay({name: masks[name] for name in doubtful})
         short = {name: floors[name] for name, kept_here in counts.items() if kept_here < floors[name]}
         if not short:
             _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == floors[n]}, noticed)
@@ -230,12 +230,8 @@ def _warn_of_floors(units: Units, at_floor: Mapping[str, int], noticed: float) -
 
 def _largest(units: Units, ranked: Ranked, counts: Mapping[str, int]) -> dict[str, Tensor]:
     """The given number of units of each layer by itself."""
-    masks = {}
-    for name, count in counts.items():
-        allowed = units.allowed(name)
-        among = None if allowed is None else [allowed]
-        masks[name] = units.pick.keep({name: ranked.values[name]}, count, by=ranked.by, among=among).masks[0]
-    return masks
+    among = {name: units.allowed(name) for name in counts}
+    return units.pick.each(ranked.values, counts, by=ranked.by, among=among)
 
 
 def _units_nearest(units: Units, values: Mapping[str, Tensor], among: Sequence[Tensor] | None, weights: int) -> int:

@@ -196,7 +196,19 @@ def _pick(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
         assert among is None
         return select_sharded.keep_and_count({name: shards[name] for name in values}, ranks, k)
 
-    return Pick(keep, lambda name, mask: select_sharded.count([shards[name]], [mask], ranks)[0])
+    def each(
+        values: Mapping[str, Tensor], counts: Mapping[str, int], *, by: By, among: Mapping[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        found = select_sharded.keep_each([({name: shards[name]}, k) for name, k in counts.items()], ranks)
+        return {name: kept.masks[0] for name, kept in zip(counts, found, strict=True)}
+
+    def stay(masks: Mapping[str, Tensor]) -> dict[str, int]:
+        if not masks:
+            return {}
+        counts = select_sharded.count([shards[name] for name in masks], masks.values(), ranks)
+        return dict(zip(masks, counts, strict=True))
+
+    return Pick(keep, each, stay)
 
 
 def _counted(shards: Mapping[str, Shard], keep: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:

@@ -1,0 +1,70 @@
+"""Set small entries of gradients to zero that are spread over several processes, as one process would (chapter 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from gradprune.core import select_sharded
+from gradprune.core.masked import zero_pruned_
+from gradprune.core.sharded import Ranks, Shard
+from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
+from gradprune.gradients.sparsify import Scope, magnitudes, number_kept, require_finite, require_numbers, zero_below_
+from gradprune.gradients.spread import Read, largest_over_ranks, spread
+
+
+def threshold_over_ranks_(params: Read, nonfinite: NonFinite, check: Callable[[], tuple[str, float]]) -> float:
+    """Do what ``threshold_gradients_`` does, on all ranks together; `check` returns which argument was given."""
+    (name, amount), shards, ranks, done = _settled(params, nonfinite, check)
+    if done is not None:
+        return done
+    cuts = [amount] * len(shards) if name == "threshold" else [amount * mean for mean in _means(shards, ranks)]
+    kept = 0
+    for shard, cut in zip(shards.values(), cuts, strict=True):
+        here = zero_below_(shard.local, cut)
+        kept += here if shard.owned else 0
+    return _share(ranks.add(kept), shards)
+
+
+def keep_top_over_ranks_(params: Read, nonfinite: NonFinite, check: Callable[[], tuple[float, Scope]]) -> float:
+    """Do what ``keep_top_gradients_`` does, on all ranks together."""
+    (density, scope), shards, ranks, done = _settled(params, nonfinite, check)
+    if done is not None:
+        return done
+    groups = [shards] if scope == "global" else [{name: shard} for name, shard in shards.items()]
+    asked = [(group, number_kept(density, sum(s.numel for s in group.values()))) for group in groups]
+    found = select_sharded.keep_each(asked, ranks)
+    masks = [mask for kept in found for mask in kept.masks]
+    zero_pruned_((shard.local, mask) for shard, mask in zip(shards.values(), masks, strict=True))
+    return _share(sum(number for kept in found for number in kept.at_least), shards)
+
+
+def _settled(
+    params: Read, nonfinite: NonFinite, check: Callable[[], Any]
+) -> tuple[Any, dict[str, Shard], Ranks, float | None]:
+    """The arguments and gradients, where what is not finite was dealt with, and the share kept where all is done."""
+    given, shards, ranks = spread(params, lambda: {"amount": check(), "nonfinite": known(nonfinite)}, require_numbers)
+    largest = largest_over_ranks(list(shards.values()), ranks)
+    wrong = [name for name, most in zip(shards, largest, strict=True) if not most < float("inf")]
+    require_finite(wrong, nonfinite)
+    if not wrong or nonfinite == "leave":
+        return given["amount"], shards, ranks, 1.0 if wrong else None
+    warn_of_zeroed(wrong[0], nonfinite, "Find out where it comes from")
+    for name in wrong if nonfinite == "zero" else shards:
+        shards[name].local.zero_()
+    return given["amount"], shards, ranks, None if nonfinite == "zero" else 0.0
+
+
+def _means(shards: Mapping[str, Shard], ranks: Ranks) -> list[float]:
+    """The mean magnitude of each whole, summed in float64, never above the largest."""
+    own = [magnitudes(shard.local) if shard.owned else 0.0 for shard in shards.values()]
+    sums = ranks.sum(torch.tensor(own, dtype=torch.float64, device="cpu")).tolist()
+    most = largest_over_ranks(list(shards.values()), ranks)
+    return [min(s / max(1, shard.numel), m) for s, shard, m in zip(sums, shards.values(), most, strict=True)]
+
+
+def _share(kept: int, shards: Mapping[str, Shard]) -> float:
+    total = sum(shard.numel for shard in shards.values())
+    return kept / total if total else 1.0

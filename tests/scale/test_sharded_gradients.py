@@ -1,0 +1,250 @@
+"""Gradients on DTensors: what one process makes of them, over several."""
+
+import itertools
+import math
+
+import group
+import pytest
+import torch
+import torch.distributed as dist
+from shards import LAYOUTS, bits, chain, in_quiet, local, made, mesh_of, sharded, whole
+from torch import nn
+
+import gradprune as gp
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NORMS = {
+    "norm": lambda p: gp.clip_by_norm_(p, 0.5),
+    "most": lambda p: gp.clip_by_norm_(p, 0.5, norm_type=math.inf),
+    "sum": lambda p: gp.clip_by_norm_(p, 0.5, norm_type=1),
+    "only measured": lambda p: gp.clip_by_norm_(p, math.inf, norm_type=3),
+    "auto": lambda p: gp.AutoClip(50)(p),
+}
+EXACT = {
+    "value": lambda p: gp.clip_by_value_(p, 0.4),
+    "threshold": lambda p: gp.threshold_gradients_(p, 0.4),
+    "ratio": lambda p: gp.threshold_gradients_(p, ratio=1.1),
+    "top": lambda p: gp.keep_top_gradients_(p, 0.3),
+    "top of layers": lambda p: gp.keep_top_gradients_(p, 0.21, scope="layer"),
+    "none": lambda p: gp.keep_top_gradients_(p, 0.0),
+}
+
+
+def pair(mesh, how, seed, sizes=(5, 7, 1, 8, 3), dtype=torch.float32, values="normal"):
+    """A model and one that is spread over all ranks, with equal gradients."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    alone, spread = chain(seed, sizes, dtype), sharded(chain(seed, sizes, dtype), how, mesh)
+    for one, other in zip(alone.parameters(), spread.parameters(), strict=True):
+        one.grad = made(values, one.shape).to(dtype)
+        other.grad = one.grad.clone()
+        if isinstance(other, DTensor):
+            other.grad = distribute_tensor(one.grad.clone(), mesh, other.placements)
+    return alone, spread
+
+
+def gradients(model):
+    return [whole(p.grad) for p in model.parameters()]
+
+
+def same_on_all(value):
+    told = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    assert len(set(told)) == 1, told
+
+
+def they_are_those_of_one_process(rank, ranks):
+    mesh = mesh_of(ranks)
+    for seed, (how, values) in enumerate(itertools.product(LAYOUTS, ("normal", "ties", "zeros", "equal"))):
+        dtype = DTYPES[(seed + seed // 4) % 4]
+        for name, call in EXACT.items():
+            alone, spread = pair(mesh, how, seed, dtype=dtype, values=values)
+            assert in_quiet(call, spread) == in_quiet(call, alone), (how, dtype, values, name)
+            for found, wanted in zip(gradients(spread), gradients(alone), strict=True):
+                assert torch.equal(bits(found), bits(wanted)), (how, dtype, values, name)
+        for name, call in NORMS.items() if values in ("normal", "zeros") else ():
+            alone, spread = pair(mesh, how, seed, dtype=dtype, values=values)
+            norm, wanted = call(list(spread.parameters())), call(alone)
+            same_on_all(float(norm))
+            assert norm.dtype == wanted.dtype
+            assert float(norm) == pytest.approx(float(wanted), rel=1e-6), (how, dtype, values, name)
+            for found, other in zip(gradients(spread), gradients(alone), strict=True):
+                near = 2e-6 + 2 * torch.finfo(dtype).eps
+                assert torch.allclose(found.double(), other.double(), rtol=near, atol=0), (how, dtype, values, name)
+
+
+def norms_are_right_beyond_the_range_of_squares(rank, ranks):
+    mesh = mesh_of(ranks)
+    for how, size in itertools.product(("fsdp", "mixed"), (1.0, 1e30, 1e-30)):
+        alone, spread = pair(mesh, how, 3, (50, 70, 20, 30, 2))
+        for p in (*alone.parameters(), *spread.parameters()):
+            local(p.grad).mul_(size)
+        exact = {name: float(p.grad.double().norm()) for name, p in alone.named_parameters()}
+        assert gp.gradient_norms(spread) == pytest.approx(exact, rel=1e-6)
+        assert list(gp.gradient_norms(spread)) == list(gp.gradient_norms(alone))
+        norm = math.sqrt(sum(one**2 for one in exact.values()))
+        assert float(gp.clip_by_norm_(spread, size)) == pytest.approx(norm, rel=1e-6)
+        after = torch.cat([g.double().view(-1) for g in gradients(spread)]).norm()
+        assert float(after) == pytest.approx(size, rel=2e-6)
+    alone, spread = pair(mesh, "fsdp", 3, dtype=torch.float64)
+    for model in (alone, spread):
+        for p in model.parameters():
+            local(p.grad).fill_(1e308)
+        with pytest.raises(ValueError, match="beyond float64"):
+            gp.clip_by_norm_(model, 1.0)
+
+
+def a_step_of_fsdp_is_clipped_as_torch_does(rank, ranks):
+    for seed in range(2):
+        model, other = (sharded(chain(seed, (5, 7, 6)), "fsdp", mesh_of(ranks)) for _ in range(2))
+        torch.manual_seed(rank)
+        x = torch.randn(4, 5)
+        for one in (model, other):
+            one(x).square().sum().backward()
+        wanted = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1).full_tensor()
+        assert float(gp.clip_by_norm_(model, 0.1)) == pytest.approx(float(wanted), rel=1e-6)
+        assert all(torch.allclose(a, b, rtol=2e-6) for a, b in zip(gradients(model), gradients(other), strict=True))
+
+
+def a_log_may_be_kept_on_one_rank_alone(rank, ranks):
+    for call in (gp.clip_by_value_, gp.clip_by_norm_):
+        alone, spread = pair(mesh_of(ranks), "mixed", 1)
+        log, wanted = gp.ClipLog(), gp.ClipLog()
+        call(alone, 0.5, log=wanted)
+        call(spread, 0.5, log=log if rank == 0 else None)
+        if rank == 0:
+            assert log.calls == wanted.calls == 1
+            for found, other in zip(log._rows[0], wanted._rows[0], strict=True):
+                assert found == pytest.approx(other, rel=1e-6)
+            assert log.shares[0] > 0
+
+
+def refused(rank, ranks, call, model, kind, match):
+    """All ranks raise the same, and nothing is written."""
+    before = [None if p.grad is None else bits(local(p.grad)).clone() for p in model.parameters()]
+    with pytest.raises(kind, match=match) as raised:
+        call(model)
+    same_on_all(str(raised.value))
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert old is None or torch.equal(bits(local(p.grad)), old)
+
+
+def what_is_not_finite_on_one_rank_is_so_on_all(rank, ranks):
+    mesh = mesh_of(ranks)
+    calls = {
+        "norm": lambda p, **a: gp.clip_by_norm_(p, 0.5, **a),
+        "value": lambda p, **a: gp.clip_by_value_(p, 0.5, **a),
+        "threshold": lambda p, **a: gp.threshold_gradients_(p, 0.5, **a),
+        "top": lambda p, **a: gp.keep_top_gradients_(p, 0.5, **a),
+    }
+    for (how, owner), (name, call) in itertools.product(
+        (("fsdp", 0), ("fsdp", ranks - 1), ("copies", ranks - 1)), calls.items()
+    ):
+        for wrong in (math.nan, -math.inf):
+            _, spread = pair(mesh, how, 1)
+            if rank == owner:
+                local(spread[0].weight.grad).view(-1)[-1] = wrong
+            refused(rank, ranks, call, spread, ValueError, "^the gradient of '0.weight' is not finite")
+        for nonfinite in ("zero", "skip", "leave"):
+            alone, spread = pair(mesh, how, 1)
+            if rank == owner:
+                local(spread[0].weight.grad).view(-1)[-1] = math.nan
+            alone[0].weight.grad.view(-1)[-1] = math.nan
+            found, wanted = (in_quiet(call, model, nonfinite=nonfinite) for model in (spread, alone))
+            assert found is wanted is None or float(found) == pytest.approx(float(wanted), rel=1e-6, nan_ok=True)
+            for some, other in zip(gradients(spread)[1:], gradients(alone)[1:], strict=True):
+                assert torch.allclose(some, other, rtol=2e-6, atol=0), (how, name, nonfinite)
+            assert nonfinite == "leave" or not gradients(spread)[0].any()
+    _, spread = pair(mesh, "fsdp", 1)
+    if rank == ranks - 1:
+        local(spread[0].weight.grad).fill_(math.inf)
+    assert gp.gradient_norms(spread)["0.weight"] == math.inf
+
+
+def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+    mesh, last = mesh_of(ranks), rank == ranks - 1
+    other = f"on rank 0, .* on {ranks - 1}"
+    cases = (
+        (lambda p: gp.clip_by_norm_(p, 2.0 if last else 1.0), f"the argument max_norm is 1.0 {other}"),
+        (
+            lambda p: gp.clip_by_norm_(p, -1.0 if last else 1.0),
+            f"on rank {ranks - 1}: max_norm must be a number, positive",
+        ),
+        (lambda p: gp.clip_by_norm_(p, 1.0, nonfinite="zero" if last else "skip"), "the argument nonfinite is"),
+        (lambda p: gp.clip_by_value_(p, 0.0), "^limit must be a number, positive"),
+        (lambda p: gp.clip_by_value_(p, 1.0, nonfinite="no"), "^nonfinite must be one of"),
+        (lambda p: gp.threshold_gradients_(p, **{"ratio" if last else "threshold": 1.0}), "the argument amount is"),
+        (lambda p: gp.threshold_gradients_(p), "^give exactly one of"),
+        (lambda p: gp.keep_top_gradients_(p, 0.5, scope="layer" if last else "global"), "the argument amount is"),
+        (lambda p: gp.keep_top_gradients_(p, 1.5 if last else 0.5), f"on rank {ranks - 1}: density must be"),
+        (lambda p: gp.AutoClip(20 if last else 10)(p), "the argument percentile is"),
+        (lambda p: gp.clip_by_norm_(list(p.parameters())[:1] if last else p, 1.0), "the gradient of '0.weight' is"),
+        (lambda p: gp.gradient_norms(p, torch.ones(())), "^a loss is not supported where parameters are DTensors"),
+    )
+    for call, match in cases:
+        refused(rank, ranks, call, pair(mesh, "fsdp", 1)[1], ValueError, match)
+
+    clips = (gp.clip_by_value_, gp.clip_by_norm_, gp.threshold_gradients_, gp.keep_top_gradients_)
+    calls = [lambda p, clip=clip: clip(p, 0.5) for clip in clips] + [gp.gradient_norms]
+    for call in calls:
+        _, model = pair(mesh, "fsdp", 1)
+        if last:
+            model[0].weight.grad = None
+        refused(
+            rank, ranks, call, model, ValueError, f"the gradient of '0.weight' is .* on rank 0, None on {ranks - 1}"
+        )
+        _, model = pair(mesh, "mixed", 1)
+        if last:
+            model[3].weight.grad += 1.0
+        refused(
+            rank, ranks, call, model, ValueError, "the gradient of '3.weight' is no DTensor, and its values on rank"
+        )
+        model[0].weight.grad = DTensor.from_local(torch.ones(7, 5), mesh, [Partial()], run_check=False)
+        refused(rank, ranks, call, model, TypeError, "the gradient of '0.weight' is a DTensor P.*, which is not supp")
+        model = chain(1, (5, 7))
+        flat = init_device_mesh("cpu", (1, ranks))
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), flat, [Shard(0), Shard(1)]))
+        model[0].weight.grad = distribute_tensor(torch.ones(7, 5), flat, [Shard(0), Shard(1)])
+        refused(rank, ranks, call, model, TypeError, f"on a mesh of 1 x {ranks}, which is not supported: shard the mod")
+
+
+def flattened_parameters_are_refused(rank, ranks):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for original in (True, False):
+        model = FullyShardedDataParallel(chain(1, (5, 7, 6)), device_id=torch.device("cpu"), use_orig_params=original)
+        model(torch.ones(2, 5)).sum().backward()
+        for call in (
+            gp.gradient_norms,
+            lambda p: gp.clip_by_norm_(p, 1.0),
+            lambda p: gp.clip_by_value_(p.parameters(), 1.0),
+            lambda p: gp.clip_adaptive_(p.named_parameters()),
+            lambda p: gp.keep_top_gradients_(p, 0.5),
+            lambda p: gp.ErrorFeedback(p, 0.5),
+            lambda p: gp.Recorder(p, torch.optim.SGD(p.parameters(), 0.1)),
+        ):
+            refused(rank, ranks, call, model, TypeError, r"FullyShardedDataParallel \(FSDP1\).*fully_shard \(FSDP2\)")
+
+
+CASES = (
+    they_are_those_of_one_process,
+    norms_are_right_beyond_the_range_of_squares,
+    a_step_of_fsdp_is_clipped_as_torch_does,
+    a_log_may_be_kept_on_one_rank_alone,
+    what_is_not_finite_on_one_rank_is_so_on_all,
+    what_is_wrong_on_one_rank_is_raised_on_all,
+    flattened_parameters_are_refused,
+)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request):
+    return group.run(CASES, request.param)
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_over_several_processes(found, case):
+    assert not found[case], found[case]
