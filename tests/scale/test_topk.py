@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradprune as gp
 
-SMALL = 0.001  # megabytes a bucket: several of them, built anew after the first step
+SMALL = 0.0002  # megabytes a bucket: several of them, built anew after the first step
 
 
 def net(seed=0, dtype=torch.float32):

@@ -81,7 +81,7 @@ class Outgoing:
     def receive(self, received: Message) -> Tensor:
         """Write the average into the bucket, and let wait what was not sent; return the bucket."""
         with torch.no_grad():  # in a thread of the process group
-            self._buffer.copy_(averaged(received, self._buffer.numel()))
+            self._buffer.copy_(averaged(received, self._buffer.numel(), self._later["residuals"].dtype))
             results = self._views(self._buffer)
             later = {kind: self._views(flat) for kind, flat in self._later.items()}
             for name, word in zip(results, received.words.amax(0).tolist(), strict=True):

@@ -42,13 +42,12 @@ def places_of(chosen: Tensor) -> Tensor:
     return chosen.nonzero().view(-1).to(torch.int32 if short else torch.int64)
 
 
-def averaged(received: Message, entries: int) -> Tensor:
-    """Return the average over ranks of what they sent, flat.
+def averaged(received: Message, entries: int, dtype: torch.dtype) -> Tensor:
+    """Return the average over ranks of what they sent, flat, computed in this dtype.
 
     Added up rank by rank, in the same order on all of them: so all have the same bits.
     """
-    wide = torch.promote_types(received.values.dtype, torch.float32)
-    total = torch.zeros(entries, dtype=wide, device=received.values.device)
-    for places, values in zip(received.places, received.values.to(wide), strict=True):
+    total = torch.zeros(entries, dtype=dtype, device=received.values.device)
+    for places, values in zip(received.places, received.values.to(dtype), strict=True):
         total.index_add_(0, places, values)
     return total.div_(len(received.places))
