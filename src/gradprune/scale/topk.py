@@ -1,9 +1,9 @@
 """Which entries of a gradient are sent to the other processes, and what becomes of the others?"""
 
-# Without `from __future__ import annotations`: DistributedDataParallel compares those of a hook with the types.
+from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.words import in_our_words
+from gradprune.gradients.feedback import Amount
 from gradprune.gradients.params import Params, by_name, read_once
 from gradprune.gradients.sparsify import not_finite
 from gradprune.scale.bucket import Outgoing, spans
@@ -21,8 +22,6 @@ if TYPE_CHECKING or dist.is_available():
     from torch.distributed import GradBucket, ProcessGroup  # type: ignore[attr-defined]
 else:  # torch can be built without, and the package is imported all the same
     GradBucket = ProcessGroup = type(None)
-
-Amount = float | Callable[[int], float]
 
 _KINDS = ("residuals", "velocities")
 _DTYPES = (None, torch.float16, torch.bfloat16)
@@ -116,7 +115,7 @@ class TopK:
 
     @staticmethod
     @torch.no_grad()
-    def hook(state: "TopK", bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def hook(state: TopK, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """What DDP calls for each of its buckets.
 
         Args:
@@ -222,7 +221,7 @@ class TopK:
                 raise ValueError(f"the {called}: {kind} of {wrong[0]!r} are not finite")
         return part  # type: ignore[no-any-return]
 
-    def _send(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _send(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer, steps = bucket.buffer(), self._steps
         if buffer.layout != torch.strided:
             raise TypeError(f"a gradient is sparse ({buffer.layout}): make the embedding dense, sparse=False")
@@ -239,7 +238,7 @@ class TopK:
         self._bytes_received += (ranks - 1) * packed.numel()
         work = dist.all_gather(list(rows.unbind()), packed, group=self._group, async_op=True)
         assert work is not None
-        future: torch.futures.Future[torch.Tensor] = work.get_future().then(
+        future: torch.futures.Future[Tensor] = work.get_future().then(
             lambda _: outgoing.receive(outgoing.message.unpacked(rows))
         )
         return future
@@ -259,6 +258,10 @@ class TopK:
                 f"{settings}"
             )
         self._agreed = True
+
+
+# DDP compares those of a hook with the types themselves.
+TopK.hook.__annotations__.update({"bucket": GradBucket, "return": torch.futures.Future[Tensor]})
 
 
 def _share(called: str, value: Any) -> float:
