@@ -42,9 +42,9 @@ class TopK:
     gradient of a parameter is not finite, all ranks get NaN there, as all would from an all-reduce, and what waits for
     it stays as it is: a check after ``backward()``, as in :func:`clip_by_norm_`, then sees it on all of them.
 
-    Worth it over a slow network: what a rank receives grows with their number, and by all-reduce it does not. From a
-    density of a half on, an all-reduce sends less. Not with a gradient scaler, whose scale would change while entries
-    wait; autocast to bfloat16 needs none.
+    Worth it over a slow network: what a rank receives grows with their number, and by all-reduce it does not. Of
+    float32, an all-reduce takes fewer bytes from a density of 1 / ranks on. Not with a gradient scaler, whose scale
+    would change while entries wait; autocast to bfloat16 needs none.
 
     Args:
         params: the model that DDP was given, or DDP itself, or what :func:`keep_top_gradients_` takes; parameters that
