@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-ROOMS := core gradients weights recovery deploy
-UNITS := $(ROOMS:%=tests/%) tests/scale tests/test_package.py tests/test_docstrings.py
+ROOMS := core gradients weights recovery deploy scale
+UNITS := $(ROOMS:%=tests/%) tests/test_package.py tests/test_docstrings.py
 # What starts processes or the compiler, or is about large models, takes as long as all the others.
 SLOW := process or compil or import or sharded or reads_and_writes
 

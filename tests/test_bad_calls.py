@@ -132,6 +132,10 @@ CALLS = {
         lambda c: gp.ErrorFeedback,
         lambda c: {"params": c.model, "density": 0.1, "scope": "layer", "momentum": 0.5},
     ),
+    "TopK": (
+        lambda c: gp.TopK,
+        lambda c: {"params": c.model, "density": 0.1, "momentum": 0.5, "dtype": torch.float16, "group": None},
+    ),
     "gradient_norms": (lambda c: gp.gradient_norms, lambda c: {"model": c.model}),
     "jacobian_singular_values": (lambda c: gp.jacobian_singular_values, lambda c: {"f": c.model, "x": X[0], "k": 2}),
     "Recorder": (

@@ -102,7 +102,12 @@ def test_imports_point_one_way():
 
 @pytest.mark.parametrize(
     ("importer", "imported_one"),
-    [("core/select.py", "weights.mask"), ("gradients/clip.py", "weights.score"), ("deploy/report.py", "lab.data")],
+    [
+        ("core/select.py", "weights.mask"),
+        ("gradients/clip.py", "weights.score"),
+        ("deploy/report.py", "lab.data"),
+        ("weights/hold.py", "scale.topk"),
+    ],
 )
 def test_an_import_that_points_the_other_way_is_found(tmp_path, importer, imported_one):
     copy = tmp_path / "gradprune"

@@ -28,6 +28,7 @@ from gradprune.recovery.largest import Found, Look, largest_sparsity
 from gradprune.recovery.reconstruct import reconstruct_
 from gradprune.recovery.scan import Sensitivity, sensitivity
 from gradprune.recovery.search import Study, Trial, search
+from gradprune.scale.topk import TopK
 from gradprune.weights.activation import activation
 from gradprune.weights.flow import synflow
 from gradprune.weights.hold import Hold
@@ -71,6 +72,7 @@ __all__ = [
     "Sensitivity",
     "Shared",
     "Study",
+    "TopK",
     "Trace",
     "Trial",
     "activation",

@@ -1,0 +1,127 @@
+"""Chapter 3: how well is a network trained by two processes that send less than their gradients?
+
+`python chapters/experiments/compression.py` writes chapters/results/compression.json; a run that was stopped goes on
+where it was.
+
+Two processes on one machine talk over loopback, by DistributedDataParallel: whole gradients, gp.TopK, and torch's
+PowerSGD of rank 1, each with half of every batch. PowerSGD sends whole gradients for its first steps, two at least;
+TopK's density is the one at which a rank sends as many bytes in all. Digits, layers of 256, 128 and 10 units, plain
+SGD; every method has the same steps and batches and its own learning rate, chosen of one grid on validation data.
+Bytes are what one rank gives to the collectives; for two ranks as many reach it, for more a rank receives more by
+TopK's all-gather.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power
+from torch.nn.parallel import DistributedDataParallel
+
+import gradprune as gp
+from gradprune import lab
+
+RANKS, BATCH, STEPS = 2, 128, 210
+SEEDS = list(range(5))
+TUNING_SEEDS = [100, 101]
+RATES = [0.1, 0.3, 1.0]
+UNITS = [64, 256, 128, 10]
+RESULT = Path("chapters/results/compression.json")
+
+CELLS: list[dict[str, Any]] = [{"method": "dense", "whole": STEPS, "dtype": None}]
+for start in (2, 10):  # steps of whole gradients
+    CELLS.append({"method": "PowerSGD", "whole": start, "dtype": None})
+    CELLS.append({"method": "TopK", "whole": start, "dtype": None})
+    CELLS.append({"method": "TopK", "whole": start, "dtype": "float16"})
+
+
+def power_bytes(model: nn.Module, whole: int) -> int:
+    """Return what a rank sends by PowerSGD of rank 1 in all steps, from the shapes alone."""
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    dense = sum(p.numel() for p in model.parameters())
+    sent = sum(sum(shape) for shape in shapes)  # a column and a row of each matrix; biases as they are
+    return 4 * (whole * dense + (STEPS - whole) * sent)
+
+
+def attach(ddp: DistributedDataParallel, cell: dict[str, Any]) -> gp.TopK | power.PowerSGDState | None:
+    """Give DDP the hook of a method; return its state."""
+    entries = sum(p.numel() for p in ddp.parameters())
+    if cell["method"] == "dense":
+        return None
+    if cell["method"] == "PowerSGD":
+        state = power.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=cell["whole"])
+        ddp.register_comm_hook(state, power.powerSGD_hook)
+        return state
+    dtype = getattr(torch, cell["dtype"]) if cell["dtype"] else None
+    an_entry = 4 + (dtype or torch.float32).itemsize
+    topk = gp.TopK(ddp, power_bytes(ddp, cell["whole"]) / STEPS / an_entry / entries, dtype=dtype)
+    ddp.register_comm_hook(topk, gp.TopK.hook)
+    return topk
+
+
+def train(cell: dict[str, Any], rate: float, seed: int, *, seen: dict[int, int]) -> tuple[nn.Module, lab.data.Dataset]:
+    """Train one network together with the other rank; return it and its data, and leave in `seen` the bytes a step."""
+    data = lab.data.load("digits", seed=seed)
+    torch.manual_seed(seed)
+    model = lab.models.mlp([data.features, *UNITS[1:]], "relu")
+    ddp = DistributedDataParallel(model)
+    state = attach(ddp, cell)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    generator, order = torch.Generator().manual_seed(seed), list[Tensor]()
+    for step in range(STEPS):
+        if not order:
+            order = list(torch.randperm(len(data.train), generator=generator).split(BATCH))
+        own = order.pop(0)[dist.get_rank() :: RANKS]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(ddp(data.train.x[own]), data.train.y[own]).backward()
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / STEPS)
+        optimizer.step()
+    whole = 4 * sum(p.numel() for p in model.parameters()) * STEPS
+    if isinstance(state, gp.TopK):
+        sent = state.bytes_sent
+    else:
+        sent = whole if state is None else power_bytes(model, cell["whole"])
+    seen[seed] = round(sent / STEPS)
+    return model, data
+
+
+def measure(cell: dict[str, Any]) -> dict[str, Any]:
+    """Tune one method on validation data, then report it on test data."""
+    seen: dict[int, int] = {}
+    reported = lab.train.tune_and_report(partial(train, cell, seen=seen), RATES, tuning_seeds=TUNING_SEEDS, seeds=SEEDS)
+    return reported | {"bytes a step": [seen[seed] for seed in SEEDS]}
+
+
+def work(rank: int, folder: str) -> None:
+    """Measure all cells in step with the other rank; the first one writes the result."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    lab.start(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    path = RESULT if rank == 0 else Path(folder) / RESULT.name  # both know alike which cells are left
+    lab.experiment.run(
+        path,
+        CELLS,
+        measure,
+        seeds=SEEDS,
+        about=f"digits, layers of 256, 128, 10 units, {RANKS} processes, {STEPS} steps; accuracy on test data, bytes "
+        "that a rank gives to the collectives in a step, on average; whole: steps in which PowerSGD sends whole "
+        "gradients, and of TopK those whose PowerSGD sends as many bytes",
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        if RESULT.exists():
+            shutil.copy(RESULT, name)
+        torch.multiprocessing.spawn(work, (name,), nprocs=RANKS)

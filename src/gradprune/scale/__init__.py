@@ -1,0 +1,1 @@
+"""Train over several processes (chapters 3 and 4)."""
