@@ -55,6 +55,19 @@ TOO_WIDE = """() => {
     .map((e) => e.outerHTML.slice(0, 120));
 }"""
 
+# The formulas of which a part can neither be seen nor scrolled to.
+CUT_OFF = """() => [...document.querySelectorAll('div.math')].filter((formula) => {
+  let { left, right } = formula.querySelector('mjx-container > svg').getBoundingClientRect();
+  for (let up = formula.querySelector('mjx-container'); up !== document.body; up = up.parentElement) {
+    const box = up.getBoundingClientRect();
+    const { overflowX } = getComputedStyle(up);
+    if (overflowX !== 'visible' && left < box.left - 1) return true; // what starts at the left, no box scrolls to
+    if (['hidden', 'clip'].includes(overflowX) && box.right + 1 < right) return true;
+    if (['auto', 'scroll'].includes(overflowX)) [left, right] = [Math.max(left, box.left), Math.min(right, box.right)];
+  }
+  return false;
+}).map((formula) => formula.querySelector('mjx-assistive-mml').textContent.trim().slice(0, 60))"""
+
 MARK_REPEATED_COLOURS = """() => {
   const seen = new Set();
   for (const word of document.querySelectorAll('.highlight pre span')) {
@@ -226,6 +239,14 @@ def test_nothing_scrolls_sideways_at_400_pixels(opened: Visit) -> None:
         assert opened.page.evaluate(TOO_WIDE) == [], "cut off at the right edge"
         width = opened.page.evaluate("document.documentElement.scrollWidth")
         assert width <= NARROW["width"], f"the page is {width} px wide"
+    finally:
+        opened.page.set_viewport_size(WIDE)
+
+
+def test_a_formula_wider_than_a_narrow_page_scrolls(opened: Visit) -> None:
+    opened.page.set_viewport_size({"width": 390, "height": 800})
+    try:
+        assert opened.page.evaluate(CUT_OFF) == [], "cut off at an edge"
     finally:
         opened.page.set_viewport_size(WIDE)
 

@@ -266,3 +266,16 @@ def test_the_second_protocol_asks_for_the_lead_only_inside_the_tolerance():
     assert protocol.outcomes(judged) == {"good": ("holds", "holds"), "bad": ("fails", "not asked")}
     text = lab.zoo.by_name("Transformer, text")
     assert (protocol.error(row, 0.9), protocol.error(text, 3.0)) == (pytest.approx(0.1), 8.0)
+
+
+def test_one_change_of_a_stalled_network_brings_what_its_row_says():
+    experiment = lab.experiment.script("stalled")
+    row = stored("stalled", fault="below epsilon", changed=True)
+    assert experiment.accuracy("below epsilon", True, 0) == pytest.approx(row["accuracy"][0], abs=0.1)
+
+
+def test_the_factor_of_a_trained_network_is_what_its_row_says():
+    row = stored("trained_factor", seed=1)
+    found = lab.experiment.script("trained_factor").measure({"seed": 1})
+    assert found["before"] == pytest.approx(row["before"], abs=2e-4)
+    assert found["after"] == pytest.approx(row["after"], abs=0.03)

@@ -1,6 +1,7 @@
 """Are the page's deep networks, their gradients and their predicted slope those of torch and of chapter 1's formula?"""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def train(root: Locator) -> dict[str, str]:
     return settled(root, lambda: root.get_by_role("button", name="Train").click())
 
 
+def words(root: Locator) -> str:
+    return root.locator(".gp-live-words").inner_text()
+
+
+def panel(root: Locator, number: int) -> Locator:
+    return root.locator(".gp-live-chart").nth(number)
+
+
 def numbers(root: Locator) -> np.ndarray:
     return np.array(root.evaluate("(root) => [...root.numbers()]"), dtype=np.float32)
 
@@ -78,6 +87,9 @@ def test_beyond_single_precision_the_page_and_torch_lose_the_same_layers(root: L
     assert (exact == 0).sum() > 20
     assert ((norms == 0) == (exact == 0)).all()
     assert facts(root)["ratio"] == "0"
+    lost = f"0 at {(exact == 0).sum()} layers: below the smallest number"
+    assert panel(root, 0).get_by_text(lost).is_visible()
+    assert "the gradient is 0: what is left is below single precision's smallest number" in words(root)
 
 
 def torch_trained(figure: Depth, steps: int) -> nn.Sequential:
@@ -131,18 +143,32 @@ def test_relu_takes_torchs_steps_before_rounding_parts_them(root: Locator) -> No
 
 
 def test_a_first_layer_without_gradient_does_not_move_and_the_sentence_says_so(root: Locator) -> None:
+    assert panel(root, 1).get_by_text("press Train").is_visible()
     seen = train(root)
-    words = root.locator(".gp-live-words").inner_text()
     assert float(seen["ratio"]) < 1e-11
     assert float(seen["moved"]) == 0
-    assert "After 200 steps layer 1 has moved by 0.0 % of its norm" in words
-    assert f"{100 * float(seen['accuracy']):.1f} % of the test digits" in words
+    assert "After 200 steps layer 1 has moved by 0.0 % of its norm" in words(root)
+    assert f"{100 * float(seen['accuracy']):.1f} % of the test digits" in words(root)
+    assert re.search(r"not moved: \d+ layers", panel(root, 1).inner_text())
+
+
+def test_training_moves_the_gradient_and_not_what_the_formula_said_before(root: Locator) -> None:
+    line = panel(root, 0).locator("path.gp-predicted")
+    fresh = choose(root, "tanh", 5, 1.0)
+    drawn = line.get_attribute("d")
+    trained = train(root)
+    assert abs(float(trained["ratio"]) / float(fresh["ratio"]) - 1) > 0.1
+    assert trained["predicted"] == fresh["predicted"]
+    assert line.get_attribute("d") == drawn
 
 
 def test_a_network_that_explodes_is_said_to(root: Locator) -> None:
     choose(root, "linear", 60, 3.0)
     train(root)
-    assert "the loss is no number any more" in root.locator(".gp-live-words").inner_text()
+    assert "the loss is no number any more" in words(root)
+    assert "beyond the largest number" in panel(root, 0).inner_text()
+    for number in (1, 2):
+        assert panel(root, number).get_by_text("no number any more").is_visible()
     assert root.get_by_role("button", name="Train").is_disabled()
 
 

@@ -23,6 +23,8 @@ const OPTIMIZER = { rate: 0.05, momentum: 0, decay: 0 };
 const SETTINGS = ["depth", "activation", "scale"];
 const NAMED = { 1: "Xavier", 1.4: "about He" };
 const FLOOR = 1e-45; // below it single precision has no number but 0
+const NO_NUMBER = "no number any more";
+const layersIn = (count) => (count === 1 ? "1 layer" : `${count} layers`);
 
 const power = (value) => {
   if (value === 0) return "0";
@@ -72,6 +74,8 @@ export function render({ model, el }) {
   let broken = false; // the loss is no number any more
   let work = null; // for the gradient of what is shown
   let norms = []; // of that gradient, layer by layer
+  let predicted = []; // the same by formula, for the fresh network
+  let foretold = Number.NaN; // first over last of these
 
   function start() {
     walk.stop();
@@ -83,6 +87,9 @@ export function render({ model, el }) {
     });
     [losses, broken, accuracy] = [[], false, Number.NaN];
     work = createWorkspace(net, ROWS);
+    norms = gradientNorms();
+    predicted = predictedNorms(chosen(), norms, square);
+    foretold = predicted[0] / norms.at(-1);
     request();
   }
 
@@ -129,7 +136,7 @@ export function render({ model, el }) {
       title: "The gradient's norm",
       legend: [
         ["this network", "gp-dense"],
-        ["by formula", "gp-predicted"],
+        ["by formula, before training", "gp-predicted"],
       ],
       x: layers,
       y: { label: "norm", from: 1e-38, to: 1e6, log: true },
@@ -152,7 +159,6 @@ export function render({ model, el }) {
     // Of a running training every fourth frame looks at all gradients: that costs as much as a step. Not the last one,
     // which reads the test digits.
     if (!walk.isRunning() || training.steps % 4 === 2) norms = gradientNorms();
-    const predicted = predictedNorms(setting, norms, square);
     const moved = net.weights.map((weights, l) => movement(weights, fresh.weights[l]));
     const at = norms.map((_, l) => l + 1);
     const drawable = norms.map((value) =>
@@ -162,7 +168,7 @@ export function render({ model, el }) {
     const [lowest, highest] = [Math.min(...finite), Math.max(...finite)];
     const axes = { x: { to: ENDS.find((end) => end > at.length) } };
     const up = {
-      from: FLOORS.find((floor) => lowest > floor) ?? 1e-38,
+      from: FLOORS.find((floor) => lowest > floor) ?? 1e-46, // single precision's last few are there
       to: CEILINGS.find((ceiling) => highest < ceiling) ?? 1e38,
     };
     const marks = [
@@ -175,22 +181,36 @@ export function render({ model, el }) {
         class: "gp-dense",
       },
     ];
+    const word = (text, y) => ({ kind: "word", x: axes.x.to / 2, y, text });
+    const lost = norms.filter((value) => value <= FLOOR).length;
+    const beyond = norms.filter((value) => !Number.isFinite(value)).length;
+    const near = up.from * (up.to / up.from) ** 0.05;
+    if (lost) marks.push(word(`0 at ${layersIn(lost)}: below the smallest number`, near));
+    if (beyond) marks.push(word(`${layersIn(beyond)} beyond the largest number`, up.to / 10));
     charts.gradient.draw(marks, { ...axes, y: up });
+    const done = training.steps;
     const visible = moved.map((value) =>
       value > 0 && Number.isFinite(value) ? value : Number.NaN,
     );
-    charts.moved.draw([{ kind: "line", x: at, y: visible, class: "gp-corrected" }], axes);
+    const still = moved.filter((value) => value === 0).length;
+    const left = [{ kind: "line", x: at, y: visible, class: "gp-corrected" }];
+    if (done === 0) left.push(word("press Train", 1e-4));
+    else if (still) left.push(word(`not moved: ${layersIn(still)}`, 3e-9));
+    if (broken) left.push(word(NO_NUMBER, 1e-4));
+    charts.moved.draw(left, axes);
     const best = { kind: "rule", y: Math.log(classes), class: "gp-random", text: "guessing" };
-    charts.loss.draw([
+    const curve = [
       best,
       { kind: "line", x: losses.map((_, i) => i + 1), y: losses, class: "gp-dense" },
-    ]);
-    const done = training.steps;
+    ];
+    if (done === 0) curve.push({ kind: "word", x: STEPS / 2, y: 1, text: "press Train" });
+    if (broken) curve.push({ kind: "word", x: STEPS / 2, y: 1, text: NO_NUMBER });
+    charts.loss.draw(curve);
     if (!walk.isRunning() && done > 0 && Number.isNaN(accuracy))
       accuracy = createReader(net, test)(net).accuracy;
     go.textContent = walk.isRunning() ? "Pause" : "Train";
     go.disabled = done >= STEPS || broken;
-    const ratios = { ratio: norms[0] / norms.at(-1), predicted: predicted[0] / norms.at(-1) };
+    const ratios = { ratio: norms[0] / norms.at(-1), predicted: foretold };
     const facts = {
       ...setting,
       ...ratios,
@@ -266,7 +286,10 @@ function predictedNorms({ activation, scale, depth }, norms, square) {
 const movement = (now, before) => distance(now, before) / norm([before]);
 
 function sentence({ ratio, predicted, steps, moved }, accuracy, broken) {
-  const arrives = `At the first layer the gradient is ${power(ratio)} ${ratio < 1 ? "of" : "times"} what it is at the output${onePartIn(ratio)}`;
+  const arrives =
+    ratio === 0
+      ? "At the first layer the gradient is 0: what is left is below single precision's smallest number"
+      : `At the first layer the gradient is ${power(ratio)} ${ratio < 1 ? "of" : "times"} what it is at the output${onePartIn(ratio)}`;
   const start = `${arrives}; the formula${steps > 0 ? ", before training," : ""} says ${power(predicted)}.`;
   if (broken)
     return `${start} After ${steps} steps the loss is no number any more: the network exploded.`;
