@@ -47,6 +47,18 @@ def test_a_small_dense_network_trained_again_reads_what_its_row_says():
     assert lab.train.accuracy(model, experiment.base.data(0).test) == pytest.approx(row["test"], abs=0.06)
 
 
+@pytest.mark.parametrize(("order", "kept"), [("size", "equal"), ("size", "but the stem"), ("chance", "global")])
+def test_the_stored_network_pruned_by_other_shares_reads_about_what_its_row_says(order, kept, monkeypatch):
+    experiment = lab.experiment.script("residual_shares")
+    network = lab.experiment.network("residual_network", lab.models.residual())
+    monkeypatch.setattr(experiment.base, "dense", lambda seed: copy.deepcopy(network))
+    cell = {"seed": 0, "what": "pruned", "order": order, "shares": kept, "sparsity": 0.5}
+    row, found = stored("residual_shares", **cell), experiment.measure(cell)
+    assert found["sparsity reached"] == row["sparsity reached"] == pytest.approx(0.5, abs=1e-4)
+    assert found["stem keeps"] == pytest.approx(row["stem keeps"], abs=0.03)
+    assert found["recalibrated test"] == pytest.approx(row["recalibrated test"], abs=0.12)
+
+
 def stored(name: str, **cell: object) -> dict:
     """The one row of a stored result that has these values."""
     rows = lab.experiment.load(name)["rows"]

@@ -36,6 +36,7 @@ COLOURS = {
     "corrected": "#00875f",
     "learned": "#8265d6",
     "random": "#808080",
+    "largest": "#b0488c",
     "predicted": "#808080",
     "printed": "#b0488c",
     "sigmoid": "#cc5500",

@@ -17,7 +17,12 @@ const SCOPES = [
   ["global", "all layers together"],
   ["layer", "each layer by itself"],
 ];
-const COLOUR = { smallest: "gp-pruned", random: "gp-random", largest: "gp-unclipped" };
+const COLOUR = { smallest: "gp-pruned", random: "gp-random", largest: "gp-largest" };
+const LEGEND = RANKINGS.map(([ranking, words]) => [words, COLOUR[ranking]]);
+const STAYS = [
+  ["stay", "gp-dense"],
+  ["go", "gp-pruned"],
+];
 const colourOf = (key) => {
   const [ranking, scope] = key.split(" ");
   return scope === "layer" ? `${COLOUR[ranking]} gp-live-dashed` : COLOUR[ranking];
@@ -101,11 +106,13 @@ export function render({ model, el }) {
 
   const curve = createChart({
     title: "Test digits read correctly",
+    legend: LEGEND,
     x: { label: "weights removed, %", from: 0, to: 100 },
     y: { label: "share read correctly", from: 0, to: 1 },
   });
   const histogram = createChart({
     title: "The weights: what stays and what goes",
+    legend: STAYS,
     x: { label: "weight", from: -strongest, to: strongest },
     y: { label: "weights", from: 0, to: 1 },
   });
@@ -152,7 +159,7 @@ export function render({ model, el }) {
     const { before, after, highest } = bins.count(seen.masks);
     const bars = { kind: "bars", x: bins.centres, width: bins.width };
     const marks = [
-      { ...bars, y: before, class: "gp-random gp-faint" },
+      { ...bars, y: before, class: "gp-pruned gp-faint" },
       { ...bars, y: after, class: "gp-dense" },
     ];
     histogram.draw(marks, { y: { to: highest } });

@@ -79,7 +79,7 @@ class Prune(Live):
             for ranking in ("smallest", "random", "largest")
         }
         drawing, axes = figures.new()
-        for (ranking, accuracies), colour in zip(curves.items(), ("pruned", "random", "unclipped"), strict=True):
+        for (ranking, accuracies), colour in zip(curves.items(), ("pruned", "random", "largest"), strict=True):
             axes.plot([100 * level for level in levels], accuracies, "o-", label=ranking, color=figures.COLOURS[colour])
         axes.set(xlabel="weights removed, %", ylabel="test digits read correctly", title="Which weights go?")
         axes.legend()
