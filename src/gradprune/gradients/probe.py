@@ -32,8 +32,8 @@ def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, fl
         The norms as floats, in the order of the model's parameters.
 
     Raises:
-        TypeError: where `model` is no module or `loss` no tensor, for a gradient without values (meta), and for DTensors
-            that lie otherwise.
+        TypeError: where `model` is no module or `loss` no tensor, for a gradient without values (meta), and
+            for DTensors that lie otherwise.
         ValueError: where no parameter has a gradient, where `loss` is not a real scalar that depends on the model, and
             where part of it passes through a reentrant checkpoint, whose gradients only ``backward`` gives.
 
