@@ -22,7 +22,9 @@ def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, fl
     A norm that is not finite is returned as it is: seeing it is what a probe is for.
 
     Args:
-        model: the model. Parameters without a gradient are left out.
+        model: the model. Parameters without a gradient are left out. Where parameters are DTensors over one mesh
+            dimension (FSDP2, tensor parallel), all ranks call this together, after ``loss.backward()``, and get the
+            norms of the whole gradients.
         loss: None, after ``loss.backward()``, to read ``.grad``; or a scalar to differentiate here, which changes no
             ``.grad`` and keeps the graph, so that ``backward`` can still follow.
 
@@ -30,7 +32,8 @@ def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, fl
         The norms as floats, in the order of the model's parameters.
 
     Raises:
-        TypeError: where `model` is no module or `loss` no tensor, and for a gradient without values (DTensor, meta).
+        TypeError: where `model` is no module or `loss` no tensor, for a gradient without values (meta), and
+            for DTensors that lie otherwise.
         ValueError: where no parameter has a gradient, where `loss` is not a real scalar that depends on the model, and
             where part of it passes through a reentrant checkpoint, whose gradients only ``backward`` gives.
 
