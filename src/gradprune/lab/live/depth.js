@@ -181,12 +181,16 @@ export function render({ model, el }) {
         class: "gp-dense",
       },
     ];
-    const word = (text, y) => ({ kind: "word", x: axes.x.to / 2, y, text });
+    const word = (text, y, x = 0.5) => ({ kind: "word", x: x * axes.x.to, y, text });
+    const height = (share) => up.from * (up.to / up.from) ** share;
     const lost = norms.filter((value) => value <= FLOOR).length;
     const beyond = norms.filter((value) => !Number.isFinite(value)).length;
-    const near = up.from * (up.to / up.from) ** 0.05;
-    if (lost) marks.push(word(`0 at ${layersIn(lost)}: below the smallest number`, near));
-    if (beyond) marks.push(word(`${layersIn(beyond)} beyond the largest number`, up.to / 10));
+    // Where the first layers have lost their points, the others rise to the right of these words.
+    if (lost) {
+      marks.push(word(`${layersIn(lost)} below the`, height(0.72), 0.27));
+      marks.push(word("smallest number", height(0.63), 0.27));
+    }
+    if (beyond) marks.push(word(`${layersIn(beyond)} beyond the largest number`, height(0.92)));
     charts.gradient.draw(marks, { ...axes, y: up });
     const done = training.steps;
     const visible = moved.map((value) =>
@@ -195,7 +199,7 @@ export function render({ model, el }) {
     const still = moved.filter((value) => value === 0).length;
     const left = [{ kind: "line", x: at, y: visible, class: "gp-corrected" }];
     if (done === 0) left.push(word("press Train", 1e-4));
-    else if (still) left.push(word(`not moved: ${layersIn(still)}`, 3e-9));
+    else if (still) left.push(word(`not moved: ${layersIn(still)}`, 1e-2, 0.27));
     if (broken) left.push(word(NO_NUMBER, 1e-4));
     charts.moved.draw(left, axes);
     const best = { kind: "rule", y: Math.log(classes), class: "gp-random", text: "guessing" };
@@ -285,11 +289,14 @@ function predictedNorms({ activation, scale, depth }, norms, square) {
 
 const movement = (now, before) => distance(now, before) / norm([before]);
 
+function said(ratio) {
+  if (ratio === 0) return "0: what is left is below single precision's smallest number";
+  if (!Number.isFinite(ratio)) return "beyond single precision's largest number";
+  return `${power(ratio)} ${ratio < 1 ? "of" : "times"} what it is at the output${onePartIn(ratio)}`;
+}
+
 function sentence({ ratio, predicted, steps, moved }, accuracy, broken) {
-  const arrives =
-    ratio === 0
-      ? "At the first layer the gradient is 0: what is left is below single precision's smallest number"
-      : `At the first layer the gradient is ${power(ratio)} ${ratio < 1 ? "of" : "times"} what it is at the output${onePartIn(ratio)}`;
+  const arrives = `At the first layer the gradient is ${said(ratio)}`;
   const start = `${arrives}; the formula${steps > 0 ? ", before training," : ""} says ${power(predicted)}.`;
   if (broken)
     return `${start} After ${steps} steps the loss is no number any more: the network exploded.`;
