@@ -1,4 +1,4 @@
-"""Chapter 3: how well is a network trained by two processes that send less than their gradients?
+"""Chapter 9: how well is a network trained by two processes that send less than their gradients?
 
 `python chapters/experiments/compression.py` writes chapters/results/compression.json; a run that was stopped goes on
 where it was.
@@ -35,7 +35,7 @@ SEEDS = list(range(5, 10))
 TUNING_SEEDS = [100, 101, 102, 103, 104]  # with two, a rate was chosen at which most runs break
 RATES = [0.3, 1.0, 2.0]
 UNITS = [256, 128, 10]
-RESULT = Path("chapters/results/compression.json")
+RESULT = Path(__file__).resolve().parents[1] / "results" / "compression.json"
 
 CELLS: list[dict[str, Any]] = [{"method": "dense", "whole": STEPS}]
 for start in (2, 10):  # steps of whole gradients

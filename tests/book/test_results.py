@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,3 +292,13 @@ def test_the_factor_of_a_trained_network_is_what_its_row_says():
     found = lab.experiment.script("trained_factor").measure({"seed": 1})
     assert found["before"] == pytest.approx(row["before"], abs=2e-4)
     assert found["after"] == pytest.approx(row["after"], abs=0.03)
+
+
+def test_one_process_pruned_and_trained_on_reads_about_what_its_row_says(monkeypatch):
+    row = stored("out_of_step", way="one process", pruned=True)
+    experiment = lab.experiment.script("out_of_step")
+    monkeypatch.syspath_prepend(Path(experiment.__file__).parent)  # for the process that it starts
+    found = experiment.measure({"way": "one process", "pruned": True})
+    assert found["zeros"] == row["zeros"]
+    assert found["differ"] == [0] * 10
+    assert found["test"] == pytest.approx(row["test"], abs=0.015)
