@@ -102,7 +102,6 @@ class _Search(NamedTuple):
 class _Found(NamedTuple):
     number: int
     below: int  # how many are smaller
-    equal: int
 
 
 def _keys(shard: Shard, order: Order) -> Iterator[Tensor]:
@@ -131,14 +130,14 @@ def _locate(groups: Sequence[_Group], ranks: Ranks) -> list[_Found]:
             searches.append(_Search(one.numbers, (high - low).bit_length(), group.rank - below, group.total))
             offsets.append((low, below))
     found = _kth_smallest(searches, ranks)
-    return [_Found(f.number + low, f.below + below, f.equal) for f, (low, below) in zip(found, offsets, strict=True)]
+    return [_Found(one.number + low, one.below + below) for one, (low, below) in zip(found, offsets, strict=True)]
 
 
 class _Between(NamedTuple):
     keys: list[Tensor]  # those between two keys, less the lower
     told: list[
         int
-    ]  # of each tensor whether it holds a NaN; how many keys are below, and between; whether some are left
+    ]  # of each tensor whether it holds a NaN; how many keys are below; how many between; if some are left
 
     def numbers(self) -> Iterator[Tensor]:
         return iter(self.keys)
@@ -198,7 +197,7 @@ def _where(keys: Tensor, within: Tensor) -> Tensor:
 
 def _kth_smallest(searches: Sequence[_Search], ranks: Ranks) -> list[_Found]:
     """What each search looks for: one reduction a digit, for all of them."""
-    found = [_Found(0, 0, 0) for _ in searches]
+    found = [_Found(0, 0) for _ in searches]
     left = [search.bits for search in searches]
     active = list(range(len(searches)))
     while active:
@@ -208,11 +207,10 @@ def _kth_smallest(searches: Sequence[_Search], ranks: Ranks) -> list[_Found]:
         small = max(searches[i].most for i in active) < 2**31
         counts = ranks.sum(torch.cat([c.to(ranks.device) for c in here]).to(torch.int32 if small else torch.int64))
         for i, bits, some in zip(active, steps, counts.split([2**bits for bits in steps]), strict=True):
-            digits, below, _ = found[i]
+            digits, below = found[i]
             up_to = some.cumsum(0)  # in 64 bits
             digit = int(torch.searchsorted(up_to, searches[i].k - below))
-            equal = int(some[digit])
-            found[i] = _Found(digits << bits | digit, below + int(up_to[digit]) - equal, equal)
+            found[i] = _Found(digits << bits | digit, below + int(up_to[digit] - some[digit]))
             left[i] -= bits
         active = [i for i in active if left[i]]
     return found
@@ -232,7 +230,7 @@ def _histogram(search: _Search, digits: int, left: int, bits: int) -> Tensor:
 def _first_to_stay(groups: Sequence[_Group], found: Sequence[_Found], ranks: Ranks) -> list[list[int]]:
     """For each tensor the place from which on values equal to the key stay, so that the first of all of them go."""
     first = [[0] * len(group.parts) for group in groups]
-    going = [one.equal - (g.stay - (g.total - one.below - one.equal)) for g, one in zip(groups, found, strict=True)]
+    going = [group.total - one.below - group.stay for group, one in zip(groups, found, strict=True)]
     cut = [at for at, number in enumerate(going) if number]
     if not cut:
         return first

@@ -66,8 +66,13 @@ def read_once(params: Params) -> Tensor | nn.Module | list[Any]:
             "params is an iterator that yields nothing: it was used up before, or its model has no parameters; "
             "give the model itself, or a list"
         )
-    require_whole(entry[-1] if isinstance(entry, tuple) and entry else entry for entry in entries)
+    require_whole(tensors_in(entries))
     return entries
+
+
+def tensors_in(entries: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tensors of a list of tensors or of (name, tensor) pairs."""
+    return (entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in entries)
 
 
 def require_trainable(tensors: Iterable[Tensor]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,10 +17,10 @@ from gradprune.gradients.spread import Read, largest_over_ranks, spread
 
 def threshold_over_ranks_(params: Read, nonfinite: NonFinite, check: Callable[[], tuple[str, float]]) -> float:
     """Do what ``threshold_gradients_`` does, on all ranks together; `check` returns which argument was given."""
-    (name, amount), shards, ranks, done = _settled(params, nonfinite, check)
+    (name, amount), shards, ranks, most, done = _settled(params, nonfinite, check)
     if done is not None:
         return done
-    cuts = [amount] * len(shards) if name == "threshold" else [amount * mean for mean in _means(shards, ranks)]
+    cuts = [amount] * len(shards) if name == "threshold" else [amount * mean for mean in _means(shards, most, ranks)]
     kept = 0
     for shard, cut in zip(shards.values(), cuts, strict=True):
         here = zero_below_(shard.local, cut)
@@ -30,7 +30,7 @@ def threshold_over_ranks_(params: Read, nonfinite: NonFinite, check: Callable[[]
 
 def keep_top_over_ranks_(params: Read, nonfinite: NonFinite, check: Callable[[], tuple[float, Scope]]) -> float:
     """Do what ``keep_top_gradients_`` does, on all ranks together."""
-    (density, scope), shards, ranks, done = _settled(params, nonfinite, check)
+    (density, scope), shards, ranks, _, done = _settled(params, nonfinite, check)
     if done is not None:
         return done
     groups = [shards] if scope == "global" else [{name: shard} for name, shard in shards.items()]
@@ -41,27 +41,34 @@ def keep_top_over_ranks_(params: Read, nonfinite: NonFinite, check: Callable[[],
     return _share(sum(number for kept in found for number in kept.at_least), shards)
 
 
-def _settled(
-    params: Read, nonfinite: NonFinite, check: Callable[[], Any]
-) -> tuple[Any, dict[str, Shard], Ranks, float | None]:
-    """The arguments and gradients, where what is not finite was dealt with, and the share kept where all is done."""
+class _Settled(NamedTuple):
+    """What was asked of which gradients, once what is not finite was dealt with."""
+
+    asked: Any
+    shards: dict[str, Shard]
+    ranks: Ranks
+    most: list[float]  # the largest magnitude of each whole
+    done: float | None  # the share kept, where nothing is left to do
+
+
+def _settled(params: Read, nonfinite: NonFinite, check: Callable[[], Any]) -> _Settled:
     given, shards, ranks = spread(params, lambda: {"amount": check(), "nonfinite": known(nonfinite)}, require_numbers)
     largest = largest_over_ranks(list(shards.values()), ranks)
     wrong = [name for name, most in zip(shards, largest, strict=True) if not most < float("inf")]
     require_finite(wrong, nonfinite)
     if not wrong or nonfinite == "leave":
-        return given["amount"], shards, ranks, 1.0 if wrong else None
+        return _Settled(given["amount"], shards, ranks, largest, 1.0 if wrong else None)
     warn_of_zeroed(wrong[0], nonfinite, "Find out where it comes from")
     for name in wrong if nonfinite == "zero" else shards:
         shards[name].local.zero_()
-    return given["amount"], shards, ranks, None if nonfinite == "zero" else 0.0
+    most = [0.0 if name in wrong else most for name, most in zip(shards, largest, strict=True)]
+    return _Settled(given["amount"], shards, ranks, most, None if nonfinite == "zero" else 0.0)
 
 
-def _means(shards: Mapping[str, Shard], ranks: Ranks) -> list[float]:
+def _means(shards: Mapping[str, Shard], most: Sequence[float], ranks: Ranks) -> list[float]:
     """The mean magnitude of each whole, summed in float64, never above the largest."""
     own = [magnitudes(shard.local) if shard.owned else 0.0 for shard in shards.values()]
     sums = ranks.sum(torch.tensor(own, dtype=torch.float64, device="cpu")).tolist()
-    most = largest_over_ranks(list(shards.values()), ranks)
     return [min(s / max(1, shard.numel), m) for s, shard, m in zip(sums, shards.values(), most, strict=True)]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.gathered import Gathered, require_clippable, require_log
 from gradprune.gradients.nonfinite import NonFinite, known
 from gradprune.gradients.norms import combined_norm, count_over, largest_of, most_of, norm_of
-from gradprune.gradients.params import Params, read_once, with_gradient
+from gradprune.gradients.params import Params, read_once, tensors_in, with_gradient
 
 _BEYOND = -1.0  # told in place of a norm that float64 cannot hold
 Read = Tensor | nn.Module | list[Any]
@@ -55,6 +55,10 @@ def over_ranks(params: Read) -> bool:
     if isinstance(params, nn.Module):
         return is_sharded(params)
     return any(map(is_distributed, _tensors(params)))
+
+
+def _tensors(params: Tensor | list[Any]) -> Iterable[Any]:
+    return [params] if isinstance(params, Tensor) else tensors_in(params)
 
 
 def spread(
@@ -182,12 +186,6 @@ def _by_rank(numbers: Tensor, ranks: Ranks) -> Tensor:
     rows = torch.zeros(torch.distributed.get_world_size(), len(numbers), dtype=numbers.dtype, device="cpu")
     rows[torch.distributed.get_rank()] = numbers
     return ranks.sum(rows)
-
-
-def _tensors(params: Tensor | list[Any]) -> list[Any]:
-    if isinstance(params, Tensor):
-        return [params]
-    return [entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in params]
 
 
 def _ready(block: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Train over several processes (chapters 3 and 4)."""
+"""Train over several processes (chapter 9)."""

@@ -59,8 +59,9 @@ class Outgoing:
         for flat in self._later.values():
             _mask_(self._views(flat), self._spans)
         chosen = torch.zeros_like(last, dtype=torch.bool)
+        places = self._views(chosen)
         for name, mask in largest(gradients, density, "layer").items():
-            self._views(chosen)[name].copy_(mask)
+            places[name].copy_(mask)
         self.message = Message(
             torch.tensor(words, dtype=torch.uint8, device=last.device), *self._taken(last, chosen, dtype)
         )
