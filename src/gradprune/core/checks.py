@@ -255,7 +255,7 @@ def _shown(value: Any) -> str:
         return f"an array of shape {value.shape} and {value.dtype}"
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
-    if value is None or isinstance(value, bool | int | float | complex | str | np.generic):
+    if value is None or isinstance(value, bool | int | float | complex | str | np.generic | torch.dtype):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
     if isinstance(value, type):
