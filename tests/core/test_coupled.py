@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradprune.core.coupled import OUTPUTS, coupled, groups_of, place, reads, width, writes
+from gradprune.core.coupled import OUTPUTS, coupled
+from gradprune.core.units import groups_of, place, reads, width, writes
 
 pytest.importorskip("torch_pruning")
 sys.path.append(str(Path(__file__).parents[1] / "deploy"))

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.coupled import Part
 from gradprune.core.evaluate import as_written, call, evaluated
 from gradprune.core.unchanged import unchanged
+from gradprune.core.units import Part
 from gradprune.deploy.cut import is_batch_norm
 
 DRAWS, INPUTS = 2, 4  # of weights, each with its negative; of inputs to each

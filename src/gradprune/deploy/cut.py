@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from gradprune.core.coupled import Part, is_transposed_linear, width
+from gradprune.core.units import Part, is_transposed_linear, width
 
 # Whole numbers (or tuples of them) by which a layer says how wide it is.
 WIDTHS = frozenset({

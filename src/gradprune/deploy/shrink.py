@@ -19,21 +19,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gradprune.core import checks
 from gradprune.core.checks import require, require_values
-from gradprune.core.coupled import (
-    OUTPUTS,
-    Coupled,
-    Part,
-    Unit,
-    coupled,
-    groups_of,
-    place,
-    reads,
-    torch_pruning,
-    width,
-    writes,
-)
+from gradprune.core.coupled import OUTPUTS, coupled
 from gradprune.core.evaluate import as_written, call_on, evaluated, tensors_in
 from gradprune.core.layers import require_layers, uncompiled_network
+from gradprune.core.traced import torch_pruning
+from gradprune.core.units import Coupled, Part, Unit, groups_of, place, reads, width, writes
 from gradprune.deploy.constant import constants, inputs_like
 from gradprune.deploy.cut import Undo, columns, cut_, replace_, rows
 from gradprune.deploy.widths import remember_dense_

@@ -19,8 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gradprune.core.checks import require
-from gradprune.core.coupled import Part, Unit, coupled, is_depthwise, place, reads, writes
+from gradprune.core.coupled import coupled
 from gradprune.core.layers import TRANSPOSED, Weight
+from gradprune.core.units import Part, Unit, is_depthwise, place, reads, writes
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible
 from gradprune.weights.mask import Masks
 from gradprune.weights.request import Score, checked_amount, checked_score, ranked_by, require_one_amount
