@@ -23,11 +23,13 @@ from gradprune.recovery.budget import Plan, fit_budget
 from gradprune.recovery.correct import iterate
 from gradprune.recovery.crossval import CrossValidation, cross_validate
 from gradprune.recovery.distill import distill_loss
+from gradprune.recovery.found import Found, Look
 from gradprune.recovery.history import Entry, History, Round
-from gradprune.recovery.largest import Found, Look, largest_sparsity
+from gradprune.recovery.largest import largest_sparsity
 from gradprune.recovery.reconstruct import reconstruct_
 from gradprune.recovery.scan import Sensitivity, sensitivity
-from gradprune.recovery.search import Study, Trial, search
+from gradprune.recovery.search import search
+from gradprune.recovery.study import Study, Trial
 from gradprune.scale.topk import TopK
 from gradprune.weights.activation import activation
 from gradprune.weights.flow import synflow

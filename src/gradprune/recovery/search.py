@@ -11,199 +11,33 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from gradprune.core import files
 from gradprune.core.checks import choice, function, module, require, whole
 from gradprune.core.progress import bar
-from gradprune.core.steps import Optimizers
-from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
-from gradprune.recovery.outcome import Measure, mean_of, name_of
-from gradprune.weights.hold import Hold
+from gradprune.recovery.outcome import Measure, mean_of
+from gradprune.recovery.space import Space, space_of
+from gradprune.recovery.study import Study, Trial, optuna_library
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Space = Mapping[str, Any]
 Sampler = Literal["tpe", "grid", "random"]
 
 _PRUNE = frozenset(inspect.signature(prune).parameters) - {"model"}
-_CHOICES_ONLY = frozenset({"score", "scope", "granularity", "include", "exclude", "within", "axes"})
 _STUDY = "gradprune"
 _ATTEMPTS, _PAUSE = 20, 0.25  # seconds, to open a file that another process is making
 _HEARTBEAT = 60  # seconds after which twice a trial of a killed process is given up
-
-
-def _optuna() -> ModuleType:
-    """Return the library, or raise ImportError that says how to get it."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError("gp.search needs Optuna: pip install 'gradprune[search]'") from error
-    return optuna
-
-
-class Trial(Mapping[str, Any]):
-    """One way to prune and train, as `train` gets it: a mapping of what was drawn from the space.
-
-    Args:
-        number: its number in the study, from 0.
-        settings: what was drawn: name -> value.
-        masks: what is pruned already; None where no amount was drawn, so that `train` prunes.
-
-    Chapter 6.
-    """
-
-    def __init__(self, number: int, settings: dict[str, Any], masks: Masks | None = None) -> None:
-        self.number, self.settings, self.masks = number, settings, masks
-        self._is_hopeless: Callable[[float, int], bool] = lambda value, step: False
-
-    def __getitem__(self, name: str) -> Any:
-        return self.settings[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.settings)
-
-    def __len__(self) -> int:
-        return len(self.settings)
-
-    def __repr__(self) -> str:
-        return f"Trial({self.number}, {self.settings})"
-
-    def hold(self, optimizer: Optimizers) -> Hold | None:
-        """Keep what is pruned at zero while `optimizer` trains: ``masks.hold(optimizer)``.
-
-        Args:
-            optimizer: what trains the model, or a list of all that do.
-
-        Returns:
-            A handle with ``remove()``, or None where nothing is pruned yet.
-        """
-        return None if self.masks is None else self.masks.hold(optimizer)
-
-    def report(self, value: float, step: int) -> None:
-        """Say how good the network is by now, and end the trial here where it is hopeless beside the others.
-
-        That is, where the best value so far is below the median of the other trials at this step. With a `cost` no
-        trial is ended.
-
-        Args:
-            value: what `evaluate` would give; the higher, the better.
-            step: how far the training is, counted as the other trials count.
-
-        Raises:
-            optuna.TrialPruned: let it pass, ``search`` waits for it.
-        """
-        if self._is_hopeless(float(value), whole("step", step, least=0)):
-            raise _optuna().TrialPruned()
-
-
-class Study(Table):
-    """What ``search`` found: its trials, the best of them, and with a cost those that no other beats in both.
-
-    Printed, it is a table of the best trials.
-
-    Args:
-        study: Optuna's own, for whatever else it can do.
-        space: what was drawn from.
-
-    Chapter 6.
-    """
-
-    def __init__(self, study: Any, space: Any) -> None:
-        self.study = study
-        self._space: _Space = space
-
-    def __len__(self) -> int:
-        return len(self.rows())
-
-    @property
-    def two_aims(self) -> bool:
-        """Whether there is a cost beside the value."""
-        return len(self.study.directions) > 1
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one flat row a finished trial: number, value, cost where there is one, and its settings as words.
-
-        The value of one that was ended early, or did not fit, is None; the last column says which.
-        """
-        return [self._row(trial) for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
-
-    @property
-    def best(self) -> Trial:
-        """The trial of the highest value; its settings are those that were given in the space."""
-        complete = [trial for trial in self.study.get_trials(deepcopy=False) if _complete(trial)]
-        require(bool(complete), "no trial has been completed")
-        found = max(complete, key=lambda trial: trial.values[0])
-        return Trial(found.number, self._space.settings(found.params))
-
-    @property
-    def pareto(self) -> list[dict[str, Any]]:
-        """The rows of the trials that no other beats, by cost; without a cost, those of the highest value."""
-        rows = [row for row in self.rows() if row["value"] is not None]
-        if not self.two_aims:
-            return [row for row in rows if row["value"] == max(r["value"] for r in rows)]
-        return sorted((row for row in rows if not any(_beats(other, row) for other in rows)), key=lambda r: r["cost"])
-
-    def plot(self) -> Figure:
-        """Draw the values: over the trials with the best so far, or with a cost over it with the front.
-
-        Needs matplotlib.
-
-        Returns:
-            The figure, which no window shows.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        from gradprune.gradients.plotting import new_figure
-
-        figure = new_figure(3.2)
-        axes = figure.subplots()
-        rows = [row for row in self.rows() if row["value"] is not None]
-        over = "cost" if self.two_aims else "trial"
-        axes.plot([row[over] for row in rows], [row["value"] for row in rows], "o", alpha=0.5, label="a trial")
-        if self.two_aims:
-            front = self.pareto
-            axes.plot([r["cost"] for r in front], [r["value"] for r in front], "o-", label="no other beats it")
-        else:
-            best = [max(r["value"] for r in rows[: at + 1]) for at in range(len(rows))]
-            axes.step([row["trial"] for row in rows], best, where="post", label="best so far")
-        axes.set(xlabel=over, ylabel="what evaluate gave")
-        axes.legend()
-        return figure
-
-    def _row(self, trial: Any) -> dict[str, Any]:
-        values = trial.values if _complete(trial) else [None] * len(self.study.directions)
-        ended = trial.user_attrs.get("refused") or ("" if _complete(trial) else "hopeless")
-        named = {"value": values[0]} | ({"cost": values[1]} if self.two_aims else {})
-        return {"trial": trial.number} | named | self._space.words(trial.params) | {"ended": ended}
-
-    def _shown(self) -> list[dict[str, Any]]:
-        complete = [row for row in self.rows() if row["value"] is not None]
-        rows = self.pareto if self.two_aims else sorted(complete, key=lambda row: -row["value"])[:10]
-        return [{k: v for k, v in row.items() if k != "ended"} for row in rows] or [{"trial": "none"}]
-
-    def _notes(self) -> list[str]:
-        rows = self.rows()
-        refused = sum(bool(row["ended"]) and row["ended"] != "hopeless" for row in rows)
-        hopeless = sum(row["ended"] == "hopeless" for row in rows)
-        which = "those that no other beats in both" if self.two_aims else "the best"
-        return [f"{len(rows)} trials, {which} shown; {hopeless} ended as hopeless, {refused} did not fit."]
 
 
 @in_our_words
 def search(
     model: nn.Module,
     evaluate: Measure,
-    space: Space,
+    space: Mapping[str, Any],
     *,
     trials: int | None = None,
     sampler: Sampler = "tpe",
@@ -258,10 +92,10 @@ def search(
 
     Akiba et al. (2019); Bergstra et al. (2011) for the estimator; chapter 6.
     """
-    library = _optuna()
+    library = optuna_library()
     module(model)
     function("evaluate", evaluate)
-    known = _space(library, space)
+    known = space_of(library, space)
     choice("sampler", sampler, ("tpe", "grid", "random"))
     if sampler == "grid":
         trials = known.grid_size() if trials is None else trials
@@ -300,7 +134,7 @@ def _quiet(library: Any) -> Iterator[None]:
         library.logging.set_verbosity(before)
 
 
-def _study(library: Any, storage: Any, space: _Space, sampler: str, seed: int | None, *, two_aims: bool) -> Any:
+def _study(library: Any, storage: Any, space: Space, sampler: str, seed: int | None, *, two_aims: bool) -> Any:
     """Optuna's study, from the file where there is one."""
     path = None if storage is None else files.place("storage", storage)
     directions = ["maximize", "minimize"] if two_aims else ["maximize"]
@@ -371,7 +205,7 @@ def _run(library: Any, study: Any, objective: Callable[[Any], Any], trials: int,
 class _Objective:
     """One trial: draw, copy, prune, train, evaluate."""
 
-    def __init__(self, library: Any, model: nn.Module, evaluate: Measure, space: _Space, train: Any, cost: Any) -> None:
+    def __init__(self, library: Any, model: nn.Module, evaluate: Measure, space: Space, train: Any, cost: Any) -> None:
         self._library, self._model, self._evaluate = library, model, evaluate
         self._space, self._train, self._cost = space, train, cost
 
@@ -418,99 +252,3 @@ def _is_n_of_m(granularity: Any) -> bool:
     if isinstance(granularity, tuple):
         return len(granularity) == 2 and granularity[0] < granularity[1]
     return isinstance(granularity, str) and ":" in granularity
-
-
-def _complete(trial: Any) -> bool:
-    return bool(trial.state.name == "COMPLETE")
-
-
-def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether one is at least as good in both, and better in one."""
-    at_least = one["value"] >= other["value"] and one["cost"] <= other["cost"]
-    return bool(at_least and (one["value"] > other["value"] or one["cost"] < other["cost"]))
-
-
-# ---------------------------------------------------------------------------------------------------------- the space
-
-
-@dataclass(frozen=True)
-class _Space:
-    """What is drawn from: choices by their labels, and ranges, which are Optuna's distributions."""
-
-    choices: dict[str, dict[str, Any]]
-    ranges: dict[str, Any]
-
-    def drawn(self, drawing: Any) -> dict[str, Any]:
-        """What Optuna draws: labels and numbers."""
-        labels = {name: drawing.suggest_categorical(name, list(of)) for name, of in self.choices.items()}
-        return labels | {name: _suggested(drawing, name, of) for name, of in self.ranges.items()}
-
-    def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """What is meant by them."""
-        return {n: self.choices[n][value] if n in self.choices else value for n, value in params.items()}
-
-    def words(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Them in the order of the space, None where they were not drawn."""
-        return {name: params.get(name) for name in (*self.choices, *self.ranges)}
-
-    def grid(self) -> dict[str, list[str]]:
-        """All labels."""
-        return {name: list(of) for name, of in self.choices.items()}
-
-    def grid_size(self) -> int:
-        """How many combinations there are; ValueError where they cannot be counted."""
-        require(not self.ranges, f"a grid needs lists of choices; {', '.join(map(repr, self.ranges))} has a range")
-        return math.prod(len(of) for of in self.choices.values())
-
-    def described(self) -> dict[str, Any]:
-        """What a file must agree with."""
-        return {name: list(of) for name, of in self.choices.items()} | {n: repr(of) for n, of in self.ranges.items()}
-
-
-def _suggested(drawing: Any, name: str, of: Any) -> Any:
-    """What Optuna draws from one of its distributions."""
-    if not hasattr(of, "low"):
-        return drawing.suggest_categorical(name, of.choices)
-    suggest = drawing.suggest_int if "Int" in type(of).__name__ else drawing.suggest_float
-    return suggest(name, of.low, of.high, step=of.step, log=of.log)
-
-
-def _space(library: Any, space: Any) -> _Space:
-    if not isinstance(space, Mapping):
-        raise TypeError(f"space must be a dict from names to what is drawn from, got {type(space).__name__}")
-    require(bool(space), "space is empty: there is nothing to draw")
-    choices: dict[str, dict[str, Any]] = {}
-    ranges: dict[str, Any] = {}
-    for name, of in space.items():
-        if not isinstance(name, str):
-            raise TypeError(f"space must have names as keys, got {name!r}")
-        if isinstance(of, library.distributions.BaseDistribution):
-            ranges[name] = of
-        elif isinstance(of, tuple) and name not in _CHOICES_ONLY:
-            ranges[name] = _range(library, name, of)
-        else:
-            choices[name] = _labelled(name, of)
-    return _Space(choices, ranges)
-
-
-def _range(library: Any, name: str, ends: tuple[Any, ...]) -> Any:
-    sound = len(ends) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
-    wanted = f"space[{name!r}] is a tuple, and so a pair (low, high) of numbers with low < high; choices are a list"
-    require(sound and ends[0] < ends[1] and math.isfinite(ends[1] - ends[0]), f"{wanted}. Got {ends}")
-    low, high = ends
-    if isinstance(low, int) and isinstance(high, int):
-        return library.distributions.IntDistribution(low, high)
-    return library.distributions.FloatDistribution(float(low), float(high))
-
-
-def _labelled(name: str, of: Any) -> dict[str, Any]:
-    """Choices by their labels: the keys of a dict, or what they are called."""
-    if isinstance(of, Mapping):
-        require(bool(of) and all(isinstance(k, str) for k in of), f"space[{name!r}] must have names as keys")
-        return dict(of)
-    every = list(of) if isinstance(of, list | range) else [of]
-    require(bool(every), f"space[{name!r}] is empty")
-    labels = [name_of(value) for value in every]
-    twice = {label for label in labels if labels.count(label) > 1} | {label for label in labels if " at 0x" in label}
-    require(not twice, f"choices of space[{name!r}] need names, as a dict: {', '.join(sorted(twice))} tells too little")
-    return dict(zip(labels, every, strict=True))

@@ -1,0 +1,97 @@
+"""What does a search draw from (chapter 6): choices by their labels, and ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradprune.core.checks import require
+from gradprune.recovery.outcome import name_of
+
+CHOICES_ONLY = frozenset({"score", "scope", "granularity", "include", "exclude", "within", "axes"})
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is drawn from: choices by their labels, and ranges, which are Optuna's distributions."""
+
+    choices: dict[str, dict[str, Any]]
+    ranges: dict[str, Any]
+
+    def drawn(self, drawing: Any) -> dict[str, Any]:
+        """What Optuna draws: labels and numbers."""
+        labels = {name: drawing.suggest_categorical(name, list(of)) for name, of in self.choices.items()}
+        return labels | {name: _suggested(drawing, name, of) for name, of in self.ranges.items()}
+
+    def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What is meant by them."""
+        return {n: self.choices[n][value] if n in self.choices else value for n, value in params.items()}
+
+    def words(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Them in the order of the space, None where they were not drawn."""
+        return {name: params.get(name) for name in (*self.choices, *self.ranges)}
+
+    def grid(self) -> dict[str, list[str]]:
+        """All labels."""
+        return {name: list(of) for name, of in self.choices.items()}
+
+    def grid_size(self) -> int:
+        """How many combinations there are; ValueError where they cannot be counted."""
+        require(not self.ranges, f"a grid needs lists of choices; {', '.join(map(repr, self.ranges))} has a range")
+        return math.prod(len(of) for of in self.choices.values())
+
+    def described(self) -> dict[str, Any]:
+        """What a file must agree with."""
+        return {name: list(of) for name, of in self.choices.items()} | {n: repr(of) for n, of in self.ranges.items()}
+
+
+def _suggested(drawing: Any, name: str, of: Any) -> Any:
+    """What Optuna draws from one of its distributions."""
+    if not hasattr(of, "low"):
+        return drawing.suggest_categorical(name, of.choices)
+    suggest = drawing.suggest_int if "Int" in type(of).__name__ else drawing.suggest_float
+    return suggest(name, of.low, of.high, step=of.step, log=of.log)
+
+
+def space_of(library: Any, space: Any) -> Space:
+    """Return what a user gave, checked: lists are choices, tuples ranges."""
+    if not isinstance(space, Mapping):
+        raise TypeError(f"space must be a dict from names to what is drawn from, got {type(space).__name__}")
+    require(bool(space), "space is empty: there is nothing to draw")
+    choices: dict[str, dict[str, Any]] = {}
+    ranges: dict[str, Any] = {}
+    for name, of in space.items():
+        if not isinstance(name, str):
+            raise TypeError(f"space must have names as keys, got {name!r}")
+        if isinstance(of, library.distributions.BaseDistribution):
+            ranges[name] = of
+        elif isinstance(of, tuple) and name not in CHOICES_ONLY:
+            ranges[name] = _range(library, name, of)
+        else:
+            choices[name] = _labelled(name, of)
+    return Space(choices, ranges)
+
+
+def _range(library: Any, name: str, ends: tuple[Any, ...]) -> Any:
+    sound = len(ends) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+    wanted = f"space[{name!r}] is a tuple, and so a pair (low, high) of numbers with low < high; choices are a list"
+    require(sound and ends[0] < ends[1] and math.isfinite(ends[1] - ends[0]), f"{wanted}. Got {ends}")
+    low, high = ends
+    if isinstance(low, int) and isinstance(high, int):
+        return library.distributions.IntDistribution(low, high)
+    return library.distributions.FloatDistribution(float(low), float(high))
+
+
+def _labelled(name: str, of: Any) -> dict[str, Any]:
+    """Choices by their labels: the keys of a dict, or what they are called."""
+    if isinstance(of, Mapping):
+        require(bool(of) and all(isinstance(k, str) for k in of), f"space[{name!r}] must have names as keys")
+        return dict(of)
+    every = list(of) if isinstance(of, list | range) else [of]
+    require(bool(every), f"space[{name!r}] is empty")
+    labels = [name_of(value) for value in every]
+    twice = {label for label in labels if labels.count(label) > 1} | {label for label in labels if " at 0x" in label}
+    require(not twice, f"choices of space[{name!r}] need names, as a dict: {', '.join(sorted(twice))} tells too little")
+    return dict(zip(labels, every, strict=True))
