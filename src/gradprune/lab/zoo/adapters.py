@@ -6,10 +6,10 @@ these rows, so a correction trains the adapters alone.
 
 Two readings. "LoRA adapters" prunes what was trained, as ``gp.prune`` does of itself, since it leaves frozen weights
 alone. But adapters are few weights beside those below them: who wants a smaller network prunes the frozen one, which a
-pattern names, and corrects by the adapters: "LoRA adapters, base pruned". Neither row prunes the two merged, which are a
-perceptron like any other. Its weights are zero only where both parts are: sparse adapters thin no base, and merged into
-a pruned base they fill its holes. Two factors of rank 4 that have half of their weights, drawn at random, have a product
-with 68 % of its own.
+pattern names, and corrects by the adapters: "LoRA adapters, base pruned". Neither row prunes the two merged, which are
+a perceptron like any other. Its weights are zero only where both parts are: sparse adapters thin no base, and merged
+into a pruned base they fill its holes. Two factors of rank 4 that have half of their weights, drawn at random, have a
+product with 68 % of its own.
 """
 
 from __future__ import annotations
