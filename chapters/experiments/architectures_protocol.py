@@ -33,7 +33,8 @@ Kind and task
 Test parts are read once for each number reported. Rows below come from `gradprune.lab.zoo`. "diffusion model" and "LoRA
 adapters" were named here as rows to come, and were written when others had been measured; their level, steps and rates
 were chosen with TUNING_SEEDS, and committed before any run of them with SEEDS. "LoRA adapters, base pruned", which was
-not named at first, is the other reading of the same network.
+not named at first, is the other reading of the same network. A row that then missed its level with SEEDS says in the
+zoo what was changed, by validation data of other seeds alone, and was measured again as a whole.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Can a network with low-rank adapters be pruned: the adapters, or the frozen network below them?
 
-A perceptron learns the digits and is frozen; then an adapter of rank 4 on each layer learns the same digits turned by a
+A perceptron learns the digits and is frozen; then an adapter of rank 8 on each layer learns the same digits turned by a
 quarter, of which the perceptron alone names less than a third: LoRA, Hu et al. (2022). Adapting is the training of
 these rows, so a correction trains the adapters alone.
 
@@ -8,8 +8,8 @@ Two readings. "LoRA adapters" prunes what was trained, as ``gp.prune`` does of i
 alone. But adapters are few weights beside those below them: who wants a smaller network prunes the frozen one, which a
 pattern names, and corrects by the adapters: "LoRA adapters, base pruned". Neither row prunes the two merged, which are
 a perceptron like any other. Its weights are zero only where both parts are: sparse adapters thin no base, and merged
-into a pruned base they fill its holes. Two factors of rank 4 that have half of their weights, drawn at random, have a
-product with 68 % of its own.
+into a pruned base they fill its holes. Two factors of rank 8 that have half of their weights, drawn at random, have a
+product with 90 % of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gradprune.lab.zoo import base, dense, tasks
 from gradprune.lab.zoo.base import Architecture
 
-RANK = 4
+RANK = 8
 BASE = next(row for row in dense.ROWS if row.name == "perceptron, Adam")
 
 
@@ -75,15 +75,17 @@ def turned(seed: int) -> tasks.Classify:
     return tasks.Classify(turn(upright.train), turn(upright.validation), turn(upright.test))
 
 
+# A first setting, rank 4 and 600 steps at 0.03, reached this level with the tuning seeds and missed it with the others:
+# at that rate some runs never learn. Rank, steps and rates were chosen again by the validation data of seeds 100 to 103.
 _ADAPTERS = Architecture(
     "LoRA adapters",
     claims=("D1-14", "D2-11"),
     data="digits turned by a quarter, after upright ones",
     **dense.ACCURACY,
     level=0.9,
-    steps=600,
-    rate=0.03,
-    rates=(0.01, 0.03, 0.1),
+    steps=1_000,
+    rate=0.01,
+    rates=(0.001, 0.003, 0.01),
     build=adapted,
     task=turned,
 )
