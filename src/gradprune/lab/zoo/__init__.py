@@ -1,9 +1,11 @@
 """Which architectures does chapter 7 prune? One short entry each, all by the one protocol of `base`."""
 
 from gradprune.lab.zoo import (
+    adapters,
     base,
     combined,
     dense,
+    diffusion,
     generative,
     heads,
     phase,
@@ -29,7 +31,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     *combined.ROWS,
 )
 
-TODAY: tuple[Architecture, ...] = today.ROWS  # of the second protocol, with controls of task and kind
+# Of the second protocol, with controls of task and kind.
+TODAY: tuple[Architecture, ...] = (*today.ROWS, *diffusion.ROWS, *adapters.ROWS)
 
 
 def by_name(name: str) -> Architecture:

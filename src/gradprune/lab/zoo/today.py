@@ -17,7 +17,10 @@ from gradprune.lab.zoo.sequences import encoder
 
 
 class SpectrumRecurrent(nn.Module):
-    """A recurrent layer over the 21 Fourier coefficients of a signal, each as two numbers."""
+    """A recurrent layer over the 21 Fourier coefficients of a signal, each as two numbers, the highest frequency first.
+
+    The lowest say most, and a recurrent layer keeps best what it has read last.
+    """
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class SpectrumRecurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (examples, 21) complex numbers to class scores."""
-        outputs, _ = self.recurrent(torch.view_as_real(x))
+        outputs, _ = self.recurrent(torch.view_as_real(x.flip(1)))
         scores: Tensor = self.head(outputs[:, -1])
         return scores
 
@@ -137,9 +140,11 @@ def _row(
     )
 
 
+# With 600 steps the two controls missed their levels on the validation data of the tuning seeds, the RNN with more too
+# while it read the lowest frequency first: their steps, and that order, were changed by validation data alone.
 ROWS = (
-    _row("convolutional, MNIST-1D", lambda: models.conv((40,)), tasks.mnist1d, "MNIST-1D", level=0.85),
-    _row("RNN, spectra", SpectrumRecurrent, phase.spectra, "MNIST-1D, Fourier coefficients", level=0.4),
+    _row("convolutional, MNIST-1D", lambda: models.conv((40,)), tasks.mnist1d, "MNIST-1D", level=0.85, steps=1_500),
+    _row("RNN, spectra", SpectrumRecurrent, phase.spectra, "MNIST-1D, Fourier coefficients", level=0.4, steps=1_000),
     _row("residual and depthwise", residual, tasks.mnist1d, "MNIST-1D", level=0.9),
     _row("vision Transformer", VisionTransformer, tasks.digits, "digits", level=0.92),
     _row("mixture of experts", Mixture, tasks.digits, "digits", level=0.92),
