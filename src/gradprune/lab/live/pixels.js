@@ -1,5 +1,6 @@
 // How does a layer of weights look? Each output unit as a small picture of its inputs: blue for positive, orange for
 // negative, nothing where the weight is gone.
+import { element } from "./stage.js";
 
 const BLUE = [0, 119, 187];
 const ORANGE = [204, 85, 0];
@@ -33,4 +34,11 @@ export function createPixels({ label, units, columns, tile: [across, down] }) {
     context.putImageData(image, 0, 0);
   };
   return { root: canvas, draw };
+}
+
+// The first layer of a network that reads digits, with its title.
+export function createPicture(title, units) {
+  const { root, draw } = createPixels({ label: title, units, columns: 8, tile: [8, 8] });
+  const caption = element("figcaption", {}, title);
+  return { root: element("figure", { class: "gp-live-chart" }, caption, root), draw };
 }
