@@ -14,7 +14,7 @@ import gradprune as gp
 from gradprune.lab import figures, train
 from gradprune.lab.live import perceptron
 from gradprune.lab.live.esm import joined
-from gradprune.lab.live.figure import Live, Still, pack_network, pack_split
+from gradprune.lab.live.figure import Live, Still, pack_network, pack_split, unpack_masks
 
 STEPS, BATCH, EARLY = 180, 64, 60  # of training again, about; and how early the weights are that it rewinds to
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
@@ -61,9 +61,7 @@ class Retrain(Live):
         masks = gp.prune(self.network, sparsity=self.sparsity, min_keep=1)
         if not self._kept:
             return masks
-        flat = torch.from_numpy(np.frombuffer(self._kept, dtype=np.uint8).astype(bool))
-        parts = flat.split([mask.numel() for mask in masks.values()])
-        return gp.Masks({name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)})
+        return unpack_masks(masks, self._kept)
 
     def still(self) -> Still:
         """Return the accuracies of one shot and of five rounds, at three sparsities, over ten orders of batches."""

@@ -17,7 +17,7 @@ import { readNetwork, readSplit } from "./examples.js";
 import { flatten } from "./network.js";
 import { createPicture } from "./pixels.js";
 import { countAll, createReader, joinBytes, percent } from "./reading.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
 
 const OPTIMIZER = { rate: 0.05, momentum: 0.9, decay: 0 };
 const BATCH = 64;
@@ -58,10 +58,10 @@ export function render({ model, el }) {
   const way = choice({
     label: "Four workers",
     options: [
-      ["synchronous", "in step: average each gradient"],
-      ["local", "alone, weights averaged now and then"],
-      ["pairs", "pairs in step, averaged now and then"],
-      ["asynchronous", "one shared memory, each as it comes"],
+      ["synchronous", "in step (synchronous)"],
+      ["local", "averaged now and then (local SGD)"],
+      ["pairs", "pairs in step, averaged (semi-synchronous)"],
+      ["asynchronous", "as each comes (asynchronous)"],
     ],
     value: first.way,
     change: (is) => publish(model, { way: is }),
@@ -117,10 +117,10 @@ export function render({ model, el }) {
     start();
   });
   const inputs = [way, period, age, sent, moment, decides].map(({ root }) => root);
-  stage.controls.append(...inputs, go, prune, reset);
+  stage.controls.append(...inputs, element("div", {}, go, " ", prune, " ", reset));
 
   const accuracy = createChart({
-    title: "Test digits read",
+    title: "Test digits read (dashed: pruning)",
     legend: [
       ["worker 1", "gp-dense"],
       ["others", "gp-random"],
@@ -143,7 +143,8 @@ export function render({ model, el }) {
     const setting = settings([...TRAINING, ...PRUNING]);
     const crew = crewOf(course);
     const ended = { x: { to: 2 * course.length } };
-    accuracy.draw([...accuracyMarks(course), pruning(momentOf(course, how()))], ended);
+    const pruning = { kind: "rule", x: momentOf(course, how()) };
+    accuracy.draw([...accuracyMarks(course), pruning], ended);
     const every = course.averaged ? setting.period : 0;
     share.draw(...zeroMarks(course, every, setting.sparsity, total));
     const kept = keepers(crew, 0);
@@ -207,8 +208,6 @@ export function render({ model, el }) {
   start();
   return closing(stage);
 }
-
-const pruning = (step) => ({ kind: "rule", x: step, text: "prune" });
 
 function accuracyMarks({ reads }) {
   const x = reads.map(({ steps }) => steps);
