@@ -236,7 +236,7 @@ function sentence(facts, { averaged, length }, total) {
   if (steps === 0) return "Four workers have the same network, not trained yet. Press Train.";
   const sent = `each has sent ${Math.round(bytes).toLocaleString("en")} bytes a step`;
   const reads = `the workers read ${percent(accuracy)} of the test digits; ${sent}`;
-  const gone = `the ${percent(sparsity)} of its weights that are smallest`;
+  const gone = `the ${Number((100 * sparsity).toFixed(1))} % of its weights that are smallest`;
   if (!pruned) {
     const next = averaged ? `${late} steps after an average` : "now";
     const then = decides === "each" ? `each removes ${gone}` : `worker 1 removes ${gone}, for all`;

@@ -71,8 +71,8 @@ class Workers(Live):
     def pruned(self, order: int = 0) -> Crew:
         """Return gradprune's workers at these settings, just pruned; `order` is that of the batches."""
         density = 1.0 if self.sent == "all" else LARGEST
-        settings = (self.way, self.period, self.age, density, self.late if self.way in AVERAGED else 0)
-        crew, _ = branched(*settings, order)
+        late = self.late if self.way in AVERAGED else 0
+        crew, _ = branched(self.way, period=self.period, age=self.age, density=density, late=late, order=order)
         crew.prune(self.sparsity, cast(Any, self.decides))
         return crew
 
@@ -95,7 +95,9 @@ class Workers(Live):
         return Still(drawing, words, ["steps late", "masks differ in", "zero after the next"], table)
 
 
-def branched(way: str, period: int, age: int, density: float, late: int, order: int) -> tuple[Crew, Iterator[Tensor]]:
+def branched(
+    way: str = "local", *, period: int = 8, age: int = 0, density: float = 1.0, late: int = 0, order: int = 0
+) -> tuple[Crew, Iterator[Tensor]]:
     """Return workers `late` steps after the end of their training, nothing pruned yet, and the batches to come."""
     data = perceptron.digits().train.double()
     crew = copy.deepcopy(_trained(way, period, age, density, order))
@@ -129,7 +131,7 @@ def lateness(decides: str = "each", seeds: int = 5) -> list[list[tuple[int, int]
 
 def _late(late: int, decides: str, order: int) -> tuple[int, int]:
     data = perceptron.digits().train.double()
-    crew, further = branched("local", 8, 0, 1.0, late, order)
+    crew, further = branched(late=late, order=order)
     crew.prune(0.8, cast(Any, decides))
     met = False
     while not met:
