@@ -131,7 +131,7 @@ MUTANTS = [
     ("crew.test.js", "crew.js", "if (worker.masks) applyMasks(gradients.weights, worker.masks)", ""),
     ("crew.test.js", "crew.js", "held.push(weightsOf(residuals))", ""),
     ("crew.test.js", "crew.js", ", weightsOf(worker.known)]", "]"),
-    ("crew.test.js", "crew.js", "net !== 0", "net === 0"),
+    ("crew.test.js", "crew.js", "[i] !== 0) marks", "[i] === 0) marks"),
     ("sparse.test.js", "sparse.js", "starts[i + 1] = at", "starts[i] = at"),
     ("sparse.test.js", "sparse.js", "s1 += a[a1 + place]", "s1 += a[a0 + place]"),
     ("sparse.test.js", "sparse.js", "at % size === unit", "at % size !== unit"),

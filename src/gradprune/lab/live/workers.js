@@ -60,7 +60,7 @@ export function render({ model, el }) {
     options: [
       ["synchronous", "in step (synchronous)"],
       ["local", "averaged now and then (local SGD)"],
-      ["pairs", "pairs in step, averaged (semi-synchronous)"],
+      ["pairs", "pairs, averaged (semi-synchronous)"],
       ["asynchronous", "as each comes (asynchronous)"],
     ],
     value: first.way,
