@@ -36,9 +36,10 @@ export function createPixels({ label, units, columns, tile: [across, down] }) {
   return { root: canvas, draw };
 }
 
-// The first layer of a network that reads digits, with its title.
-export function createPicture(title, units) {
-  const { root, draw } = createPixels({ label: title, units, columns: 8, tile: [8, 8] });
+// The first layer of a network that reads digits, with its title; with more `columns` as wide as all panels.
+export function createPicture(title, units, columns = 8) {
+  const { root, draw } = createPixels({ label: title, units, columns, tile: [8, 8] });
   const caption = element("figcaption", {}, title);
-  return { root: element("figure", { class: "gp-live-chart" }, caption, root), draw };
+  const wide = columns > 8 ? " gp-live-wide" : "";
+  return { root: element("figure", { class: `gp-live-chart${wide}` }, caption, root), draw };
 }

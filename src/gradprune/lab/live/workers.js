@@ -129,13 +129,14 @@ export function render({ model, el }) {
     y: { label: "share read correctly", from: 0, to: 1 },
   });
   const share = createChart({
-    title: "Zeros, worker 1 (dashed: an average)",
+    title: "Zeros of worker 1 (dashed: averages)",
     x: { label: "steps since the average before pruning", from: 0, to: 1 },
     y: { label: "share of zeros", from: 0, to: 1 },
   });
   const picture = createPicture(
-    "First layer: kept by all (blue), by some (orange)",
+    "The first layer's weights: blue kept by all, orange by some, blank by none",
     untrained.sizes[1],
+    16,
   );
   stage.panels.append(accuracy.root, share.root, picture.root);
 
