@@ -75,9 +75,14 @@ function step(course, how) {
 }
 
 function note(course) {
-  const { steps } = crewOf(course);
-  const accuracies = heads(crewOf(course)).map(({ net }) => course.read(net).accuracy);
-  if (course.reads.at(-1)?.steps !== steps) course.reads.push({ steps, accuracies });
+  const crew = crewOf(course);
+  if (course.reads.at(-1)?.steps === crew.steps) return;
+  const accuracies = [];
+  for (const { net } of heads(crew)) {
+    const known = crew.agree && accuracies.length > 0;
+    accuracies.push(known ? accuracies[0] : course.read(net).accuracy);
+  }
+  course.reads.push({ steps: crew.steps, accuracies });
 }
 
 function noteZeros(course) {

@@ -54,7 +54,18 @@ export function createCrew({ net, way, period, age, density, optimizer, ...optio
   // The shared weights as they were before each of the latest writes, the oldest first.
   const past = Array.from({ length: shared ? WORKERS * age : 0 }, () => copyNetwork(net));
   const made = { net, way, period, age, density, optimizer, ...options };
-  return { made, way, period, density, workers, past, steps: 0, bytes: 0, touched: null };
+  return {
+    made,
+    way,
+    period,
+    density,
+    workers,
+    past,
+    steps: 0,
+    bytes: 0,
+    agree: true,
+    touched: null,
+  };
 }
 
 /** Returns a copy of a crew without masks, which goes on with batches in another order. */
@@ -71,11 +82,12 @@ export function branchCrew(crew, seed) {
     }
   });
   copy.past = crew.past.map(copyNetwork);
-  return Object.assign(copy, { steps: crew.steps, bytes: crew.bytes });
+  return Object.assign(copy, { steps: crew.steps, bytes: crew.bytes, agree: crew.agree });
 }
 
 /** Takes one step: each worker sees its part of one batch. */
 export function crewStep(crew) {
+  crew.agree = false;
   crew.touched = null;
   if (crew.way === "asynchronous") for (const worker of crew.workers) stepShared(crew, worker);
   for (const group of WAYS[crew.way].groups) {
@@ -91,6 +103,7 @@ export function crewStep(crew) {
 export function averageWhenDue(crew) {
   const due = WAYS[crew.way].averaged && crew.steps % crew.period === 0;
   if (due) averageAll(crew);
+  crew.agree ||= due; // all have the same weights
   return due;
 }
 
