@@ -15,13 +15,14 @@ import gradprune as gp
 from gradprune.lab import figures
 from gradprune.lab.live import perceptron
 from gradprune.lab.live.crew import AVERAGED, GROUPS, WORKERS, Crew, orders
+from gradprune.lab.live.digits import Digits
 from gradprune.lab.live.esm import joined
-from gradprune.lab.live.figure import Live, Still, pack_network, pack_split, unpack_masks
+from gradprune.lab.live.figure import Still, unpack_masks
 
 STEPS, LARGEST = 160, 0.01  # of training, about; and the share that is sent, where not all is
 
 
-class Workers(Live):
+class Workers(Digits):
     """Four workers that train one perceptron in the page, each on a quarter of every batch, prune it and train on.
 
     `way` ("synchronous", "local", "pairs" or "asynchronous"), `period` (2 to 16 steps between averages), `age` (0 to 8
@@ -40,22 +41,10 @@ class Workers(Live):
     late = traitlets.Int(0, min=0, max=15, help="how many steps after an average they prune").tag(sync=True)
     decides = traitlets.Enum(("each", "one"), "each", help="who chooses the masks").tag(sync=True)
     sparsity = traitlets.Float(0.8, min=0.0, max=0.99, help="the share of the weights that goes").tag(sync=True)
-    _network = traitlets.Dict().tag(sync=True)
-    _train = traitlets.Dict().tag(sync=True)
-    _test = traitlets.Dict().tag(sync=True)
     _kept = traitlets.Bytes().tag(sync=True)
 
-    def __init__(self, **settings: Any) -> None:
-        data = perceptron.digits()
-        super().__init__(
-            _network=pack_network(perceptron.untrained(), "relu"),
-            _train=pack_split(data.train),
-            _test=pack_split(data.test),
-            **settings,
-        )
-
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> nn.Sequential:
         """The network that all four start from: a copy."""
         return perceptron.untrained()
 
