@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from batches import mulberry32, page_batches
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gradprune as gp
+from gradprune.lab.data import Split
+from gradprune.lab.live.crew import AVERAGED, GROUPS, Crew
 from gradprune.weights.allocate import share_out
 
 Case = dict[str, Any]
@@ -49,6 +52,7 @@ def reference() -> dict[str, list[Case]]:
             "topFraction": _top_fraction(),
             "feedback": _feedback(),
             "training": _training(),
+            "crews": _crews(),
             "sparse": _sparse(),
             "units": _units(),
         }
@@ -60,17 +64,6 @@ def reference() -> dict[str, list[Case]]:
 def _uniform() -> list[Case]:
     seeds = (0, 1, 42, -1, 2**32 - 1, 123456789)
     return [{"name": f"seed {seed}", "seed": seed, "numbers": mulberry32(seed, 20)} for seed in seeds]
-
-
-def mulberry32(seed: int, count: int) -> list[float]:
-    """Ettinger's C code, line by line, in arithmetic modulo 2^32."""
-    x, found = seed % 2**32, []
-    for _ in range(count):
-        x = (x + 0x6D2B79F5) % 2**32
-        z = (x ^ (x >> 15)) * (x | 1) % 2**32
-        z ^= (z + (z ^ (z >> 7)) * (z | 61)) % 2**32
-        found.append((z ^ (z >> 14)) / 2**32)
-    return found
 
 
 def _quantiles() -> list[Case]:
@@ -276,6 +269,45 @@ def _run(activation: str, held: bool, max_norm: float | None) -> Case:
         "maxNorm": max_norm,
         "losses": losses,
         "after": _flat(model),
+    }
+
+
+def _crews() -> list[Case]:
+    settings = itertools.product(GROUPS, (0, 1, 2), (1.0, 0.3), ("each", "one"))
+    return [_crew(*setting) for setting in settings if setting[0] == "asynchronous" or setting[1] == 0]
+
+
+def _crew(way: str, age: int, density: float, decides: Any) -> Case:
+    """Four workers, pruned in the middle, between two averages."""
+    sizes, rows, batch, period, steps = [6, 8, 3], 38, 16, 3, 20
+    model = _model(sizes, "relu")
+    examples = Split(torch.randn(rows, sizes[0]), torch.randint(sizes[-1], (rows,)))
+    crew = Crew(model, way, period=period, age=age, density=density)
+    differ, zeros, averaged = [], [], []
+    for step, chosen in enumerate(page_batches(3, rows, batch, steps)):
+        if step == steps // 2:
+            crew.prune(0.5, decides)
+        crew.step(examples, torch.tensor(chosen))
+        averaged.append(crew.average_when_due())
+        if crew.masks:
+            differ.append(crew.differing())
+            zeros.append(crew.zeros())
+    assert way not in AVERAGED or (steps // 2) % period
+    return {
+        "name": f"{way}, age {age}, density {density}, {decides}",
+        "made": {"way": way, "age": age, "density": density, "period": period, "batch": batch, "seed": 3},
+        "optimizer": {"rate": 0.05, "momentum": 0.9, "decay": 0},
+        "sizes": sizes,
+        "parameters": _flat(model),
+        "inputs": _list(examples.x),
+        "labels": examples.y.tolist(),
+        "steps": steps,
+        "decides": decides,
+        "averaged": averaged,
+        "differ": differ,
+        "zeros": zeros,
+        "masks": [_as_lists(masks) for masks in crew.masks],
+        "after": [_flat(one) for one in crew.models],
     }
 
 

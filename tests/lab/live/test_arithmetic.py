@@ -26,7 +26,7 @@ NAMES = [
     for file in FILES
     for name in re.findall(r'^test\("([^"]+)"', (HERE / file).read_text(encoding="utf-8"), re.MULTILINE)
 ]
-ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training", "sparse")
+ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training", "sparse", "crew")
 
 Outcomes = tuple[dict[str, bool], str]
 
@@ -120,6 +120,18 @@ MUTANTS = [
     ("training.test.js", "training.js", "if (training.change) training.change(gradients)", ""),
     ("training.test.js", "training.js", "training.sgd, training.masks", "training.sgd, null"),
     ("training.test.js", "training.js", "generator(options.seed)", "generator(0)"),
+    ("training.test.js", "training.js", "Math.min(part, rows.length % count)", "0"),
+    ("crew.test.js", "crew.js", "optimizer.rate / WORKERS", "optimizer.rate"),
+    ("crew.test.js", "crew.js", "crew.past[0] ?? worker.net", "worker.net"),
+    ("crew.test.js", "crew.js", "crew.past[p] ?? net", "net"),
+    ("crew.test.js", "crew.js", "sum / several.length", "sum"),
+    ("crew.test.js", "crew.js", "w - worker.known[a][i]", "w"),
+    ("crew.test.js", "crew.js", "crew.steps % crew.period === 0", "crew.steps % crew.period === 1"),
+    ("crew.test.js", "crew.js", 'decides === "one"', 'decides === "each"'),
+    ("crew.test.js", "crew.js", "if (worker.masks) applyMasks(gradients.weights, worker.masks)", ""),
+    ("crew.test.js", "crew.js", "held.push(weightsOf(residuals))", ""),
+    ("crew.test.js", "crew.js", ", weightsOf(worker.known)]", "]"),
+    ("crew.test.js", "crew.js", "[i] !== 0) marks", "[i] === 0) marks"),
     ("sparse.test.js", "sparse.js", "starts[i + 1] = at", "starts[i] = at"),
     ("sparse.test.js", "sparse.js", "s1 += a[a1 + place]", "s1 += a[a0 + place]"),
     ("sparse.test.js", "sparse.js", "at % size === unit", "at % size !== unit"),

@@ -23,8 +23,9 @@ TEXTS = """(root) => [...root.querySelectorAll('svg text')].filter((text) => tex
   const { a, b } = text.getScreenCTM();
   return [parseFloat(getComputedStyle(text).fontSize) * Math.hypot(a, b), text.textContent];
 })"""
-# What each control is called by its label, and how large the place is that can be hit.
-CONTROLS = """(root) => [...root.querySelectorAll('button, input, select, [tabindex]')].map((control) => {
+# What each control that is shown is called by its label, and how large the place is that can be hit.
+CONTROLS = """(root) => [...root.querySelectorAll('button, input, select, [tabindex]')]
+  .filter((control) => control.checkVisibility()).map((control) => {
   const words = control.getAttribute('aria-label') ?? [...control.labels].map((label) => label.textContent).join(' ');
   const place = (control.closest('label') ?? control).getBoundingClientRect();
   return { name: words.trim() || (control.matches('button') ? control.textContent.trim() : ''),

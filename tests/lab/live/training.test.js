@@ -5,6 +5,7 @@ import { createNetwork, flatten } from "../../../src/gradprune/lab/live/network.
 import {
   createTraining,
   epochSteps,
+  nextGradients,
   trainSteps,
 } from "../../../src/gradprune/lab/live/training.js";
 import { assertClose, floats, forEachCase, reference } from "./reference.js";
@@ -77,6 +78,23 @@ test("each epoch shows every row once, with its own label, in another order", ()
     );
   }
   assert.notDeepEqual(epochs[0], epochs[1]);
+});
+
+test("the parts of a batch are those of tensor_split, and make the whole of it", () => {
+  const [given] = reference.training;
+  const whole = trainingOf(given, { batch: 6 });
+  const parts = [0, 1, 2, 3].map((p) => trainingOf(given, { batch: 6, part: [p, 4] }));
+  const seen = [];
+  for (const training of [whole, ...parts]) {
+    nextGradients(training);
+    seen.push([...training.picked.inputs].slice(0, 6 * given.sizes[0]));
+  }
+  const width = given.sizes[0];
+  const rows = [2, 2, 1, 1]; // torch.arange(6).tensor_split(4)
+  const joined = rows.flatMap((count, p) => seen[p + 1].slice(0, count * width));
+  assert.deepEqual(joined, seen[0]);
+  assert.throws(() => trainingOf(given, { batch: 6, part: [4, 4] }), /part must be .*, got 4 of 4/);
+  assert.throws(() => trainingOf(given, { batch: 8, part: [0, 4] }), /at most 3, got 0 of 4/);
 });
 
 test("batches of one row and of more than there are work", () => {

@@ -9,8 +9,22 @@ from gradprune.lab.live.retrain import Retrain
 from gradprune.lab.live.speed import Speed
 from gradprune.lab.live.start import Start
 from gradprune.lab.live.threshold import Threshold
+from gradprune.lab.live.workers import Workers
 
-__all__ = ["Budget", "Clip", "Depth", "Live", "Prune", "Retrain", "Speed", "Start", "Still", "Threshold", "figure"]
+__all__ = [
+    "Budget",
+    "Clip",
+    "Depth",
+    "Live",
+    "Prune",
+    "Retrain",
+    "Speed",
+    "Start",
+    "Still",
+    "Threshold",
+    "Workers",
+    "figure",
+]
 
 _FIGURES: dict[str, type[Live]] = {
     "budget": Budget,
@@ -21,6 +35,7 @@ _FIGURES: dict[str, type[Live]] = {
     "speed": Speed,
     "start": Start,
     "threshold": Threshold,
+    "workers": Workers,
 }
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import anywidget
 import numpy as np
+import torch
 import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+import gradprune as gp
 from gradprune.lab import figures
 from gradprune.lab.data import Split
 
@@ -90,6 +92,13 @@ def unpack_network_(model: nn.Module, numbers: bytes) -> nn.Module:
         raise ValueError(f"the network has {total} numbers, the page gave {len(values)}")
     nn.utils.vector_to_parameters(next(model.parameters()).new_tensor(values.copy()), model.parameters())
     return model
+
+
+def unpack_masks(like: gp.Masks, kept: bytes) -> gp.Masks:
+    """Return masks of the names and shapes of `like` from what the page keeps: a byte an entry, mask after mask."""
+    flat = torch.from_numpy(np.frombuffer(kept, dtype=np.uint8).astype(bool))
+    parts = flat.split([mask.numel() for mask in like.values()])
+    return gp.Masks({name: part.view_as(mask) for (name, mask), part in zip(like.items(), parts, strict=True)})
 
 
 def pack_split(split: Split) -> dict[str, Any]:

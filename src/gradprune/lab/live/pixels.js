@@ -1,5 +1,6 @@
 // How does a layer of weights look? Each output unit as a small picture of its inputs: blue for positive, orange for
 // negative, nothing where the weight is gone.
+import { element } from "./stage.js";
 
 const BLUE = [0, 119, 187];
 const ORANGE = [204, 85, 0];
@@ -33,4 +34,12 @@ export function createPixels({ label, units, columns, tile: [across, down] }) {
     context.putImageData(image, 0, 0);
   };
   return { root: canvas, draw };
+}
+
+// The first layer of a network that reads digits, with its title; with more `columns` as wide as all panels.
+export function createPicture(title, units, columns = 8) {
+  const { root, draw } = createPixels({ label: title, units, columns, tile: [8, 8] });
+  const caption = element("figcaption", {}, title);
+  const wide = columns > 8 ? " gp-live-wide" : "";
+  return { root: element("figure", { class: `gp-live-chart${wide}` }, caption, root), draw };
 }

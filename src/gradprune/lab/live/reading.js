@@ -21,3 +21,14 @@ export const countKept = (masks) =>
 export const countAll = (arrays) => arrays.reduce((sum, { length }) => sum + length, 0);
 
 export const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+// One mask after the other, as bytes.
+export function joinBytes(arrays) {
+  const joined = new Uint8Array(countAll(arrays));
+  let at = 0;
+  for (const array of arrays) {
+    joined.set(array, at);
+    at += array.length;
+  }
+  return joined;
+}

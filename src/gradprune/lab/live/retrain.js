@@ -4,10 +4,10 @@ import { button, choice, slider } from "./controls.js";
 import { readNetwork, readSplit } from "./examples.js";
 import { copyNetwork, flatten } from "./network.js";
 import { createSgd } from "./optimizer.js";
-import { createPixels } from "./pixels.js";
+import { createPicture } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
-import { countAll, countKept, createReader, percent } from "./reading.js";
-import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
+import { countAll, countKept, createReader, joinBytes, percent } from "./reading.js";
+import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const ABOUT = 180; // steps of each network: as many rounds as there are make it whole
@@ -118,9 +118,9 @@ export function render({ model, el }) {
     x: { label: "training step", from: 0, to: ABOUT },
     y: { label: "share removed", from: 0, to: 1 },
   });
-  const [pictureOnce, pixelsOnce] = picture("One shot: its first layer", dense);
-  const [pictureMany, pixelsMany] = picture("Rounds: its first layer", dense);
-  stage.panels.append(accuracy.root, removed.root, pictureOnce, pictureMany);
+  const pictureOnce = createPicture("One shot: its first layer", dense.sizes[1]);
+  const pictureMany = createPicture("Rounds: its first layer", dense.sizes[1]);
+  stage.panels.append(accuracy.root, removed.root, pictureOnce.root, pictureMany.root);
 
   const lines = (column) => [
     { kind: "line", ...columns(once.seen, column), class: "gp-pruned" },
@@ -140,8 +140,8 @@ export function render({ model, el }) {
       const dots = [here(a, "gp-pruned", column), here(b, "gp-corrected", column)];
       chart.draw([...lines(column), ...dots], ends);
     }
-    pixelsOnce.draw(once.net.weights[0], once.masks[0], 0.6 * strongest);
-    pixelsMany.draw(many.net.weights[0], many.masks[0], 0.6 * strongest);
+    pictureOnce.draw(once.net.weights[0], once.masks[0], 0.6 * strongest);
+    pictureMany.draw(many.net.weights[0], many.masks[0], 0.6 * strongest);
     const done = many.training.steps;
     go.textContent = walk.isRunning() ? "Pause" : "Train";
     go.disabled = done >= steps;
@@ -192,20 +192,4 @@ function rewind(net, early) {
       numbers.set(early[kind][layer]);
     });
   }
-}
-
-function picture(title, { sizes }) {
-  const pixels = createPixels({ label: title, units: sizes[1], columns: 8, tile: [8, 8] });
-  const caption = element("figcaption", {}, title);
-  return [element("figure", { class: "gp-live-chart" }, caption, pixels.root), pixels];
-}
-
-function joinBytes(arrays) {
-  const joined = new Uint8Array(countAll(arrays));
-  let at = 0;
-  for (const array of arrays) {
-    joined.set(array, at);
-    at += array.length;
-  }
-  return joined;
 }

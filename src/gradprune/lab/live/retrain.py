@@ -13,14 +13,15 @@ from torch import nn
 import gradprune as gp
 from gradprune.lab import figures, train
 from gradprune.lab.live import perceptron
+from gradprune.lab.live.digits import Digits
 from gradprune.lab.live.esm import joined
-from gradprune.lab.live.figure import Live, Still, pack_network, pack_split
+from gradprune.lab.live.figure import Still, pack_network, unpack_masks
 
 STEPS, BATCH, EARLY = 180, 64, 60  # of training again, about; and how early the weights are that it rewinds to
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
 
 
-class Retrain(Live):
+class Retrain(Digits):
     """Two copies of a trained perceptron, one pruned at once, one in rounds, trained for as many steps in the page.
 
     `sparsity` (0.5 to 0.99), `rounds` (2 to 10) and `after` ("going on" or "rewinding") are what the reader sets, or a
@@ -34,24 +35,14 @@ class Retrain(Live):
     sparsity = traitlets.Float(0.95, min=0.5, max=0.99, help="the share of the weights gone in the end").tag(sync=True)
     rounds = traitlets.Int(5, min=2, max=10, help="how many the second network takes").tag(sync=True)
     after = traitlets.Enum(("going on", "rewinding"), "going on", help="what follows each pruning").tag(sync=True)
-    _network = traitlets.Dict().tag(sync=True)
     _early = traitlets.Dict().tag(sync=True)
-    _train = traitlets.Dict().tag(sync=True)
-    _test = traitlets.Dict().tag(sync=True)
     _kept = traitlets.Bytes().tag(sync=True)
 
     def __init__(self, **settings: Any) -> None:
-        data = perceptron.digits()
-        super().__init__(
-            _network=pack_network(perceptron.trained(), "relu"),
-            _early=pack_network(perceptron.trained(steps=EARLY), "relu"),
-            _train=pack_split(data.train),
-            _test=pack_split(data.test),
-            **settings,
-        )
+        super().__init__(_early=pack_network(perceptron.trained(steps=EARLY), "relu"), **settings)
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> nn.Sequential:
         """The network that both start from, before anything is taken away: a copy."""
         return perceptron.trained()
 
@@ -61,9 +52,7 @@ class Retrain(Live):
         masks = gp.prune(self.network, sparsity=self.sparsity, min_keep=1)
         if not self._kept:
             return masks
-        flat = torch.from_numpy(np.frombuffer(self._kept, dtype=np.uint8).astype(bool))
-        parts = flat.split([mask.numel() for mask in masks.values()])
-        return gp.Masks({name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)})
+        return unpack_masks(masks, self._kept)
 
     def still(self) -> Still:
         """Return the accuracies of one shot and of five rounds, at three sparsities, over ten orders of batches."""

@@ -11,14 +11,15 @@ from torch import nn
 import gradprune as gp
 from gradprune.lab import figures, train
 from gradprune.lab.live import perceptron
+from gradprune.lab.live.digits import Digits
 from gradprune.lab.live.esm import joined
-from gradprune.lab.live.figure import Live, Still, pack_network, pack_split
+from gradprune.lab.live.figure import Still
 
 EPOCHS, BATCH = 5, 64  # of training again, and its optimizer: as start.js has them
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
 
-class Start(Live):
+class Start(Digits):
     """A perceptron that reads the digit that the reader picks or draws, loses its smallest weights, and trains again.
 
     `sparsity` (0 to 0.99) is what the reader sets, or a program; `accuracy` is what the page read; `masks` are those of
@@ -29,21 +30,9 @@ class Start(Live):
 
     _esm = joined("start.js")
     sparsity = traitlets.Float(0.0, min=0.0, max=0.99, help="the share of the weights that is gone").tag(sync=True)
-    _network = traitlets.Dict().tag(sync=True)
-    _train = traitlets.Dict().tag(sync=True)
-    _test = traitlets.Dict().tag(sync=True)
-
-    def __init__(self, **settings: Any) -> None:
-        data = perceptron.digits()
-        super().__init__(
-            _network=pack_network(perceptron.trained(), "relu"),
-            _train=pack_split(data.train),
-            _test=pack_split(data.test),
-            **settings,
-        )
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> nn.Sequential:
         """The network before its weights are taken away: a copy."""
         return perceptron.trained()
 

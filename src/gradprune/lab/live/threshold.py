@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,14 @@ import gradprune as gp
 from gradprune.gradients.params import Params
 from gradprune.lab import figures, train
 from gradprune.lab.live import perceptron
+from gradprune.lab.live.digits import Digits
 from gradprune.lab.live.esm import joined
-from gradprune.lab.live.figure import Live, Still, pack_network, pack_split
+from gradprune.lab.live.figure import Still
 
 STEPS, BATCH, RATE = 270, 64, 0.3  # as threshold.js has them
 
 
-class Threshold(Live):
+class Threshold(Digits):
     """One perceptron trained three times: by whole gradients, and by their largest entries, the rest lost or waiting.
 
     `density` (0.001 to 1), the share of the entries that is sent, is what the reader sets, or a program; `accuracy` is
@@ -32,21 +32,9 @@ class Threshold(Live):
 
     _esm = joined("threshold.js")
     density = traitlets.Float(0.01, min=0.001, max=1.0, help="the share of the entries that is sent").tag(sync=True)
-    _network = traitlets.Dict().tag(sync=True)
-    _train = traitlets.Dict().tag(sync=True)
-    _test = traitlets.Dict().tag(sync=True)
-
-    def __init__(self, **settings: Any) -> None:
-        data = perceptron.digits()
-        super().__init__(
-            _network=pack_network(perceptron.untrained(), "relu"),
-            _train=pack_split(data.train),
-            _test=pack_split(data.test),
-            **settings,
-        )
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> nn.Sequential:
         """The network that all three start from: a copy."""
         return perceptron.untrained()
 

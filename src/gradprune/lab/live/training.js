@@ -9,10 +9,11 @@ import { generator, shuffled } from "./random.js";
  * Returns a training of `net` by cross entropy, before its first step. `optimizer` is what
  * `createSgd` takes; `masks`, one for each layer's weights, are held; `change(gradients)` is called
  * between backward and step, with what `backward` returns. `sgd`, `masks` and `change` may be set
- * anew between steps.
+ * anew between steps. With `part` [p, count] it sees the p-th of `count` parts of each batch, as
+ * torch.tensor_split cuts it.
  */
 export function createTraining(options) {
-  const { net, inputs, labels, classes, batch } = options;
+  const { net, inputs, labels, classes, batch, part = [0, 1] } = options;
   const rows = labels.length;
   if (rows === 0 || inputs.length !== rows * net.sizes[0]) {
     const given = `${inputs.length} inputs and ${rows} labels`;
@@ -25,8 +26,12 @@ export function createTraining(options) {
     throw new RangeError(`batch must be a whole number of at least 1, got ${batch}`);
   }
   const most = Math.min(batch, rows);
+  const least = rows % most || most;
+  if (!(part[0] >= 0 && part[0] < part[1] && part[1] <= least)) {
+    throw new RangeError(`part must be one of at most ${least}, got ${part[0]} of ${part[1]}`);
+  }
   return {
-    ...{ net, inputs, labels, classes, batch: most },
+    ...{ net, inputs, labels, classes, batch: most, part },
     masks: options.masks ?? null,
     change: options.change ?? null,
     sgd: createSgd(net, options.optimizer),
@@ -60,17 +65,30 @@ export function trainSteps(training, count) {
 }
 
 function trainStep(training, rows) {
-  const { net, work, picked, classes } = training;
-  const logits = forward(net, picked.inputs, rows, work);
-  const loss = crossEntropy(logits, picked.labels, classes, picked.gradient);
-  const gradients = backward(net, picked.inputs, rows, work, picked.gradient);
+  const { loss, gradients } = gradientsOf(training, rows, training.net);
   if (training.change) training.change(gradients);
-  sgdStep(net, gradients, training.sgd, training.masks);
-  training.steps++;
+  takeStep(training, gradients);
   return loss;
 }
 
-/** Copies the next rows of the epoch's order, and shuffles anew when it has come to its end. */
+/** Takes the next batch and returns the gradients there of `net`, which may be another than the one that is trained. */
+export function nextGradients(training, net = training.net) {
+  return gradientsOf(training, pickBatch(training), net).gradients;
+}
+
+/** Steps the network by gradients, wherever they come from. */
+export function takeStep(training, gradients) {
+  sgdStep(training.net, gradients, training.sgd, training.masks);
+  training.steps++;
+}
+
+function gradientsOf({ work, picked, classes }, rows, net) {
+  const logits = forward(net, picked.inputs, rows, work);
+  const loss = crossEntropy(logits, picked.labels, classes, picked.gradient);
+  return { loss, gradients: backward(net, picked.inputs, rows, work, picked.gradient) };
+}
+
+/** Copies its part of the next rows of the epoch's order, and shuffles anew when that has come to its end. */
 function pickBatch(training) {
   const { inputs, labels, picked, net } = training;
   if (training.position === training.order.length) {
@@ -78,7 +96,7 @@ function pickBatch(training) {
     training.position = 0;
   }
   const end = Math.min(training.position + training.batch, labels.length);
-  const rows = training.order.subarray(training.position, end);
+  const rows = partOf(training.order.subarray(training.position, end), training.part);
   const width = net.sizes[0];
   rows.forEach((row, at) => {
     picked.inputs.set(inputs.subarray(row * width, (row + 1) * width), at * width);
@@ -86,4 +104,11 @@ function pickBatch(training) {
   });
   training.position = end;
   return rows.length;
+}
+
+/** The parts are as long as each other, or one longer: the first ones. */
+function partOf(rows, [at, count]) {
+  const start = (part) =>
+    part * Math.floor(rows.length / count) + Math.min(part, rows.length % count);
+  return rows.subarray(start(at), start(at + 1));
 }
