@@ -55,7 +55,8 @@ def keep_each(groups: Iterable[tuple[Mapping[str, Shard], int]], ranks: Ranks) -
     answers = iter(zip(found, _first_to_stay(ranked, found, ranks), strict=True))
     masks = [_masks(group, *next(answers)) if group.total else _all_of(group) for group in every]
     parts, flat = [part for group in every for part in group.parts], [mask for some in masks for mask in some]
-    _let_first_decide_(parts, flat, ranks)
+    if any(part.shared for part in parts):  # copies of one tensor may differ in their last bits, the masks must not
+        ranks.let_first_decide_([mask for part, mask in zip(parts, flat, strict=True) if part.shared])
     counts = iter(count(parts, flat, ranks))
     return [Kept(some, [next(counts) for _ in some]) for some in masks]
 
@@ -281,15 +282,3 @@ def _mask(part: Shard, order: Order, key: int, first: int) -> Tensor:
             ties = (keys == key).nonzero().view(-1)
             stays[ties] = part.positions(ties + i * PIECE) >= first
     return mask
-
-
-def _let_first_decide_(parts: list[Shard], masks: list[Tensor], ranks: Ranks) -> None:
-    """Copies of one tensor may differ in their last bits, and the masks must not."""
-    shared = [mask for part, mask in zip(parts, masks, strict=True) if part.shared]
-    if not shared:
-        return
-    flat = torch.cat([mask.view(-1).cpu() for mask in shared]).numpy()
-    bits = ranks.first(torch.from_numpy(np.packbits(flat)))
-    decided = torch.from_numpy(np.unpackbits(bits.numpy(), count=flat.size).view(np.bool_))
-    for mask, one in zip(shared, decided.split([mask.numel() for mask in shared]), strict=True):
-        mask.copy_(one.view(mask.shape))

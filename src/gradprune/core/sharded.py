@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradprune.core.agree import Group, agree, meet, require_same
 from gradprune.core.checks import is_distributed
 
 T = TypeVar("T")
@@ -66,30 +68,40 @@ class Shard(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """All processes, and the device through which they talk."""
+    """Processes, all of them or those of a group, and the device through which they talk."""
 
     device: torch.device
+    group: Group = None
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Return the sum over all ranks, on the CPU."""
         total = numbers.to(self.device, copy=True)
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total, group=self.group)
         return total.cpu()
 
     def most(self, numbers: Tensor) -> Tensor:
         """Return the largest over all ranks, on the CPU; none of the numbers is NaN."""
         largest = numbers.to(self.device, copy=True)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return largest.cpu()
+
+    def let_first_decide_(self, masks: Sequence[Tensor]) -> None:
+        """Make the masks of all ranks those of the first."""
+        flat = torch.cat([mask.reshape(-1).cpu() for mask in masks]).numpy()
+        bits = self.first(torch.from_numpy(np.packbits(flat)))
+        decided = torch.from_numpy(np.unpackbits(bits.numpy(), count=flat.size).view(np.bool_))
+        for mask, one in zip(masks, decided.split([mask.numel() for mask in masks]), strict=True):
+            mask.copy_(one.view(mask.shape))
 
     def add(self, number: int) -> int:
         """Return the sum of one number over all ranks."""
         return int(self.sum(torch.tensor([number], dtype=torch.int64, device="cpu")))
 
     def first(self, values: Tensor) -> Tensor:
-        """Return what rank 0 has, on the CPU."""
+        """Return what the first rank has, on the CPU."""
         sent = values.to(self.device, copy=True)
-        torch.distributed.broadcast(sent, src=0)
+        source = 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
+        torch.distributed.broadcast(sent, src=source, group=self.group)
         return sent.cpu()
 
 
@@ -151,37 +163,33 @@ def ranks_of(tensors: Iterable[Tensor], subject: Subject = PARAMETER) -> Ranks:
 
 
 def together(
-    work: Callable[[], tuple[T, Mapping[str, object], Mapping[str, Tensor]]], subject: Subject = PARAMETER
+    work: Callable[[], tuple[T, Mapping[str, object], Mapping[str, Tensor]]],
+    subject: Subject = PARAMETER,
+    called: str = "",
 ) -> tuple[T, dict[str, Shard]]:
     """Do what each rank does by itself; return its result, and the blocks of its tensors.
 
     `work` returns a result, what was asked for (compared as text) and the tensors by name. Where it raises on one rank,
     or ranks ask for different things, all ranks raise the same.
     """
-    result, blocks, error = None, {}, None
-    asked: dict[str, str] = {}
-    tensors: Mapping[str, Tensor] = {}
-    try:
-        result, given, tensors = work()
-        asked = {name: repr(value) for name, value in given.items()}
-        blocks = {name: _block(name, tensor, subject) for name, tensor in tensors.items()}
-    except Exception as raised:
-        error = raised
-    told: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, (_as_told(error), asked, blocks))
-    _raise_first([failure for failure, _, _ in told], error)
-    _require_same([asked for _, asked, _ in told], "the argument {}")
-    alike = [{name: block[:3] for name, block in blocks.items()} for _, _, blocks in told]
-    _require_same(alike, subject.called + " {!r}")
+
+    def each() -> tuple[tuple[T, Mapping[str, Tensor]], Mapping[str, object], dict[str, Block]]:
+        result, asked, tensors = work()
+        return (result, tensors), asked, {name: _block(name, tensor, subject) for name, tensor in tensors.items()}
+
+    if called:
+        meet(called)
+    (result, tensors), told = agree(called, each)
+    alike = [{name: block[:3] for name, block in blocks.items()} for blocks in told]
+    require_same(alike, subject.called + " {!r}")
     for name, tensor in tensors.items():
         eps = 0.0 if tensor.dtype == torch.bool else torch.finfo(tensor.dtype).eps
-        _require_copies(name, eps, [blocks[name] for _, _, blocks in told], subject)
+        _require_copies(name, eps, [blocks[name] for blocks in told], subject)
     rank = torch.distributed.get_rank()
     held = {
-        name: _held(name, tensor, [blocks[name] for _, _, blocks in told], rank, subject)
-        for name, tensor in tensors.items()
+        name: _held(name, tensor, [blocks[name] for blocks in told], rank, subject) for name, tensor in tensors.items()
     }
-    return result, held  # type: ignore[return-value]
+    return result, held
 
 
 def _fsdp_modules(model: nn.Module) -> Iterable[Any]:
@@ -243,28 +251,3 @@ def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int, subject
         )
     mine = blocks[rank]
     return Shard(local(tensor), mine.shape, mine.offset, places.index(places[rank]) == rank, shared)
-
-
-def _as_told(error: Exception | None) -> tuple[str, str] | None:
-    return None if error is None else (type(error).__name__, str(error))
-
-
-def _raise_first(failures: Sequence[tuple[str, str] | None], own: Exception | None) -> None:
-    """Raise what the first rank that failed says, which is named where not all say the same."""
-    failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
-    if not failed:
-        return
-    rank, (kind, message) = failed[0]
-    where = "" if failures.count(failures[rank]) == len(failures) else f"on rank {rank}: "
-    raise {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(where + message) from own
-
-
-def _require_same(told: Sequence[Mapping[str, object]], what: str) -> None:
-    """Raise ValueError where a rank tells something else than rank 0 does."""
-    for rank, other in enumerate(told):
-        for name in [*told[0], *other]:
-            if (first := told[0].get(name)) != (second := other.get(name)):
-                called = what.format(name)
-                raise ValueError(f"all ranks must ask the same, but {called} is {first} on rank 0, {second} on {rank}")
-        if list(told[0]) != list(other):
-            raise ValueError(f"all ranks must ask the same, but rank {rank} has another order of {list(told[0])}")
