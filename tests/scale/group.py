@@ -92,9 +92,7 @@ def _serve(channel) -> None:
 
 def _one(cases: Sequence[Case], rank: int, ranks: int, folder: Path, timeout: float) -> bool:
     store = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
-    )
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
     for case in cases:
         try:
             case(rank, ranks)

@@ -73,7 +73,7 @@ def prune_sharded(
         asked = {"sparsity": amount, "scope": request.scope, "min_keep": request.min_keep}
         return (request, amount), asked | dict(zip(("include", "exclude"), patterns, strict=True)), request.parameters
 
-    (request, amount), shards = together(each)
+    (request, amount), shards = together(each, called="gp.prune")
     warn_of_revived(request.parameters)
     ranked = Ranked({name: shard.local.detach() for name, shard in shards.items()}, "magnitude")
     keep = replace(request, pick=_pick(shards, ranks)).plan(sparsity=amount)(ranked)
@@ -141,7 +141,7 @@ class ShardedMasks(Masks):
             return found, {}, found
 
         ranks = ranks_of(state_dict.values())
-        found, shards = together(each)
+        found, shards = together(each, called="Masks.from_state_dict")
         blocks = [shard.local for shard in shards.values()]
         counts = select_sharded.count(shards.values(), blocks, ranks)
         return cls(found, dict(zip(shards, counts, strict=True)))
