@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradprune.core.agree import agree, meet
-from gradprune.core.sharded import Ranks
+from gradprune.core.sharded import Ranks, digest
 
 T = TypeVar("T")
 
@@ -39,14 +37,3 @@ def alike(called: str, ranks: Ranks | None, asked: Callable[[], Mapping[str, obj
 def by_hash(masks: Mapping[str, Tensor]) -> dict[str, object]:
     """Return the masks as what all ranks must have alike."""
     return {"masks (by their hash)": digest(masks)}
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of names, shapes and every bit of the values; of masks eight entries a byte."""
-    made = hashlib.blake2b(digest_size=8)
-    for name, tensor in tensors.items():
-        made.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1).cpu()
-        bits = np.packbits(flat.numpy()) if tensor.dtype == torch.bool else flat.view(torch.uint8).numpy()
-        made.update(bits.data)
-    return made.hexdigest()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from gradprune.core.collect import Kept, collect, raise_nan
 from gradprune.core.masked import count_kept
 from gradprune.core.order import Order
-from gradprune.core.sharded import Ranks, Shard
+from gradprune.core.sharded import Ranks, Shard, digest
 from gradprune.core.uncompiled import uncompiled
 
 DIGIT = 11, 6  # bits of a digit: at most, and at least
@@ -55,8 +55,7 @@ def keep_each(groups: Iterable[tuple[Mapping[str, Shard], int]], ranks: Ranks) -
     answers = iter(zip(found, _first_to_stay(ranked, found, ranks), strict=True))
     masks = [_masks(group, *next(answers)) if group.total else _all_of(group) for group in every]
     parts, flat = [part for group in every for part in group.parts], [mask for some in masks for mask in some]
-    if any(part.shared for part in parts):  # copies of one tensor may differ in their last bits, the masks must not
-        ranks.let_first_decide_([mask for part, mask in zip(parts, flat, strict=True) if part.shared])
+    let_owners_decide_(parts, flat, ranks)
     counts = iter(count(parts, flat, ranks))
     return [Kept(some, [next(counts) for _ in some]) for some in masks]
 
@@ -65,6 +64,26 @@ def count(shards: Iterable[Shard], masks: Iterable[Tensor], ranks: Ranks) -> lis
     """Return how many entries of each whole mask are True."""
     own = [count_kept(m) if s.owned else 0 for s, m in zip(shards, masks, strict=True)]
     return ranks.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
+
+
+def let_owners_decide_(shards: Sequence[Shard], masks: Sequence[Tensor], ranks: Ranks) -> None:
+    """Give the copies of a block the mask of the lowest rank that holds it; they may differ in their last bits."""
+    copied = [at for at, shard in enumerate(shards) if any(len(holders) > 1 for holders in shard.holders)]
+    if not copied:
+        return
+    told: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, [(tuple(masks[at].shape), digest({"": masks[at]})) for at in copied])
+    for i, at in enumerate(copied):
+        for owner, *others in shards[at].holders:
+            shape, _ = told[owner][i]
+            if any(told[rank][i] != told[owner][i] for rank in others):
+                own = torch.distributed.get_rank()
+                here = own == owner or own in others
+                decided = ranks.mask_of(
+                    masks[at] if here else torch.zeros(shape, dtype=torch.bool, device="cpu"), owner
+                )
+                if here:
+                    masks[at].copy_(decided)
 
 
 class _Group(NamedTuple):

@@ -7,6 +7,7 @@ left would let them wait for ever.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,12 +33,12 @@ class Subject(NamedTuple):
 
 PARAMETER = Subject(
     "the parameter",
-    "prune the model before it is sharded, or shard it over one mesh dimension, by Shard or Replicate",
+    "prune the model before it is sharded, or shard it by FSDP2, or by Shard and Replicate",
     "exclude it, or broadcast it first if it is to be the same",
 )
 GRADIENT = Subject(
     "the gradient of",
-    "shard the model over one mesh dimension, by Shard or Replicate",
+    "shard the model by FSDP2, or by Shard and Replicate",
     "leave its parameter out, or all-reduce it first if it is to be the same",
 )
 
@@ -48,8 +49,8 @@ class Shard(NamedTuple):
     local: Tensor  # the tensor's own memory
     shape: tuple[int, ...]  # of the whole
     offset: tuple[int, ...]
+    holders: tuple[tuple[int, ...], ...]  # of each block that is not empty the ranks that hold it
     owned: bool  # whether this rank counts it
-    shared: bool  # whether all ranks hold it
 
     @property
     def numel(self) -> int:
@@ -85,24 +86,30 @@ class Ranks(NamedTuple):
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return largest.cpu()
 
-    def let_first_decide_(self, masks: Sequence[Tensor]) -> None:
-        """Make the masks of all ranks those of the first."""
-        flat = torch.cat([mask.reshape(-1).cpu() for mask in masks]).numpy()
-        bits = self.first(torch.from_numpy(np.packbits(flat)))
-        decided = torch.from_numpy(np.unpackbits(bits.numpy(), count=flat.size).view(np.bool_))
-        for mask, one in zip(masks, decided.split([mask.numel() for mask in masks]), strict=True):
-            mask.copy_(one.view(mask.shape))
-
     def add(self, number: int) -> int:
         """Return the sum of one number over all ranks."""
         return int(self.sum(torch.tensor([number], dtype=torch.int64, device="cpu")))
 
     def first(self, values: Tensor) -> Tensor:
         """Return what the first rank has, on the CPU."""
+        return self.of(values, self.source)
+
+    @property
+    def source(self) -> int:
+        """The first rank, as all processes number them."""
+        return 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
+
+    def of(self, values: Tensor, rank: int) -> Tensor:
+        """Return what one rank has, on the CPU; the others give tensors like it."""
         sent = values.to(self.device, copy=True)
-        source = 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
-        torch.distributed.broadcast(sent, src=source, group=self.group)
+        torch.distributed.broadcast(sent, src=rank, group=self.group)
         return sent.cpu()
+
+    def mask_of(self, mask: Tensor, rank: int) -> Tensor:
+        """Return what ``of`` does, sent as one bit an entry."""
+        flat = mask.reshape(-1).cpu().numpy()
+        bits = self.of(torch.from_numpy(np.packbits(flat)), rank)
+        return torch.from_numpy(np.unpackbits(bits.numpy(), count=flat.size).view(np.bool_)).view(mask.shape)
 
 
 class Block(NamedTuple):
@@ -149,16 +156,9 @@ def like(whole: Tensor, block: Tensor) -> Tensor:
     )
 
 
-def ranks_of(tensors: Iterable[Tensor], subject: Subject = PARAMETER) -> Ranks:
-    """Return all processes, or raise TypeError, on each of a mesh, where the mesh leaves some out."""
-    meshes = [t.device_mesh for t in tensors if is_distributed(t)]  # type: ignore[attr-defined]
-    largest = max(meshes, key=lambda mesh: int(mesh.size()))
-    world = torch.distributed.get_world_size()
-    if largest.size() != world:
-        raise TypeError(
-            f"the model is sharded over {largest.size()} of {world} ranks, which is not supported: {subject.way_out}"
-        )
-    kind = largest.device_type
+def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
+    """Return all processes, with the device on which the tensors are spread."""
+    kind = next(t.device_mesh.device_type for t in tensors if is_distributed(t))  # type: ignore[attr-defined]
     return Ranks(torch.device(kind, getattr(torch, kind).current_device()) if kind != "cpu" else torch.device("cpu"))
 
 
@@ -192,6 +192,17 @@ def together(
     return result, held
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of names, shapes and every bit of the values; of masks eight entries a byte."""
+    made = hashlib.blake2b(digest_size=8)
+    for name, tensor in tensors.items():
+        made.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1).cpu()
+        bits = np.packbits(flat.numpy()) if tensor.dtype == torch.bool else flat.view(torch.uint8).numpy()
+        made.update(bits.data)
+    return made.hexdigest()
+
+
 def _fsdp_modules(model: nn.Module) -> Iterable[Any]:
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return (module for module in model.modules() if isinstance(module, kind)) if kind is not None else ()
@@ -201,53 +212,101 @@ def _block(name: str, tensor: Tensor, subject: Subject) -> Block:
     """What this rank holds, or TypeError where that is not one block of it."""
     shape, dtype = tuple(tensor.shape), str(tensor.dtype)
     if not is_distributed(tensor):
-        wide = torch.complex128 if tensor.is_complex() else torch.float64
-        values = tensor.detach().double() if tensor.dtype == torch.bool else tensor.detach()
-        sums = complex(values.sum(dtype=wide)), float(values.abs().sum(dtype=torch.float64))
-        return Block(shape, dtype, "whole", shape, (0,) * len(shape), (sums[0].real + sums[0].imag, sums[1]))
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor import Shard as Sharded
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
+        return Block(shape, dtype, "whole", shape, (0,) * len(shape), _sums(tensor))
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     layout = f"{subject.called} {name!r} is a DTensor {', '.join(map(str, placements))}"
-    if mesh.ndim != 1 or mesh.size() != torch.distributed.get_world_size():
+    found = _ranges(shape, mesh, placements)
+    if found is None:
         sizes = " x ".join(map(str, mesh.mesh.shape))
         raise TypeError(f"{layout} on a mesh of {sizes}, which is not supported: {subject.way_out}")
-    if type(placements[0]) not in (Sharded, Replicate):
-        raise TypeError(f"{layout}, which is not supported: {subject.way_out}")
-    found, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    held = local(tensor)
-    if tuple(held.shape) != tuple(found):
-        raise TypeError(
-            f"{layout}, but its block has shape {tuple(held.shape)}, wanted {tuple(found)}: {subject.way_out}"
-        )
-    return Block(shape, dtype, str(placements[0]), tuple(found), tuple(offset))
+    held, block = local(tensor), tuple(size for _, size in found)
+    if tuple(held.shape) != block:
+        raise TypeError(f"{layout}, but its block has shape {tuple(held.shape)}, wanted {block}: {subject.way_out}")
+    alone = mesh.size() < torch.distributed.get_world_size()  # nothing says that another mesh has equal copies
+    sums = _sums(held) if alone else (0.0, 0.0)
+    return Block(shape, dtype, ", ".join(map(str, placements)), block, tuple(start for start, _ in found), sums)
+
+
+def _ranges(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> list[tuple[int, int]] | None:
+    """From where to how far this rank's block goes, by axis; None where it is not one that is known.
+
+    An axis is cut once for each dimension of the mesh that shards it, from the left; but FSDP2 cuts what tensor
+    parallelism, further to the right, has cut already, and calls that a strided shard.
+    """
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Sharded
+
+    coordinate = mesh.get_coordinate()
+    cuts: dict[int, list[int]] = {}
+    for at, placement in reversed(list(enumerate(placements))):
+        strided = getattr(placement, "split_factor", None)
+        if type(placement) is not Replicate and type(placement) is not Sharded and strided is None:
+            return None
+        if type(placement) is Replicate:
+            continue
+        before = cuts.setdefault(placement.dim, [])
+        if strided is not None and strided != math.prod(mesh.size(other) for other in before):
+            return None
+        before.insert(len(before) if strided is not None else 0, at)
+    if coordinate is None:
+        return None
+    found = []
+    for axis, size in enumerate(shape):
+        start = 0
+        for at in cuts.get(axis, ()):
+            piece = -(-size // mesh.size(at))
+            skipped = min(size, piece * coordinate[at])
+            start, size = start + skipped, min(piece, size - skipped)
+        found.append((start, size))
+    return found
+
+
+def _sums(tensor: Tensor) -> tuple[float, float]:
+    """The sum of the values, and of their magnitudes."""
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    values = tensor.detach().double() if tensor.dtype == torch.bool else tensor.detach()
+    total = complex(values.sum(dtype=wide))
+    return total.real + total.imag, float(values.abs().sum(dtype=torch.float64))
 
 
 def _require_copies(name: str, eps: float, blocks: Sequence[Block], subject: Subject) -> None:
-    """Raise ValueError where a plain tensor is another one on each rank, not a copy but for rounding."""
-    sums, sizes = zip(*(block.sums for block in blocks), strict=True)
-    tolerance = (1e-5 + eps / max(1, math.prod(blocks[0].shape)) ** 0.5) * max(sizes)
-    for rank, other in enumerate(sums):
-        if abs(other - sums[0]) > tolerance:
+    """Raise ValueError where the blocks that nothing keeps equal are not copies of each other but for rounding."""
+    first: dict[tuple[int, ...], int] = {}
+    for rank, block in enumerate(blocks):
+        at = first.setdefault(block.offset + block.local, rank)
+        (one, size), (other, size_here) = blocks[at].sums, block.sums
+        tolerance = (1e-5 + eps / max(1, math.prod(block.local)) ** 0.5) * max(size, size_here)
+        if abs(other - one) > tolerance:
+            what = "is no DTensor" if block.placement == "whole" else "is spread over several meshes"
             raise ValueError(
-                f"{subject.called} {name!r} is no DTensor, and its values on rank {rank} are not those on rank 0: "
+                f"{subject.called} {name!r} {what}, and its values on rank {rank} are not those on rank {at}: "
                 f"{subject.equal_copies}"
             )
 
 
 def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int, subject: Subject) -> Shard:
     """The block of a tensor here, once the blocks of all ranks were found to make up the whole."""
-    places = [(block.offset, block.local) for block in blocks]
-    different = set(places)
-    covered = sum(math.prod(shape) for _, shape in different)
-    shared = len(different) == 1 and len(blocks) > 1
-    whole = math.prod(blocks[rank].shape)
-    single = all(places.count(place) == 1 for place in different if math.prod(place[1]))
-    if covered != whole or not (shared or single):
-        raise TypeError(
-            f"the blocks of {name!r} do not make up the whole, each once or on all ranks: {subject.way_out}"
-        )
+    holders: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for at, block in enumerate(blocks):
+        if math.prod(block.local):
+            holders.setdefault((block.offset, block.local), []).append(at)
     mine = blocks[rank]
-    return Shard(local(tensor), mine.shape, mine.offset, places.index(places[rank]) == rank, shared)
+    if not _is_grid(list(holders), mine.shape):
+        raise TypeError(f"the blocks of {name!r} do not make up the whole, each once or in copies: {subject.way_out}")
+    owned = holders.get((mine.offset, mine.local), [rank])[0] == rank
+    return Shard(local(tensor), mine.shape, mine.offset, tuple(map(tuple, holders.values())), owned)
+
+
+def _is_grid(places: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: Sequence[int]) -> bool:
+    """Whether different blocks, at their offsets, are all cells of a grid that covers the whole."""
+    cells = 1
+    for axis, size in enumerate(shape):
+        end, ranges = 0, sorted({(offset[axis], sizes[axis]) for offset, sizes in places})
+        for start, length in ranges:
+            if start != end:
+                return False
+            end += length
+        if end != size and places:
+            return False
+        cells *= len(ranges)
+    return len(places) == cells if places else not math.prod(shape)

@@ -70,9 +70,9 @@ def spread(
     """
     if isinstance(params, nn.Module):
         reshard_(params)
-        ranks = ranks_of(params.parameters(), GRADIENT)
+        ranks = ranks_of(params.parameters())
     else:
-        ranks = ranks_of(_tensors(params), GRADIENT)
+        ranks = ranks_of(_tensors(params))
 
     def each() -> tuple[Mapping[str, Any], Mapping[str, object], dict[str, Tensor]]:
         given = check()
@@ -178,7 +178,8 @@ class GatheredOverRanks(Gathered):
         shard = self._shards[at]
         # Of copies the worst: NaN may be in one alone.
         own = torch.tensor([int(torch.isfinite(shard.local).logical_not().sum())], dtype=torch.int64, device="cpu")
-        return int(self._ranks.most(own) if shard.shared else self._ranks.sum(own))
+        counts = _by_rank(own, self._ranks).view(-1).tolist()
+        return sum(max(counts[rank] for rank in holders) for holders in shard.holders)
 
 
 def _by_rank(numbers: Tensor, ranks: Ranks) -> Tensor:

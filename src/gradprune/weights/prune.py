@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 from gradprune.core.checks import require
-from gradprune.core.replicas import digest, replicas_of
-from gradprune.core.sharded import is_sharded
+from gradprune.core.replicas import replicas_of
+from gradprune.core.sharded import digest, is_sharded
 from gradprune.core.words import in_our_words, instead
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.agree import agree, equal_on_all, meet
-from gradprune.core.replicas import digest
-from gradprune.core.sharded import Ranks
+from gradprune.core.sharded import Ranks, digest
 from gradprune.weights.mask import Masks
 from gradprune.weights.request import Score, checked_score
 from gradprune.weights.score import magnitude, random
@@ -41,7 +40,7 @@ def decided(
 
     masks, told = agree(called, each, ranks.group)
     if not equal_on_all(told):
-        ranks.let_first_decide_(list(masks.values()))
+        return Masks({name: ranks.mask_of(mask, ranks.source).to(mask.device) for name, mask in masks.items()})
     return masks
 
 
