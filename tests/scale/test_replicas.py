@@ -105,7 +105,8 @@ def a_pruner_decides_for_all_ranks(rank, ranks):
         assert all(other == weights for other in of_all(weights))
         saved = copy.deepcopy(pruner.state_dict())
         pruner.load_state_dict(saved)
-        refused(lambda: pruner.load_state_dict(saved | {"step": 7 + rank}), ValueError, "all ranks must ask the same")
+        other = partial(pruner.load_state_dict, saved | {"step": 7 + rank})
+        refused(other, ValueError, "all ranks must ask the same")
         pruner.remove()
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from shards import LAYOUTS, bits, chain, in_quiet, local, made, mesh_of, sharded, whole
-from torch import nn
 
 import gradprune as gp
 
@@ -162,8 +161,7 @@ def what_is_not_finite_on_one_rank_is_so_on_all(rank, ranks):
 
 
 def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial
 
     mesh, last = mesh_of(ranks), rank == ranks - 1
     other = f"on rank 0, .* on {ranks - 1}"
@@ -204,11 +202,6 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         )
         model[0].weight.grad = DTensor.from_local(torch.ones(7, 5), mesh, [Partial()], run_check=False)
         refused(rank, ranks, call, model, TypeError, "the gradient of '0.weight' is a DTensor P.*, which is not supp")
-        model = chain(1, (5, 7))
-        flat = init_device_mesh("cpu", (1, ranks))
-        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), flat, [Shard(0), Shard(1)]))
-        model[0].weight.grad = distribute_tensor(torch.ones(7, 5), flat, [Shard(0), Shard(1)])
-        refused(rank, ranks, call, model, TypeError, f"on a mesh of 1 x {ranks}, which is not supported: shard the mod")
 
 
 def flattened_parameters_are_refused(rank, ranks):
