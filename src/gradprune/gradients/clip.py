@@ -41,7 +41,7 @@ def clip_by_value_(params: Params, limit: float, *, nonfinite: NonFinite = "rais
     Args:
         params: a tensor, an iterable of tensors or of (name, tensor) pairs, or a model. What has no gradient is passed
             over; sparse COO gradients are summed first.
-            Where parameters are DTensors over one mesh dimension (FSDP2, tensor parallel), all ranks call this together
+            Where parameters are DTensors (FSDP2, hybrid sharding, tensor parallel), all ranks call this together
             and ask the same, and each does to its blocks what one process would do.
         limit: the largest magnitude, positive, in the unit of the gradient.
         nonfinite: what becomes of a gradient with an entry that is NaN or infinite. "raise" changes nothing and raises;
