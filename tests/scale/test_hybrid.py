@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from shards import HYBRID, bits, blocks_of, chain, hybrid_mesh, in_quiet, local, made, sharded
-from test_sharded_gradients import EXACT, NORMS, same_on_all
+from test_sharded_gradients import EXACT, NORMS, UNITS, same_on_all
 from torch import nn
 
 import gradprune as gp
@@ -56,7 +56,7 @@ def gradients_are_those_of_one_process(rank, ranks):
     mesh = hybrid_mesh(ranks)
     for seed, how in enumerate((*HYBRID, *HYBRID)):
         dtype = DTYPES[seed]
-        for name, call in (EXACT | NORMS).items():
+        for name, call in (EXACT | NORMS | UNITS).items():
             alone, spread = (chain(seed, SIZES, dtype) for _ in range(2))
             for p in alone.parameters():
                 p.grad = made(("normal", "ties")[seed % 2], p.shape).to(dtype)
@@ -71,7 +71,7 @@ def gradients_are_those_of_one_process(rank, ranks):
                 assert float(found) == pytest.approx(float(wanted), rel=1e-6)
             grads = blocks_of([p.grad for p in alone.parameters()], how, mesh)
             for p, other in zip(spread.parameters(), grads, strict=True):
-                near = 2e-6 + 2 * torch.finfo(dtype).eps if name in NORMS else 0.0
+                near = 0.0 if name in EXACT else 2e-6 + 2 * torch.finfo(dtype).eps
                 assert torch.allclose(local(p.grad).double(), other, rtol=near, atol=0.0), (how, dtype, name)
 
 

@@ -16,7 +16,7 @@ from gradprune.gradients.nonfinite import NonFinite
 from gradprune.gradients.norms import SMALL, grouped_by_device, most_of
 from gradprune.gradients.params import Params
 from gradprune.gradients.representable import at_most
-from gradprune.gradients.spread import gathered
+from gradprune.gradients.spread import GatheredOverRanks, gathered
 from gradprune.gradients.unitwise import (
     absent_units,
     cut_by_tensor,
@@ -175,9 +175,17 @@ def clip_adaptive_(
 
     Brock et al. (2021), equation 3; chapter 2, equation 2.4.
     """
-    factor = checks.number("factor", factor, above=0.0, finite=False)
-    eps = checks.number("eps", eps, above=0.0, finite=False)
-    found = Gathered(params, nonfinite, log, "adaptive")
+
+    def asked() -> dict[str, float]:
+        return {
+            "factor": checks.number("factor", factor, above=0.0, finite=False),
+            "eps": checks.number("eps", eps, above=0.0, finite=False),
+        }
+
+    found, given = gathered(params, nonfinite, log, "adaptive", asked)
+    factor, eps = given["factor"], given["eps"]
+    if isinstance(found, GatheredOverRanks):
+        return found.clip_units_(factor, eps)
     units = units_of(found, params)
     ratios, order = ratios_of(units, eps, precise=factor * eps < 1e-12)
     size = float(ratios.max()) if len(ratios) else 0.0
