@@ -68,17 +68,22 @@ def count(shards: Iterable[Shard], masks: Iterable[Tensor], ranks: Ranks) -> lis
 
 def let_owners_decide_(shards: Sequence[Shard], masks: Sequence[Tensor], ranks: Ranks) -> None:
     """Give the copies of a block the mask of the lowest rank that holds it; they may differ in their last bits."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     copied = [at for at, shard in enumerate(shards) if any(len(holders) > 1 for holders in shard.holders)]
     if not copied:
         return
-    told: list[Any] = [None] * torch.distributed.get_world_size()
+    mine = {str(at): masks[at] for at in copied if any(rank in h and len(h) > 1 for h in shards[at].holders)}
+    hashes: list[Any] = [None] * size
+    torch.distributed.all_gather_object(hashes, digest(mine))
+    if all(hashes[h[0]] == hashes[other] for at in copied for h in shards[at].holders for other in h):
+        return
+    told: list[Any] = [None] * size
     torch.distributed.all_gather_object(told, [(tuple(masks[at].shape), digest({"": masks[at]})) for at in copied])
     for i, at in enumerate(copied):
         for owner, *others in shards[at].holders:
             shape, _ = told[owner][i]
-            if any(told[rank][i] != told[owner][i] for rank in others):
-                own = torch.distributed.get_rank()
-                here = own == owner or own in others
+            if any(told[other][i] != told[owner][i] for other in others):
+                here = rank == owner or rank in others
                 decided = ranks.mask_of(
                     masks[at] if here else torch.zeros(shape, dtype=torch.bool, device="cpu"), owner
                 )

@@ -7,7 +7,9 @@ left would let them wait for ever.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.agree import Group, agree, meet, require_same
+from gradprune.core.agree import Group, agree, equal_on_all, meet, require_same
 from gradprune.core.checks import is_distributed
 
 T = TypeVar("T")
+Place = tuple[tuple[int, ...], tuple[int, ...]]  # of a block: its offset, and its shape
 
 
 class Subject(NamedTuple):
@@ -173,22 +176,29 @@ def together(
     or ranks ask for different things, all ranks raise the same.
     """
 
-    def each() -> tuple[tuple[T, Mapping[str, Tensor]], Mapping[str, object], dict[str, Block]]:
+    def each() -> tuple[tuple[T, Mapping[str, Tensor], dict[str, Block]], Mapping[str, object], Any]:
         result, asked, tensors = work()
-        return (result, tensors), asked, {name: _block(name, tensor, subject) for name, tensor in tensors.items()}
+        blocks = {name: _block(name, tensor, subject) for name, tensor in tensors.items()}
+        unknown = {name: block for name, block in blocks.items() if not _spans_all(tensors[name])}
+        layout = hashlib.blake2b(repr([(name, block[:3]) for name, block in blocks.items()]).encode(), digest_size=16)
+        return (result, tensors, blocks), asked, (layout.hexdigest(), unknown)
 
     if called:
         meet(called)
-    (result, tensors), told = agree(called, each)
-    alike = [{name: block[:3] for name, block in blocks.items()} for blocks in told]
-    require_same(alike, subject.called + " {!r}")
+    (result, tensors, blocks), told = agree(called, each)
+    if not equal_on_all([layout for layout, _ in told]):
+        every: list[Any] = [None] * len(told)
+        torch.distributed.all_gather_object(every, {name: block[:3] for name, block in blocks.items()})
+        require_same(every, subject.called + " {!r}")
+    held = {}
     for name, tensor in tensors.items():
-        eps = 0.0 if tensor.dtype == torch.bool else torch.finfo(tensor.dtype).eps
-        _require_copies(name, eps, [blocks[name] for blocks in told], subject)
-    rank = torch.distributed.get_rank()
-    held = {
-        name: _held(name, tensor, [blocks[name] for blocks in told], rank, subject) for name, tensor in tensors.items()
-    }
+        if name in told[0][1]:
+            theirs = [unknown[name] for _, unknown in told]
+            _require_copies(name, tensor, theirs, subject)
+            holders = _holders([(block.offset, block.local) for block in theirs])
+        else:
+            holders = _holders_by_mesh(blocks[name].shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+        held[name] = _held(name, tensor, blocks[name], holders, subject)
     return result, held
 
 
@@ -214,21 +224,29 @@ def _block(name: str, tensor: Tensor, subject: Subject) -> Block:
     if not is_distributed(tensor):
         return Block(shape, dtype, "whole", shape, (0,) * len(shape), _sums(tensor))
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    coordinate = mesh.get_coordinate()
     layout = f"{subject.called} {name!r} is a DTensor {', '.join(map(str, placements))}"
-    found = _ranges(shape, mesh, placements)
+    found = None if coordinate is None else _ranges(shape, mesh.mesh.shape, placements, coordinate)
     if found is None:
         sizes = " x ".join(map(str, mesh.mesh.shape))
         raise TypeError(f"{layout} on a mesh of {sizes}, which is not supported: {subject.way_out}")
     held, block = local(tensor), tuple(size for _, size in found)
     if tuple(held.shape) != block:
         raise TypeError(f"{layout}, but its block has shape {tuple(held.shape)}, wanted {block}: {subject.way_out}")
-    alone = mesh.size() < torch.distributed.get_world_size()  # nothing says that another mesh has equal copies
-    sums = _sums(held) if alone else (0.0, 0.0)
-    return Block(shape, dtype, ", ".join(map(str, placements)), block, tuple(start for start, _ in found), sums)
+    sums = (0.0, 0.0) if _spans_all(tensor) else _sums(held)  # nothing says that another mesh has equal copies
+    called = f"{', '.join(map(str, placements))} on {' x '.join(map(str, mesh.mesh.shape))}"
+    return Block(shape, dtype, called, block, tuple(start for start, _ in found), sums)
 
 
-def _ranges(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> list[tuple[int, int]] | None:
-    """From where to how far this rank's block goes, by axis; None where it is not one that is known.
+def _spans_all(tensor: Tensor) -> bool:
+    """Whether one mesh has all ranks, so that its coordinates say what each of them holds."""
+    return is_distributed(tensor) and tensor.device_mesh.size() == torch.distributed.get_world_size()  # type: ignore[attr-defined]
+
+
+def _ranges(
+    shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Any], coordinate: Sequence[int]
+) -> list[tuple[int, int]] | None:
+    """From where to how far a rank's block goes, by axis, in a mesh of some sizes; None where that is not known.
 
     An axis is cut once for each dimension of the mesh that shards it, from the left; but FSDP2 cuts what tensor
     parallelism, further to the right, has cut already, and calls that a strided shard.
@@ -236,25 +254,22 @@ def _ranges(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> list[
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor import Shard as Sharded
 
-    coordinate = mesh.get_coordinate()
     cuts: dict[int, list[int]] = {}
     for at, placement in reversed(list(enumerate(placements))):
         strided = getattr(placement, "split_factor", None)
-        if type(placement) is not Replicate and type(placement) is not Sharded and strided is None:
-            return None
         if type(placement) is Replicate:
             continue
+        if type(placement) is not Sharded and strided is None:
+            return None
         before = cuts.setdefault(placement.dim, [])
-        if strided is not None and strided != math.prod(mesh.size(other) for other in before):
+        if strided is not None and strided != math.prod(mesh[other] for other in before):
             return None
         before.insert(len(before) if strided is not None else 0, at)
-    if coordinate is None:
-        return None
     found = []
     for axis, size in enumerate(shape):
         start = 0
         for at in cuts.get(axis, ()):
-            piece = -(-size // mesh.size(at))
+            piece = -(-size // mesh[at])
             skipped = min(size, piece * coordinate[at])
             start, size = start + skipped, min(piece, size - skipped)
         found.append((start, size))
@@ -269,35 +284,50 @@ def _sums(tensor: Tensor) -> tuple[float, float]:
     return total.real + total.imag, float(values.abs().sum(dtype=torch.float64))
 
 
-def _require_copies(name: str, eps: float, blocks: Sequence[Block], subject: Subject) -> None:
+def _require_copies(name: str, tensor: Tensor, blocks: Sequence[Block], subject: Subject) -> None:
     """Raise ValueError where the blocks that nothing keeps equal are not copies of each other but for rounding."""
-    first: dict[tuple[int, ...], int] = {}
+    eps = 0.0 if tensor.dtype == torch.bool else torch.finfo(tensor.dtype).eps
+    first: dict[Place, int] = {}
     for rank, block in enumerate(blocks):
-        at = first.setdefault(block.offset + block.local, rank)
+        at = first.setdefault((block.offset, block.local), rank)
         (one, size), (other, size_here) = blocks[at].sums, block.sums
         tolerance = (1e-5 + eps / max(1, math.prod(block.local)) ** 0.5) * max(size, size_here)
         if abs(other - one) > tolerance:
-            what = "is no DTensor" if block.placement == "whole" else "is spread over several meshes"
+            what = "is spread over several meshes" if is_distributed(tensor) else "is no DTensor"
             raise ValueError(
                 f"{subject.called} {name!r} {what}, and its values on rank {rank} are not those on rank {at}: "
                 f"{subject.equal_copies}"
             )
 
 
-def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int, subject: Subject) -> Shard:
+@functools.lru_cache(maxsize=256)
+def _holders_by_mesh(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> dict[Place, tuple[int, ...]]:
+    """Which ranks hold each block that is not empty, by the mesh that has them all."""
+    places: list[Place] = [((), ())] * mesh.size()
+    for coordinate in itertools.product(*map(range, mesh.mesh.shape)):
+        found = _ranges(shape, mesh.mesh.shape, placements, coordinate) or []
+        places[int(mesh.mesh[coordinate])] = tuple(start for start, _ in found), tuple(size for _, size in found)
+    return _holders(places)
+
+
+def _holders(places: Sequence[Place]) -> dict[Place, tuple[int, ...]]:
+    found: dict[Place, list[int]] = {}
+    for rank, place in enumerate(places):
+        if math.prod(place[1]):
+            found.setdefault(place, []).append(rank)
+    return {place: tuple(ranks) for place, ranks in found.items()}
+
+
+def _held(name: str, tensor: Tensor, mine: Block, holders: Mapping[Place, tuple[int, ...]], subject: Subject) -> Shard:
     """The block of a tensor here, once the blocks of all ranks were found to make up the whole."""
-    holders: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-    for at, block in enumerate(blocks):
-        if math.prod(block.local):
-            holders.setdefault((block.offset, block.local), []).append(at)
-    mine = blocks[rank]
     if not _is_grid(list(holders), mine.shape):
         raise TypeError(f"the blocks of {name!r} do not make up the whole, each once or in copies: {subject.way_out}")
-    owned = holders.get((mine.offset, mine.local), [rank])[0] == rank
-    return Shard(local(tensor), mine.shape, mine.offset, tuple(map(tuple, holders.values())), owned)
+    rank = torch.distributed.get_rank()
+    owned = holders.get((mine.offset, mine.local), (rank,))[0] == rank
+    return Shard(local(tensor), mine.shape, mine.offset, tuple(holders.values()), owned)
 
 
-def _is_grid(places: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: Sequence[int]) -> bool:
+def _is_grid(places: Sequence[Place], shape: Sequence[int]) -> bool:
     """Whether different blocks, at their offsets, are all cells of a grid that covers the whole."""
     cells = 1
     for axis, size in enumerate(shape):

@@ -43,7 +43,10 @@ def weights_beside(params: Any) -> Weights:
         if p.grad is not None and is_distributed(p) != is_distributed(p.grad):
             raise TypeError(f"of {name!r} either the weights or the gradient are a DTensor, wanted both or neither")
         if p.grad is not None and is_distributed(p) and p.placements != p.grad.placements:  # type: ignore[attr-defined]
-            raise TypeError(f"the gradient of {name!r} is not spread over the ranks as its weights are")
+            theirs, own = (", ".join(map(str, t.placements)) for t in (p.grad, p))  # type: ignore[attr-defined]
+            raise TypeError(
+                f"the gradient of {name!r} is a DTensor {theirs}, which is not supported where its weights are {own}"
+            )
         found[name] = local(p).detach(), groups.get(id(p), 0)
     return found
 
