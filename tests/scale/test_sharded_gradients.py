@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tempfile
 
 import group
 import pytest
@@ -270,19 +271,61 @@ def flattened_parameters_are_refused(rank, ranks):
             refused(rank, ranks, call, model, TypeError, r"FullyShardedDataParallel \(FSDP1\).*fully_shard \(FSDP2\)")
 
 
+def what_waits_is_that_of_one_process(rank, ranks):
+    import torch.distributed.checkpoint as checkpoint
+
+    mesh = mesh_of(ranks)
+    rules = ({"density": 0.3}, {"density": 0.2, "scope": "layer", "momentum": 0.5}, {"threshold": 0.7}, {"ratio": 1.2})
+    for seed, (how, rule) in enumerate(itertools.product(LAYOUTS, rules)):
+        dtype = DTYPES[(seed + seed // 4) % 4]
+        models = pair(mesh, how, seed, dtype=dtype)
+        one, other = (gp.ErrorFeedback(model, **rule) for model in models)
+        for at in range(3):
+            for model, again in zip(models, pair(mesh, how, 100 * at + seed, dtype=dtype), strict=True):
+                for p, q in zip(model.parameters(), again.parameters(), strict=True):
+                    p.grad = q.grad
+            assert one.step() == other.step(), (how, rule)
+            for found, wanted in zip(gradients(models[1]), gradients(models[0]), strict=True):
+                assert torch.equal(bits(found), bits(wanted)), (how, dtype, rule, at)
+        for name, waits in one.residuals.items():
+            assert torch.equal(whole(other.residuals[name]), waits)
+        state = other.state_dict()
+        if how == "fsdp":
+            folder = [tempfile.mkdtemp()]
+            dist.broadcast_object_list(folder)
+            checkpoint.save({"feedback": state}, checkpoint_id=folder[0])
+            for kind in ("residuals", "velocities"):
+                state[kind] = {name: torch.zeros_like(waits) for name, waits in state[kind].items()}
+            checkpoint.load({"feedback": state}, checkpoint_id=folder[0])
+        third = gp.ErrorFeedback(models[1], **rule)
+        third.load_state_dict(state)
+        assert third.steps == 3
+        assert all(torch.equal(local(third.residuals[n]), local(r)) for n, r in other.residuals.items())
+    local(models[1][0].weight.grad).fill_(math.nan if rank == ranks - 1 else 1.0)
+    refused(rank, ranks, lambda _: other.step(), models[1], ValueError, "^the gradient of '0.weight' is not finite")
+    _, model = pair(mesh, how, 1)
+    late = gp.ErrorFeedback(model, 0.5 if rank else 0.4)
+    refused(rank, ranks, lambda _: late.step(), model, ValueError, "the argument amount is 0.4 on rank 0, 0.5 on 1")
+    state["steps"] = rank
+    refused(rank, ranks, lambda _: other.load_state_dict(state), model, ValueError, "the argument steps is 0 on rank 0")
+
+
 def what_is_not_supported_yet_is_one_error_on_all(rank, ranks):
     for how in ("fsdp", "mixed"):
         model = pair(mesh_of(ranks), how, 1)[1]
         for call in (
-            lambda p: gp.ErrorFeedback(p, 0.5).step(),
             lambda p: gp.Recorder(p, torch.optim.SGD(p.parameters(), 0.1)),
+            lambda p: gp.gradient_norms(p, torch.ones(())),
         ):
-            refused(rank, ranks, call, model, TypeError, "'0.weight' is a DTensor .* not supported yet")
+            refused(
+                rank, ranks, call, model, (TypeError, ValueError), "a DTensor .* not supp|not supported where .* DT"
+            )
 
 
 CASES = (
     they_are_those_of_one_process,
     units_are_bounded_as_by_one_process,
+    what_waits_is_that_of_one_process,
     norms_are_right_beyond_the_range_of_squares,
     a_step_of_fsdp_is_clipped_as_torch_does,
     a_log_may_be_kept_on_one_rank_alone,
