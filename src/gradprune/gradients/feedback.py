@@ -52,7 +52,9 @@ class ErrorFeedback:
     with the model goes on with the copy of the model.
 
     Args:
-        params: a tensor, an iterable of tensors or of (name, tensor) pairs, or a model.
+        params: a tensor, an iterable of tensors or of (name, tensor) pairs, or a model. Where parameters are DTensors
+            (FSDP2, hybrid sharding, tensor parallel), all ranks step together as one process would, and what waits is
+            spread as the parameters are, for torch.distributed.checkpoint too.
         density: the fraction of the entries to send, as for :func:`keep_top_gradients_`: 0.01 is one per cent. Exactly
             one of this, `threshold` and `ratio` is given, each a number or a function of the number of steps taken. The
             schedules of this package give the fraction to leave out: ``density=lambda t: 1 - schedule(t)``.
