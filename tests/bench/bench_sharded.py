@@ -132,8 +132,9 @@ def measured(ranks, *settings):
 def on_paper(whole, weights):
     """What more ranks would take: each looks at its own weights, and all talk as often and as much as two do here.
 
-    What is sent depends on the number of tensors, not on their size: it is counted with as many small ones. A sum over P ranks by a ring sends twice (P - 1) / P of its bytes, in 2 log2(P) steps by a tree. The time of a step
-    is that of one on loopback between two, and says nothing of a real network.
+    What is sent depends on the number of tensors, not on their size: it is counted with as many small ones. A sum over
+    P ranks by a ring sends twice (P - 1) / P of its bytes, in 2 log2(P) steps by a tree. The time of a step is that of
+    one on loopback between two, and says nothing of a real network.
     """
     found = measured(2, 1024 * PAPER["tensors"], PAPER["tensors"], 1)
     share = PAPER["weights"] / PAPER["ranks"]
