@@ -9,7 +9,7 @@ import group
 import pytest
 import torch
 import torch.distributed as dist
-from shards import in_quiet
+from shards import chain, in_quiet, mesh_of, sharded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -177,25 +177,27 @@ def a_rank_that_stays_away_is_named(rank, ranks):
     ddp = DistributedDataParallel(net())
     masks = gp.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in ddp.named_parameters()})
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-    calls = {
-        "gp.prune": lambda: gp.prune(ddp, sparsity=0.5),
-        "Masks.apply_": lambda: masks.apply_(ddp),
-        "Masks.hold": lambda: masks.hold(optimizer, ddp),
-        "gp.Pruner": lambda: gp.Pruner(ddp, optimizer, gp.OneShot(0.5)),
-    }
+    shards = sharded(chain(1, (5, 7, 6)), "fsdp", mesh_of(ranks))
+    calls = (
+        ("gp.prune", lambda: gp.prune(ddp, sparsity=0.5)),
+        ("gp.prune", lambda: gp.prune(shards, sparsity=0.5)),
+        ("Masks.apply_", lambda: masks.apply_(ddp)),
+        ("Masks.hold", lambda: masks.hold(optimizer, ddp)),
+        ("gp.Pruner", lambda: gp.Pruner(ddp, optimizer, gp.OneShot(0.5))),
+    )
     before, last = copy.deepcopy(ddp.state_dict()), ranks - 1
-    for called, call in calls.items():
+    for at, (called, call) in enumerate(calls):
         if rank == last:
-            await_(called, range(last))  # the others have given up
+            await_(at, range(last))  # the others have given up
         with pytest.raises(RuntimeError, match=f"^{called}: rank {last} of {ranks} did not call it within 0:00:0"):
             call()
-        _store().set(f"test/{called}/{rank}", "raised")
-        await_(called, range(ranks))
+        _store().set(f"test/{at}/{rank}", "raised")
+        await_(at, range(ranks))
     assert all(torch.equal(p, before[name]) for name, p in ddp.state_dict().items())
 
 
-def await_(called, others):
-    while not _store().check([f"test/{called}/{r}" for r in others]):
+def await_(call, others):
+    while not _store().check([f"test/{call}/{r}" for r in others]):
         time.sleep(0.02)
 
 
