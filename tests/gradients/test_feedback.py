@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import gradprune as gp
-from gradprune.gradients import feedback as module
+from gradprune.gradients.sparsify import share_of
 
 
 def made(momentum=0.0, dtype=torch.float32, **rule):
@@ -212,7 +212,7 @@ def test_torchs_defaults_change_nothing(change, to, back, rule):
 
 
 def test_the_share_is_over_all_entries_and_nothing_is_not_a_number():
-    assert module.share_of(0, {}) == 1.0
+    assert share_of(0, {}) == 1.0
     parameter = nn.Parameter(torch.zeros(4))
     parameter.grad = torch.tensor([math.pi, 0.0, 0.0, 0.0])
     assert gp.ErrorFeedback(parameter, threshold=1.0).step() == 0.25

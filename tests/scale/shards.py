@@ -6,6 +6,7 @@ import warnings
 import torch
 from torch import nn
 
+HYBRID = ("hsdp", "tp")
 LAYOUTS = ("fsdp", "rows", "columns", "copies", "mixed")
 
 
@@ -34,6 +35,18 @@ def sharded(model, how, mesh):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    if how == "hsdp":  # copies over the first dimension of the mesh, shards over the second
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    if how == "tp":  # tensor parallel over the second, sharded over the first; every third layer is sharded alone
+        for i, layer in enumerate(model):
+            if i % 3 < 2:
+                cut = distribute_tensor(layer.weight.detach(), mesh["second"], [Shard(1 - i % 3)])
+                layer.weight = nn.Parameter(cut)
+            if i % 4 < 3:  # every fourth is not sharded further
+                fully_shard(layer, mesh=mesh["first"])
+        return model
     if how == "fsdp":
         for layer in model:
             fully_shard(layer, mesh=mesh)
@@ -66,6 +79,21 @@ def mesh_of(ranks):
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh("cpu", (ranks,))
+
+
+def hybrid_mesh(ranks):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("first", "second"))
+
+
+def blocks_of(wholes, how, mesh):
+    """What this rank would hold of whole tensors that are spread as a chain's weights are."""
+    wholes = list(wholes)
+    model = nn.Sequential(*(nn.Linear(*reversed(w.shape), bias=False) for w in wholes))
+    for layer, w in zip(model, wholes, strict=True):
+        layer.weight.data = w.detach().double()
+    return [local(p) for p in sharded(model, how, mesh).parameters()]
 
 
 def local(tensor):

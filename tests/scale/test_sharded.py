@@ -42,6 +42,9 @@ def masks_are_those_of_one_process(rank, ranks):
         check_as_one_process(mesh, "fsdp", (1, (5, 7, 4), torch.float32, "ties"), sparsity=sparsity)
     check_as_one_process(mesh, "rows", (1, (9, 7, 4)), sparsity=0.5, scope={"0.weight": 0.2}, exclude="1.*")
     check_as_one_process(mesh, "columns", (1, (9, 7, 4)), sparsity=0.9, min_keep=4)
+    for how, (values, threshold) in itertools.product(LAYOUTS, (("normal", 0.7), ("ties", 0.5), ("extremes", 0.0))):
+        check_as_one_process(mesh, how, (4, (5, 7, 8, 3), DTYPES[len(how) % 4], values), threshold=threshold)
+    check_as_one_process(mesh, "mixed", (4, (5, 7, 8, 3)), threshold=5.0, min_keep=3, scope="layer")
 
 
 def larger_masks_are_those_of_one_process_whatever_a_sample_says(rank, ranks):
@@ -110,11 +113,10 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
     check_refused(
         rank, ranks, model, TypeError, f"on rank {ranks - 1}: scope must", sparsity=0.5, scope=1 if last else "layer"
     )
-    unsupported = {"threshold": 0.1}, {"score": gp.random}, {"granularity": "channel"}, {"scope": "row"}, {"within": {}}
+    unsupported = {"score": gp.random}, {"granularity": "channel"}, {"scope": "row"}, {"within": {}}
     for more in unsupported:
-        amount = {} if "threshold" in more else {"sparsity": 0.5}
         check_refused(
-            rank, ranks, model, ValueError, "is not supported where parameters are DTensors", **amount, **more
+            rank, ranks, model, ValueError, "is not supported where parameters are DTensors", sparsity=0.5, **more
         )
     for how, owner in (("fsdp", 0), ("fsdp", ranks - 1), ("copies", ranks - 1)):
         model = sharded(chain(1, (5, 7, 6)), how, mesh)
@@ -122,23 +124,22 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
             local(model[1].weight).view(-1)[-1] = torch.nan
         check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", sparsity=0.5)
         check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", sparsity=1.0, scope="layer")
+        check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", threshold=0.1)
 
     model = sharded(chain(1, (5, 7, 6, 4, 3)), "mixed", mesh)
     if last:
         nn.init.normal_(model[3].weight)
     check_refused(rank, ranks, model, ValueError, "'3.weight' is no DTensor, and its values on rank", sparsity=0.5)
     assert in_quiet(gp.prune, model, sparsity=0.5, exclude="3.*").holds(model)
+    weight = torch.randn(7, 5)
+    model = chain(1, (5, 7))
+    model[0].weight = nn.Parameter(DTensor.from_local(weight, mesh, [Partial()]))
+    check_refused(rank, ranks, model, TypeError, "'0.weight' is a DTensor P.*, which is not supported", sparsity=0.5)
     flat = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("a", "b"))
-    for on, place, match in (
-        (flat, [Shard(0), Shard(1)], f"'0.weight' is a DTensor .* on a mesh of 1 x {ranks}, which is not supported"),
-        (flat["a"], [Shard(0)], f"sharded over 1 of {ranks} ranks, which is not supported"),
-        (mesh, [Partial()], "'0.weight' is a DTensor P.*, which is not supported"),
-    ):
-        model = chain(1, (5, 7))
-        weight = model[0].weight.detach()
-        made = DTensor.from_local(weight, on, place) if Partial() in place else distribute_tensor(weight, on, place)
-        model[0].weight = nn.Parameter(made)
-        check_refused(rank, ranks, model, TypeError, match, sparsity=0.5)
+    for on, place in ((flat, [Shard(0), Shard(1)]), (flat["a"], [Shard(0)]), (flat["b"], [Shard(1)])):
+        alone, model = chain(1, (5, 7)), chain(1, (5, 7))
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), on, place))
+        assert torch.equal(whole(gp.prune(model, sparsity=0.5)["0.weight"]), gp.prune(alone, sparsity=0.5)["0.weight"])
 
 
 def parameters_that_a_forward_pass_left_whole_are_pruned_in_their_blocks(rank, ranks):

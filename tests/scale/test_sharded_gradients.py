@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tempfile
 
 import group
 import pytest
@@ -19,6 +20,10 @@ NORMS = {
     "sum": lambda p: gp.clip_by_norm_(p, 0.5, norm_type=1),
     "only measured": lambda p: gp.clip_by_norm_(p, math.inf, norm_type=3),
     "auto": lambda p: gp.AutoClip(50)(p),
+}
+UNITS = {
+    "units": lambda p: gp.clip_adaptive_(p, 0.7),
+    "most units": lambda p: gp.clip_adaptive_(p, 0.01, eps=1.0),
 }
 EXACT = {
     "value": lambda p: gp.clip_by_value_(p, 0.4),
@@ -68,9 +73,49 @@ def they_are_those_of_one_process(rank, ranks):
             same_on_all(float(norm))
             assert norm.dtype == wanted.dtype
             assert float(norm) == pytest.approx(float(wanted), rel=1e-6), (how, dtype, values, name)
-            for found, other in zip(gradients(spread), gradients(alone), strict=True):
-                near = 2e-6 + 2 * torch.finfo(dtype).eps
-                assert torch.allclose(found.double(), other.double(), rtol=near, atol=0), (how, dtype, values, name)
+            check_near(gradients(spread), gradients(alone), dtype, (how, dtype, values, name))
+
+
+def units_are_bounded_as_by_one_process(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = mesh_of(ranks)
+    for seed, (how, values) in enumerate(itertools.product(LAYOUTS, ("normal", "zeros", "ties"))):
+        dtype = DTYPES[seed % 4]
+        for name, call in UNITS.items():
+            alone, spread = pair(mesh, how, seed, dtype=dtype, values=values)
+            call(alone)
+            call(spread)
+            check_near(gradients(spread), gradients(alone), dtype, (how, dtype, values, name))
+    for size in (1.0, 1e30, 1e-30):
+        log, wanted = gp.ClipLog(), gp.ClipLog()
+        alone, spread = layers(), fully_shard(layers(), mesh=mesh)
+        for one, other in zip(alone.parameters(), spread.parameters(), strict=True):
+            one.grad = made("normal", one.shape) * size
+            other.grad = distribute_tensor(one.grad.clone(), mesh, other.placements)
+        gp.clip_adaptive_(alone, 0.6 * size, log=wanted)
+        gp.clip_adaptive_(spread, 0.6 * size, log=log)
+        check_near(gradients(spread), gradients(alone), torch.float32, size)
+        for found, other in zip(log._rows[0], wanted._rows[0], strict=True):
+            assert found == pytest.approx(other, rel=1e-5)
+        assert 0 < log.shares[0] < 1
+    _, spread = pair(mesh, "columns", 1)
+    if rank == ranks - 1:
+        local(spread[0].weight).view(-1)[-1] = math.inf
+    refused(rank, ranks, UNITS["units"], spread, ValueError, "the weights of '0.weight' are not finite")
+
+
+def layers():
+    """With units on the second axis, in groups; a matrix, vectors, a filter."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.ConvTranspose2d(6, 8, 3, groups=2), nn.Conv2d(8, 5, 2), nn.Linear(7, 3), nn.LayerNorm(3))
+
+
+def check_near(found, wanted, dtype, said):
+    for some, other in zip(found, wanted, strict=True):
+        near = 2e-6 + 2 * torch.finfo(dtype).eps
+        assert torch.allclose(some.double(), other.double(), rtol=near, atol=0), said
 
 
 def norms_are_right_beyond_the_range_of_squares(rank, ranks):
@@ -134,6 +179,7 @@ def what_is_not_finite_on_one_rank_is_so_on_all(rank, ranks):
     calls = {
         "norm": lambda p, **a: gp.clip_by_norm_(p, 0.5, **a),
         "value": lambda p, **a: gp.clip_by_value_(p, 0.5, **a),
+        "units": lambda p, **a: gp.clip_adaptive_(p, 0.5, **a),
         "threshold": lambda p, **a: gp.threshold_gradients_(p, 0.5, **a),
         "top": lambda p, **a: gp.keep_top_gradients_(p, 0.5, **a),
     }
@@ -162,8 +208,7 @@ def what_is_not_finite_on_one_rank_is_so_on_all(rank, ranks):
 
 
 def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial
 
     mesh, last = mesh_of(ranks), rank == ranks - 1
     other = f"on rank 0, .* on {ranks - 1}"
@@ -179,6 +224,8 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         (lambda p: gp.threshold_gradients_(p, **{"ratio" if last else "threshold": 1.0}), "the argument amount is"),
         (lambda p: gp.threshold_gradients_(p), "^give exactly one of"),
         (lambda p: gp.keep_top_gradients_(p, 0.5, scope="layer" if last else "global"), "the argument amount is"),
+        (lambda p: gp.clip_adaptive_(p, 0.5, eps=0.1 if last else 0.2), f"the argument eps is 0.2 {other}"),
+        (lambda p: gp.clip_adaptive_(p, -1.0), "^factor must be a number, positive"),
         (lambda p: gp.keep_top_gradients_(p, 1.5 if last else 0.5), f"on rank {ranks - 1}: density must be"),
         (lambda p: gp.AutoClip(20 if last else 10)(p), "the argument percentile is"),
         (lambda p: gp.clip_by_norm_(list(p.parameters())[:1] if last else p, 1.0), "the gradient of '0.weight' is"),
@@ -187,7 +234,7 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
     for call, match in cases:
         refused(rank, ranks, call, pair(mesh, "fsdp", 1)[1], ValueError, match)
 
-    clips = (gp.clip_by_value_, gp.clip_by_norm_, gp.threshold_gradients_, gp.keep_top_gradients_)
+    clips = (gp.clip_by_value_, gp.clip_by_norm_, gp.clip_adaptive_, gp.threshold_gradients_, gp.keep_top_gradients_)
     calls = [lambda p, clip=clip: clip(p, 0.5) for clip in clips] + [gp.gradient_norms]
     for call in calls:
         _, model = pair(mesh, "fsdp", 1)
@@ -204,11 +251,6 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         )
         model[0].weight.grad = DTensor.from_local(torch.ones(7, 5), mesh, [Partial()], run_check=False)
         refused(rank, ranks, call, model, TypeError, "the gradient of '0.weight' is a DTensor P.*, which is not supp")
-        model = chain(1, (5, 7))
-        flat = init_device_mesh("cpu", (1, ranks))
-        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), flat, [Shard(0), Shard(1)]))
-        model[0].weight.grad = distribute_tensor(torch.ones(7, 5), flat, [Shard(0), Shard(1)])
-        refused(rank, ranks, call, model, TypeError, f"on a mesh of 1 x {ranks}, which is not supported: shard the mod")
 
 
 def flattened_parameters_are_refused(rank, ranks):
@@ -229,14 +271,68 @@ def flattened_parameters_are_refused(rank, ranks):
             refused(rank, ranks, call, model, TypeError, r"FullyShardedDataParallel \(FSDP1\).*fully_shard \(FSDP2\)")
 
 
+def what_waits_is_that_of_one_process(rank, ranks):
+    import torch.distributed.checkpoint as checkpoint
+
+    mesh = mesh_of(ranks)
+    rules = ({"density": 0.3}, {"density": 0.2, "scope": "layer", "momentum": 0.5}, {"threshold": 0.7}, {"ratio": 1.2})
+    for seed, (how, rule) in enumerate(itertools.product(LAYOUTS, rules)):
+        dtype = DTYPES[(seed + seed // 4) % 4]
+        models = pair(mesh, how, seed, dtype=dtype)
+        one, other = (gp.ErrorFeedback(model, **rule) for model in models)
+        for at in range(3):
+            for model, again in zip(models, pair(mesh, how, 100 * at + seed, dtype=dtype), strict=True):
+                for p, q in zip(model.parameters(), again.parameters(), strict=True):
+                    p.grad = q.grad
+            assert one.step() == other.step(), (how, rule)
+            for found, wanted in zip(gradients(models[1]), gradients(models[0]), strict=True):
+                assert torch.equal(bits(found), bits(wanted)), (how, dtype, rule, at)
+        for name, waits in one.residuals.items():
+            assert torch.equal(whole(other.residuals[name]), waits)
+        state = other.state_dict()
+        if how == "fsdp":
+            folder = [tempfile.mkdtemp()]
+            dist.broadcast_object_list(folder)
+            checkpoint.save({"feedback": state}, checkpoint_id=folder[0])
+            for kind in ("residuals", "velocities"):
+                state[kind] = {name: torch.zeros_like(waits) for name, waits in state[kind].items()}
+            checkpoint.load({"feedback": state}, checkpoint_id=folder[0])
+        third = gp.ErrorFeedback(models[1], **rule)
+        third.load_state_dict(state)
+        assert third.steps == 3
+        assert all(torch.equal(local(third.residuals[n]), local(r)) for n, r in other.residuals.items())
+    local(models[1][0].weight.grad).fill_(math.nan if rank == ranks - 1 else 1.0)
+    refused(rank, ranks, lambda _: other.step(), models[1], ValueError, "^the gradient of '0.weight' is not finite")
+    _, model = pair(mesh, how, 1)
+    late = gp.ErrorFeedback(model, 0.5 if rank else 0.4)
+    refused(rank, ranks, lambda _: late.step(), model, ValueError, "the argument amount is 0.4 on rank 0, 0.5 on 1")
+    state["steps"] = rank
+    refused(rank, ranks, lambda _: other.load_state_dict(state), model, ValueError, "the argument steps is 0 on rank 0")
+
+
+def what_is_not_supported_yet_is_one_error_on_all(rank, ranks):
+    for how in ("fsdp", "mixed"):
+        model = pair(mesh_of(ranks), how, 1)[1]
+        for call in (
+            lambda p: gp.Recorder(p, torch.optim.SGD(p.parameters(), 0.1)),
+            lambda p: gp.gradient_norms(p, torch.ones(())),
+        ):
+            refused(
+                rank, ranks, call, model, (TypeError, ValueError), "a DTensor .* not supp|not supported where .* DT"
+            )
+
+
 CASES = (
     they_are_those_of_one_process,
+    units_are_bounded_as_by_one_process,
+    what_waits_is_that_of_one_process,
     norms_are_right_beyond_the_range_of_squares,
     a_step_of_fsdp_is_clipped_as_torch_does,
     a_log_may_be_kept_on_one_rank_alone,
     what_is_not_finite_on_one_rank_is_so_on_all,
     what_is_wrong_on_one_rank_is_raised_on_all,
     flattened_parameters_are_refused,
+    what_is_not_supported_yet_is_one_error_on_all,
 )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from gradprune.core.collect import Kept, collect, raise_nan
 from gradprune.core.masked import count_kept
 from gradprune.core.order import Order
-from gradprune.core.sharded import Ranks, Shard
+from gradprune.core.sharded import Ranks, Shard, digest
 from gradprune.core.uncompiled import uncompiled
 
 DIGIT = 11, 6  # bits of a digit: at most, and at least
@@ -55,7 +55,7 @@ def keep_each(groups: Iterable[tuple[Mapping[str, Shard], int]], ranks: Ranks) -
     answers = iter(zip(found, _first_to_stay(ranked, found, ranks), strict=True))
     masks = [_masks(group, *next(answers)) if group.total else _all_of(group) for group in every]
     parts, flat = [part for group in every for part in group.parts], [mask for some in masks for mask in some]
-    _let_first_decide_(parts, flat, ranks)
+    let_owners_decide_(parts, flat, ranks)
     counts = iter(count(parts, flat, ranks))
     return [Kept(some, [next(counts) for _ in some]) for some in masks]
 
@@ -64,6 +64,31 @@ def count(shards: Iterable[Shard], masks: Iterable[Tensor], ranks: Ranks) -> lis
     """Return how many entries of each whole mask are True."""
     own = [count_kept(m) if s.owned else 0 for s, m in zip(shards, masks, strict=True)]
     return ranks.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
+
+
+def let_owners_decide_(shards: Sequence[Shard], masks: Sequence[Tensor], ranks: Ranks) -> None:
+    """Give the copies of a block the mask of the lowest rank that holds it; they may differ in their last bits."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    copied = [at for at, shard in enumerate(shards) if any(len(holders) > 1 for holders in shard.holders)]
+    if not copied:
+        return
+    mine = {str(at): masks[at] for at in copied if any(rank in h and len(h) > 1 for h in shards[at].holders)}
+    hashes: list[Any] = [None] * size
+    torch.distributed.all_gather_object(hashes, digest(mine))
+    if all(hashes[h[0]] == hashes[other] for at in copied for h in shards[at].holders for other in h):
+        return
+    told: list[Any] = [None] * size
+    torch.distributed.all_gather_object(told, [(tuple(masks[at].shape), digest({"": masks[at]})) for at in copied])
+    for i, at in enumerate(copied):
+        for owner, *others in shards[at].holders:
+            shape, _ = told[owner][i]
+            if any(told[other][i] != told[owner][i] for other in others):
+                here = rank == owner or rank in others
+                decided = ranks.mask_of(
+                    masks[at] if here else torch.zeros(shape, dtype=torch.bool, device="cpu"), owner
+                )
+                if here:
+                    masks[at].copy_(decided)
 
 
 class _Group(NamedTuple):
@@ -281,15 +306,3 @@ def _mask(part: Shard, order: Order, key: int, first: int) -> Tensor:
             ties = (keys == key).nonzero().view(-1)
             stays[ties] = part.positions(ties + i * PIECE) >= first
     return mask
-
-
-def _let_first_decide_(parts: list[Shard], masks: list[Tensor], ranks: Ranks) -> None:
-    """Copies of one tensor may differ in their last bits, and the masks must not."""
-    shared = [mask for part, mask in zip(parts, masks, strict=True) if part.shared]
-    if not shared:
-        return
-    flat = torch.cat([mask.view(-1).cpu() for mask in shared]).numpy()
-    bits = ranks.first(torch.from_numpy(np.packbits(flat)))
-    decided = torch.from_numpy(np.unpackbits(bits.numpy(), count=flat.size).view(np.bool_))
-    for mask, one in zip(shared, decided.split([mask.numel() for mask in shared]), strict=True):
-        mask.copy_(one.view(mask.shape))

@@ -7,17 +7,23 @@ left would let them wait for ever.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradprune.core.agree import Group, agree, equal_on_all, meet, require_same
 from gradprune.core.checks import is_distributed
 
 T = TypeVar("T")
+Place = tuple[tuple[int, ...], tuple[int, ...]]  # of a block: its offset, and its shape
 
 
 class Subject(NamedTuple):
@@ -30,12 +36,12 @@ class Subject(NamedTuple):
 
 PARAMETER = Subject(
     "the parameter",
-    "prune the model before it is sharded, or shard it over one mesh dimension, by Shard or Replicate",
+    "prune the model before it is sharded, or shard it by FSDP2, or by Shard and Replicate",
     "exclude it, or broadcast it first if it is to be the same",
 )
 GRADIENT = Subject(
     "the gradient of",
-    "shard the model over one mesh dimension, by Shard or Replicate",
+    "shard the model by FSDP2, or by Shard and Replicate",
     "leave its parameter out, or all-reduce it first if it is to be the same",
 )
 
@@ -46,8 +52,8 @@ class Shard(NamedTuple):
     local: Tensor  # the tensor's own memory
     shape: tuple[int, ...]  # of the whole
     offset: tuple[int, ...]
+    holders: tuple[tuple[int, ...], ...]  # of each block that is not empty the ranks that hold it
     owned: bool  # whether this rank counts it
-    shared: bool  # whether all ranks hold it
 
     @property
     def numel(self) -> int:
@@ -66,20 +72,21 @@ class Shard(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """All processes, and the device through which they talk."""
+    """Processes, all of them or those of a group, and the device through which they talk."""
 
     device: torch.device
+    group: Group = None
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Return the sum over all ranks, on the CPU."""
         total = numbers.to(self.device, copy=True)
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total, group=self.group)
         return total.cpu()
 
     def most(self, numbers: Tensor) -> Tensor:
         """Return the largest over all ranks, on the CPU; none of the numbers is NaN."""
         largest = numbers.to(self.device, copy=True)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return largest.cpu()
 
     def add(self, number: int) -> int:
@@ -87,10 +94,25 @@ class Ranks(NamedTuple):
         return int(self.sum(torch.tensor([number], dtype=torch.int64, device="cpu")))
 
     def first(self, values: Tensor) -> Tensor:
-        """Return what rank 0 has, on the CPU."""
+        """Return what the first rank has, on the CPU."""
+        return self.of(values, self.source)
+
+    @property
+    def source(self) -> int:
+        """The first rank, as all processes number them."""
+        return 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
+
+    def of(self, values: Tensor, rank: int) -> Tensor:
+        """Return what one rank has, on the CPU; the others give tensors like it."""
         sent = values.to(self.device, copy=True)
-        torch.distributed.broadcast(sent, src=0)
+        torch.distributed.broadcast(sent, src=rank, group=self.group)
         return sent.cpu()
+
+    def mask_of(self, mask: Tensor, rank: int) -> Tensor:
+        """Return what ``of`` does, sent as one bit an entry."""
+        flat = mask.reshape(-1).cpu().numpy()
+        bits = self.of(torch.from_numpy(np.packbits(flat)), rank)
+        return torch.from_numpy(np.unpackbits(bits.numpy(), count=flat.size).view(np.bool_)).view(mask.shape)
 
 
 class Block(NamedTuple):
@@ -137,51 +159,58 @@ def like(whole: Tensor, block: Tensor) -> Tensor:
     )
 
 
-def ranks_of(tensors: Iterable[Tensor], subject: Subject = PARAMETER) -> Ranks:
-    """Return all processes, or raise TypeError, on each of a mesh, where the mesh leaves some out."""
-    meshes = [t.device_mesh for t in tensors if is_distributed(t)]  # type: ignore[attr-defined]
-    largest = max(meshes, key=lambda mesh: int(mesh.size()))
-    world = torch.distributed.get_world_size()
-    if largest.size() != world:
-        raise TypeError(
-            f"the model is sharded over {largest.size()} of {world} ranks, which is not supported: {subject.way_out}"
-        )
-    kind = largest.device_type
+def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
+    """Return all processes, with the device on which the tensors are spread."""
+    kind = next(t.device_mesh.device_type for t in tensors if is_distributed(t))  # type: ignore[attr-defined]
     return Ranks(torch.device(kind, getattr(torch, kind).current_device()) if kind != "cpu" else torch.device("cpu"))
 
 
 def together(
-    work: Callable[[], tuple[T, Mapping[str, object], Mapping[str, Tensor]]], subject: Subject = PARAMETER
+    work: Callable[[], tuple[T, Mapping[str, object], Mapping[str, Tensor]]],
+    subject: Subject = PARAMETER,
+    called: str = "",
 ) -> tuple[T, dict[str, Shard]]:
     """Do what each rank does by itself; return its result, and the blocks of its tensors.
 
     `work` returns a result, what was asked for (compared as text) and the tensors by name. Where it raises on one rank,
     or ranks ask for different things, all ranks raise the same.
     """
-    result, blocks, error = None, {}, None
-    asked: dict[str, str] = {}
-    tensors: Mapping[str, Tensor] = {}
-    try:
-        result, given, tensors = work()
-        asked = {name: repr(value) for name, value in given.items()}
+
+    def each() -> tuple[tuple[T, Mapping[str, Tensor], dict[str, Block]], Mapping[str, object], Any]:
+        result, asked, tensors = work()
         blocks = {name: _block(name, tensor, subject) for name, tensor in tensors.items()}
-    except Exception as raised:
-        error = raised
-    told: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, (_as_told(error), asked, blocks))
-    _raise_first([failure for failure, _, _ in told], error)
-    _require_same([asked for _, asked, _ in told], "the argument {}")
-    alike = [{name: block[:3] for name, block in blocks.items()} for _, _, blocks in told]
-    _require_same(alike, subject.called + " {!r}")
+        unknown = {name: block for name, block in blocks.items() if not _spans_all(tensors[name])}
+        layout = hashlib.blake2b(repr([(name, block[:3]) for name, block in blocks.items()]).encode(), digest_size=16)
+        return (result, tensors, blocks), asked, (layout.hexdigest(), unknown)
+
+    if called:
+        meet(called)
+    (result, tensors, blocks), told = agree(called, each)
+    if not equal_on_all([layout for layout, _ in told]):
+        every: list[Any] = [None] * len(told)
+        torch.distributed.all_gather_object(every, {name: block[:3] for name, block in blocks.items()})
+        require_same(every, subject.called + " {!r}")
+    held = {}
     for name, tensor in tensors.items():
-        eps = 0.0 if tensor.dtype == torch.bool else torch.finfo(tensor.dtype).eps
-        _require_copies(name, eps, [blocks[name] for _, _, blocks in told], subject)
-    rank = torch.distributed.get_rank()
-    held = {
-        name: _held(name, tensor, [blocks[name] for _, _, blocks in told], rank, subject)
-        for name, tensor in tensors.items()
-    }
-    return result, held  # type: ignore[return-value]
+        if name in told[0][1]:
+            theirs = [unknown[name] for _, unknown in told]
+            _require_copies(name, tensor, theirs, subject)
+            holders = _holders([(block.offset, block.local) for block in theirs])
+        else:
+            holders = _holders_by_mesh(blocks[name].shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+        held[name] = _held(name, tensor, blocks[name], holders, subject)
+    return result, held
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of names, shapes and every bit of the values; of masks eight entries a byte."""
+    made = hashlib.blake2b(digest_size=8)
+    for name, tensor in tensors.items():
+        made.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1).cpu()
+        bits = np.packbits(flat.numpy()) if tensor.dtype == torch.bool else flat.view(torch.uint8).numpy()
+        made.update(bits.data)
+    return made.hexdigest()
 
 
 def _fsdp_modules(model: nn.Module) -> Iterable[Any]:
@@ -193,78 +222,121 @@ def _block(name: str, tensor: Tensor, subject: Subject) -> Block:
     """What this rank holds, or TypeError where that is not one block of it."""
     shape, dtype = tuple(tensor.shape), str(tensor.dtype)
     if not is_distributed(tensor):
-        wide = torch.complex128 if tensor.is_complex() else torch.float64
-        values = tensor.detach().double() if tensor.dtype == torch.bool else tensor.detach()
-        sums = complex(values.sum(dtype=wide)), float(values.abs().sum(dtype=torch.float64))
-        return Block(shape, dtype, "whole", shape, (0,) * len(shape), (sums[0].real + sums[0].imag, sums[1]))
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor import Shard as Sharded
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
+        return Block(shape, dtype, "whole", shape, (0,) * len(shape), _sums(tensor))
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    coordinate = mesh.get_coordinate()
     layout = f"{subject.called} {name!r} is a DTensor {', '.join(map(str, placements))}"
-    if mesh.ndim != 1 or mesh.size() != torch.distributed.get_world_size():
+    found = None if coordinate is None else _ranges(shape, mesh.mesh.shape, placements, coordinate)
+    if found is None:
         sizes = " x ".join(map(str, mesh.mesh.shape))
         raise TypeError(f"{layout} on a mesh of {sizes}, which is not supported: {subject.way_out}")
-    if type(placements[0]) not in (Sharded, Replicate):
-        raise TypeError(f"{layout}, which is not supported: {subject.way_out}")
-    found, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    held = local(tensor)
-    if tuple(held.shape) != tuple(found):
-        raise TypeError(
-            f"{layout}, but its block has shape {tuple(held.shape)}, wanted {tuple(found)}: {subject.way_out}"
-        )
-    return Block(shape, dtype, str(placements[0]), tuple(found), tuple(offset))
+    held, block = local(tensor), tuple(size for _, size in found)
+    if tuple(held.shape) != block:
+        raise TypeError(f"{layout}, but its block has shape {tuple(held.shape)}, wanted {block}: {subject.way_out}")
+    sums = (0.0, 0.0) if _spans_all(tensor) else _sums(held)  # nothing says that another mesh has equal copies
+    called = f"{', '.join(map(str, placements))} on {' x '.join(map(str, mesh.mesh.shape))}"
+    return Block(shape, dtype, called, block, tuple(start for start, _ in found), sums)
 
 
-def _require_copies(name: str, eps: float, blocks: Sequence[Block], subject: Subject) -> None:
-    """Raise ValueError where a plain tensor is another one on each rank, not a copy but for rounding."""
-    sums, sizes = zip(*(block.sums for block in blocks), strict=True)
-    tolerance = (1e-5 + eps / max(1, math.prod(blocks[0].shape)) ** 0.5) * max(sizes)
-    for rank, other in enumerate(sums):
-        if abs(other - sums[0]) > tolerance:
+def _spans_all(tensor: Tensor) -> bool:
+    """Whether one mesh has all ranks, so that its coordinates say what each of them holds."""
+    return is_distributed(tensor) and tensor.device_mesh.size() == torch.distributed.get_world_size()  # type: ignore[attr-defined]
+
+
+def _ranges(
+    shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Any], coordinate: Sequence[int]
+) -> list[tuple[int, int]] | None:
+    """From where to how far a rank's block goes, by axis, in a mesh of some sizes; None where that is not known.
+
+    An axis is cut once for each dimension of the mesh that shards it, from the left; but FSDP2 cuts what tensor
+    parallelism, further to the right, has cut already, and calls that a strided shard.
+    """
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Sharded
+
+    cuts: dict[int, list[int]] = {}
+    for at, placement in reversed(list(enumerate(placements))):
+        strided = getattr(placement, "split_factor", None)
+        if type(placement) is Replicate:
+            continue
+        if type(placement) is not Sharded and strided is None:
+            return None
+        before = cuts.setdefault(placement.dim, [])
+        if strided is not None and strided != math.prod(mesh[other] for other in before):
+            return None
+        before.insert(len(before) if strided is not None else 0, at)
+    found = []
+    for axis, size in enumerate(shape):
+        start = 0
+        for at in cuts.get(axis, ()):
+            piece = -(-size // mesh[at])
+            skipped = min(size, piece * coordinate[at])
+            start, size = start + skipped, min(piece, size - skipped)
+        found.append((start, size))
+    return found
+
+
+def _sums(tensor: Tensor) -> tuple[float, float]:
+    """The sum of the values, and of their magnitudes."""
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    values = tensor.detach().double() if tensor.dtype == torch.bool else tensor.detach()
+    total = complex(values.sum(dtype=wide))
+    return total.real + total.imag, float(values.abs().sum(dtype=torch.float64))
+
+
+def _require_copies(name: str, tensor: Tensor, blocks: Sequence[Block], subject: Subject) -> None:
+    """Raise ValueError where the blocks that nothing keeps equal are not copies of each other but for rounding."""
+    eps = 0.0 if tensor.dtype == torch.bool else torch.finfo(tensor.dtype).eps
+    first: dict[Place, int] = {}
+    for rank, block in enumerate(blocks):
+        at = first.setdefault((block.offset, block.local), rank)
+        (one, size), (other, size_here) = blocks[at].sums, block.sums
+        tolerance = (1e-5 + eps / max(1, math.prod(block.local)) ** 0.5) * max(size, size_here)
+        if abs(other - one) > tolerance:
+            what = "is spread over several meshes" if is_distributed(tensor) else "is no DTensor"
             raise ValueError(
-                f"{subject.called} {name!r} is no DTensor, and its values on rank {rank} are not those on rank 0: "
+                f"{subject.called} {name!r} {what}, and its values on rank {rank} are not those on rank {at}: "
                 f"{subject.equal_copies}"
             )
 
 
-def _held(name: str, tensor: Tensor, blocks: Sequence[Block], rank: int, subject: Subject) -> Shard:
+@functools.lru_cache(maxsize=256)
+def _holders_by_mesh(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> dict[Place, tuple[int, ...]]:
+    """Which ranks hold each block that is not empty, by the mesh that has them all."""
+    places: list[Place] = [((), ())] * mesh.size()
+    for coordinate in itertools.product(*map(range, mesh.mesh.shape)):
+        found = _ranges(shape, mesh.mesh.shape, placements, coordinate) or []
+        places[int(mesh.mesh[coordinate])] = tuple(start for start, _ in found), tuple(size for _, size in found)
+    return _holders(places)
+
+
+def _holders(places: Sequence[Place]) -> dict[Place, tuple[int, ...]]:
+    found: dict[Place, list[int]] = {}
+    for rank, place in enumerate(places):
+        if math.prod(place[1]):
+            found.setdefault(place, []).append(rank)
+    return {place: tuple(ranks) for place, ranks in found.items()}
+
+
+def _held(name: str, tensor: Tensor, mine: Block, holders: Mapping[Place, tuple[int, ...]], subject: Subject) -> Shard:
     """The block of a tensor here, once the blocks of all ranks were found to make up the whole."""
-    places = [(block.offset, block.local) for block in blocks]
-    different = set(places)
-    covered = sum(math.prod(shape) for _, shape in different)
-    shared = len(different) == 1 and len(blocks) > 1
-    whole = math.prod(blocks[rank].shape)
-    single = all(places.count(place) == 1 for place in different if math.prod(place[1]))
-    if covered != whole or not (shared or single):
-        raise TypeError(
-            f"the blocks of {name!r} do not make up the whole, each once or on all ranks: {subject.way_out}"
-        )
-    mine = blocks[rank]
-    return Shard(local(tensor), mine.shape, mine.offset, places.index(places[rank]) == rank, shared)
+    if not _is_grid(list(holders), mine.shape):
+        raise TypeError(f"the blocks of {name!r} do not make up the whole, each once or in copies: {subject.way_out}")
+    rank = torch.distributed.get_rank()
+    owned = holders.get((mine.offset, mine.local), (rank,))[0] == rank
+    return Shard(local(tensor), mine.shape, mine.offset, tuple(holders.values()), owned)
 
 
-def _as_told(error: Exception | None) -> tuple[str, str] | None:
-    return None if error is None else (type(error).__name__, str(error))
-
-
-def _raise_first(failures: Sequence[tuple[str, str] | None], own: Exception | None) -> None:
-    """Raise what the first rank that failed says, which is named where not all say the same."""
-    failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
-    if not failed:
-        return
-    rank, (kind, message) = failed[0]
-    where = "" if failures.count(failures[rank]) == len(failures) else f"on rank {rank}: "
-    raise {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(where + message) from own
-
-
-def _require_same(told: Sequence[Mapping[str, object]], what: str) -> None:
-    """Raise ValueError where a rank tells something else than rank 0 does."""
-    for rank, other in enumerate(told):
-        for name in [*told[0], *other]:
-            if (first := told[0].get(name)) != (second := other.get(name)):
-                called = what.format(name)
-                raise ValueError(f"all ranks must ask the same, but {called} is {first} on rank 0, {second} on {rank}")
-        if list(told[0]) != list(other):
-            raise ValueError(f"all ranks must ask the same, but rank {rank} has another order of {list(told[0])}")
+def _is_grid(places: Sequence[Place], shape: Sequence[int]) -> bool:
+    """Whether different blocks, at their offsets, are all cells of a grid that covers the whole."""
+    cells = 1
+    for axis, size in enumerate(shape):
+        end, ranges = 0, sorted({(offset[axis], sizes[axis]) for offset, sizes in places})
+        for start, length in ranges:
+            if start != end:
+                return False
+            end += length
+        if end != size and places:
+            return False
+        cells *= len(ranges)
+    return len(places) == cells if places else not math.prod(shape)

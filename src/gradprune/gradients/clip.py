@@ -16,7 +16,7 @@ from gradprune.gradients.nonfinite import NonFinite
 from gradprune.gradients.norms import SMALL, grouped_by_device, most_of
 from gradprune.gradients.params import Params
 from gradprune.gradients.representable import at_most
-from gradprune.gradients.spread import gathered
+from gradprune.gradients.spread import GatheredOverRanks, gathered
 from gradprune.gradients.unitwise import (
     absent_units,
     cut_by_tensor,
@@ -41,7 +41,7 @@ def clip_by_value_(params: Params, limit: float, *, nonfinite: NonFinite = "rais
     Args:
         params: a tensor, an iterable of tensors or of (name, tensor) pairs, or a model. What has no gradient is passed
             over; sparse COO gradients are summed first.
-            Where parameters are DTensors over one mesh dimension (FSDP2, tensor parallel), all ranks call this together
+            Where parameters are DTensors (FSDP2, hybrid sharding, tensor parallel), all ranks call this together
             and ask the same, and each does to its blocks what one process would do.
         limit: the largest magnitude, positive, in the unit of the gradient.
         nonfinite: what becomes of a gradient with an entry that is NaN or infinite. "raise" changes nothing and raises;
@@ -175,9 +175,17 @@ def clip_adaptive_(
 
     Brock et al. (2021), equation 3; chapter 2, equation 2.4.
     """
-    factor = checks.number("factor", factor, above=0.0, finite=False)
-    eps = checks.number("eps", eps, above=0.0, finite=False)
-    found = Gathered(params, nonfinite, log, "adaptive")
+
+    def asked() -> dict[str, float]:
+        return {
+            "factor": checks.number("factor", factor, above=0.0, finite=False),
+            "eps": checks.number("eps", eps, above=0.0, finite=False),
+        }
+
+    found, given = gathered(params, nonfinite, log, "adaptive", asked)
+    factor, eps = given["factor"], given["eps"]
+    if isinstance(found, GatheredOverRanks):
+        return found.clip_units_(factor, eps)
     units = units_of(found, params)
     ratios, order = ratios_of(units, eps, precise=factor * eps < 1e-12)
     size = float(ratios.max()) if len(ratios) else 0.0

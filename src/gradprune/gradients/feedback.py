@@ -12,25 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks
-from gradprune.core.masked import count_kept, zero_pruned_
+from gradprune.core.agree import agree
+from gradprune.core.masked import zero_pruned_
+from gradprune.core.sharded import like, local
 from gradprune.core.words import in_our_words
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
-from gradprune.gradients.params import Params, by_name, with_gradient
-from gradprune.gradients.representable import at_least
+from gradprune.gradients.params import Params, by_name
 from gradprune.gradients.sparsify import (
     KEEPS,
     Gradients,
     Scope,
-    checked,
     checked_scope,
-    extreme,
-    largest,
-    mean_magnitude,
     not_finite,
     one_of,
     require_finite,
-    share_of,
+    require_numbers,
 )
+from gradprune.gradients.spread import over_ranks
+from gradprune.gradients.sums import Sums, SumsOverRanks
 
 Amount = float | Callable[[int], float]
 
@@ -53,7 +52,9 @@ class ErrorFeedback:
     with the model goes on with the copy of the model.
 
     Args:
-        params: a tensor, an iterable of tensors or of (name, tensor) pairs, or a model.
+        params: a tensor, an iterable of tensors or of (name, tensor) pairs, or a model. Where parameters are DTensors
+            (FSDP2, hybrid sharding, tensor parallel), all ranks step together as one process would, and what waits is
+            spread as the parameters are, for torch.distributed.checkpoint too.
         density: the fraction of the entries to send, as for :func:`keep_top_gradients_`: 0.01 is one per cent. Exactly
             one of this, `threshold` and `ratio` is given, each a number or a function of the number of steps taken. The
             schedules of this package give the fraction to leave out: ``density=lambda t: 1 - schedule(t)``.
@@ -133,11 +134,10 @@ class ErrorFeedback:
         living = self._living()
         if not living:
             raise ValueError("no parameter lives any more: keep the model, and copy this together with it")
-        gradients = checked(with_gradient(living.items()))
-        amount = self._given
-        if callable(amount):
-            amount = _amount(f"{self._rule} at step {self._steps}", self._rule, amount(self._steps))
-        wrong = not_finite(gradients)
+        kind = SumsOverRanks if over_ranks(list(living.values())) else Sums
+        step = kind(living, self._asked, self._require_fits)
+        gradients, amount = step.gradients, step.asked["amount"]
+        wrong = step.not_finite()
         require_finite(wrong, self._nonfinite)
         if wrong and self._nonfinite == "leave":
             return 0.0
@@ -150,14 +150,20 @@ class ErrorFeedback:
         found = {name: torch.zeros_like(g) if name in wrong else g for name, g in gradients.items()}
         waiting = {name: self._waiting_with(name, gradient) for name, gradient in found.items()}
         sums = {name: kept["residuals"] for name, kept in waiting.items()}
-        _require_in_range(sums, gradients)
-        masks = self._choose(sums, amount)
+        for name in step.beyond(sums):
+            raise ValueError(
+                f"the gradient of {name!r} plus what waits for it leaves the range of {gradients[name].dtype}"
+            )
+        if self._rule == "density":
+            masks = step.largest(sums, amount, self._scope)
+        else:
+            masks = step.at_least(sums, amount, of_mean=self._rule == "ratio")
         zero_pruned_((kept["velocities"], ~masks[name]) for name, kept in waiting.items() if "velocities" in kept)
         sent = {name: sums[name].to(gradient.dtype, copy=True) for name, gradient in gradients.items()}
         zero_pruned_((sent[name], mask) for name, mask in masks.items())
         for name, values in sent.items():
             sums[name].sub_(values)  # exact: the entry is either the sum, rounded to the gradient's dtype, or zero
-        share = share_of(sum(map(count_kept, masks.values())), gradients)
+        share = step.share(masks)
         self._commit(gradients, sent, waiting)
         return share
 
@@ -205,27 +211,41 @@ class ErrorFeedback:
                 has no momentum, or the reverse.
         """
         state = checks.state(state, {"steps": int, "residuals": Mapping, "velocities": Mapping}, "ErrorFeedback")
-        steps, living = checks.whole("steps", state["steps"], least=0), self._living()
+        living = self._living()
+
+        def checked() -> tuple[int, dict[str, _Entry]]:
+            return checks.whole("steps", state["steps"], least=0), self._loaded(state, living)
+
+        if over_ranks(list(living.values())):
+            (steps, found), _ = agree("load_state_dict", lambda: (checked(), {"steps": state["steps"]}, None))
+        else:
+            steps, found = checked()
+        self._entries.update(found)
+        self._steps = steps
+
+    def _loaded(self, state: Mapping[str, Any], living: Mapping[str, Tensor]) -> dict[str, _Entry]:
+        """The entries with what a state says that waits; as ``load_state_dict`` raises."""
         for kind in _KINDS:
             for name, tensor in state[kind].items():
                 if name not in living:
                     raise ValueError(f"the state has {kind} of {name!r}, which is not among the parameters here")
-                _require_residual(f"the state's {kind} of {name!r}", tensor)
-                _require_shape(f"the state's {kind} of {name!r}", tensor, living[name])
-            wrong = not_finite(state[kind])
+                called = f"the state's {kind} of {name!r}"
+                here = _block(called, tensor, living[name])
+                _require_residual(called, here)
+                _require_shape(called, tensor, living[name])
+                _require_shape(called, here, local(living[name]))
+            wrong = not_finite({name: local(tensor) for name, tensor in state[kind].items()})
             if wrong:
                 raise ValueError(f"the state's {kind} of {wrong[0]!r} are not finite")
         if state["residuals"] and bool(state["velocities"]) != bool(self._momentum):
             has = "has velocities" if state["velocities"] else "has no velocities"
             raise ValueError(f"the state {has}, and momentum here is {self._momentum}")
-        found = {
+        return {
             name: entry._replace(
-                waiting={kind: state[kind][name].detach().clone() for kind in _KINDS if name in state[kind]}
+                waiting={kind: local(state[kind][name]).detach().clone() for kind in _KINDS if name in state[kind]}
             )
             for name, entry in self._entries.items()
         }
-        self._entries.update(found)
-        self._steps = steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ErrorFeedback:
         made = copy.copy(self)
@@ -251,13 +271,12 @@ class ErrorFeedback:
         return {name: parameter for name, parameter in referents.items() if parameter is not None}
 
     def _all(self, kind: str) -> dict[str, Tensor]:
-        return {name: entry.waiting[kind] for name, entry in self._entries.items() if kind in entry.waiting}
+        living = self._living()
+        return {n: like(p, w[kind]) for n, p in living.items() if kind in (w := self._entries[n].waiting)}
 
     def _waiting_with(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
         """What would wait for this parameter if nothing was sent, in new tensors."""
         before = self._entries[name].waiting
-        for kind, tensor in before.items():
-            _require_shape(f"the {kind} of {name!r}", tensor, gradient)
         wide = torch.promote_types(gradient.dtype, torch.float32)
         found, last = {}, gradient.to(wide)
         if self._momentum:
@@ -268,11 +287,19 @@ class ErrorFeedback:
         found["residuals"] = last.clone() if residual is None else residual.to(gradient.device) + last
         return found
 
-    def _choose(self, sums: Gradients, amount: float) -> dict[str, Tensor]:
-        if self._rule == "density":
-            return largest(sums, amount, self._scope)
-        cuts = {n: amount if self._rule == "threshold" else amount * mean_magnitude(s) for n, s in sums.items()}
-        return {name: s.abs() >= at_least(cuts[name], s.dtype) for name, s in sums.items()}
+    def _asked(self) -> dict[str, Any]:
+        """What this step asks, which all ranks must ask alike."""
+        amount = self._given
+        if callable(amount):
+            amount = _amount(f"{self._rule} at step {self._steps}", self._rule, amount(self._steps))
+        same = {"scope": self._scope, "momentum": self._momentum, "nonfinite": self._nonfinite, "steps": self._steps}
+        return {"amount": amount, "rule": self._rule, **same}
+
+    def _require_fits(self, gradients: Mapping[str, Tensor]) -> None:
+        require_numbers(gradients)
+        for name, gradient in gradients.items():
+            for kind, tensor in self._entries[name].waiting.items():
+                _require_shape(f"the {kind} of {name!r}", tensor, gradient)
 
 
 class _Entry(NamedTuple):
@@ -289,6 +316,16 @@ def _amount(called: str, rule: str, value: Any) -> float:
     return checks.fraction(called, value, one=KEEPS) if rule == "density" else checks.number(called, value, least=0.0)
 
 
+def _block(called: str, tensor: Any, parameter: Tensor) -> Any:
+    """What is held here of a tensor that must be spread over the ranks as its parameter is."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    lies = [getattr(t, "placements", None) for t in (tensor, parameter)]
+    if lies[0] != lies[1]:
+        raise ValueError(f"{called} lie as {lies[0] or 'plain tensors'}, the parameter as {lies[1] or 'a plain one'}")
+    return local(tensor)
+
+
 def _require_shape(called: str, tensor: Tensor, wanted: Tensor) -> None:
     if tensor.shape != wanted.shape:
         raise ValueError(f"{called} have shape {tuple(tensor.shape)}, the parameter has shape {tuple(wanted.shape)}")
@@ -299,10 +336,3 @@ def _require_residual(called: str, tensor: Any) -> None:
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{called} must be a tensor of float32 or float64, got {kind}")
     checks.require_writable(called, tensor, "tensor")
-
-
-def _require_in_range(sums: Gradients, gradients: Gradients) -> None:
-    for name, values in sums.items():
-        dtype = gradients[name].dtype
-        if values.numel() and not bool(extreme(values) <= torch.finfo(dtype).max):
-            raise ValueError(f"the gradient of {name!r} plus what waits for it leaves the range of {dtype}")

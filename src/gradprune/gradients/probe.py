@@ -22,8 +22,8 @@ def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, fl
     A norm that is not finite is returned as it is: seeing it is what a probe is for.
 
     Args:
-        model: the model. Parameters without a gradient are left out. Where parameters are DTensors over one mesh
-            dimension (FSDP2, tensor parallel), all ranks call this together, after ``loss.backward()``, and get the
+        model: the model. Parameters without a gradient are left out. Where parameters are DTensors (FSDP2,
+            hybrid sharding, tensor parallel), all ranks call this together, after ``loss.backward()``, and get the
             norms of the whole gradients.
         loss: None, after ``loss.backward()``, to read ``.grad``; or a scalar to differentiate here, which changes no
             ``.grad`` and keeps the graph, so that ``backward`` can still follow.

@@ -44,7 +44,7 @@ def threshold_gradients_(
     Args:
         params: a tensor, an iterable of tensors or of (name, tensor) pairs, or a model; what has no gradient is left
             alone.
-            Where parameters are DTensors over one mesh dimension (FSDP2, tensor parallel), all ranks call this together
+            Where parameters are DTensors (FSDP2, hybrid sharding, tensor parallel), all ranks call this together
             and ask the same, and each does to its blocks what one process would do.
         threshold: at least 0, in the unit of the gradient. Exactly one of this and `ratio` is given.
         ratio: at least 0; the threshold of each tensor is this times the mean of its ``|g|``.

@@ -20,7 +20,11 @@ def threshold_over_ranks_(params: Read, nonfinite: NonFinite, check: Callable[[]
     (name, amount), shards, ranks, most, done = _settled(params, nonfinite, check)
     if done is not None:
         return done
-    cuts = [amount] * len(shards) if name == "threshold" else [amount * mean for mean in _means(shards, most, ranks)]
+    cuts = (
+        [amount] * len(shards)
+        if name == "threshold"
+        else [amount * mean for mean in means_over_ranks(shards, most, ranks)]
+    )
     kept = 0
     for shard, cut in zip(shards.values(), cuts, strict=True):
         here = zero_below_(shard.local, cut)
@@ -33,12 +37,19 @@ def keep_top_over_ranks_(params: Read, nonfinite: NonFinite, check: Callable[[],
     (density, scope), shards, ranks, _, done = _settled(params, nonfinite, check)
     if done is not None:
         return done
+    masks, kept = largest_of_all(shards, ranks, density, scope)
+    zero_pruned_((shard.local, mask) for shard, mask in zip(shards.values(), masks, strict=True))
+    return _share(kept, shards)
+
+
+def largest_of_all(
+    shards: Mapping[str, Shard], ranks: Ranks, density: float, scope: Scope
+) -> tuple[list[torch.Tensor], int]:
+    """Return this rank's blocks of masks that are True for the largest magnitudes, and how many entries stay."""
     groups = [shards] if scope == "global" else [{name: shard} for name, shard in shards.items()]
     asked = [(group, number_kept(density, sum(s.numel for s in group.values()))) for group in groups]
     found = select_sharded.keep_each(asked, ranks)
-    masks = [mask for kept in found for mask in kept.masks]
-    zero_pruned_((shard.local, mask) for shard, mask in zip(shards.values(), masks, strict=True))
-    return _share(sum(number for kept in found for number in kept.at_least), shards)
+    return [mask for kept in found for mask in kept.masks], sum(n for kept in found for n in kept.at_least)
 
 
 class _Settled(NamedTuple):
@@ -65,8 +76,8 @@ def _settled(params: Read, nonfinite: NonFinite, check: Callable[[], Any]) -> _S
     return _Settled(given["amount"], shards, ranks, most, None if nonfinite == "zero" else 0.0)
 
 
-def _means(shards: Mapping[str, Shard], most: Sequence[float], ranks: Ranks) -> list[float]:
-    """The mean magnitude of each whole, summed in float64, never above the largest."""
+def means_over_ranks(shards: Mapping[str, Shard], most: Sequence[float], ranks: Ranks) -> list[float]:
+    """Return the mean magnitude of each whole, summed in float64, never above the largest."""
     own = [magnitudes(shard.local) if shard.owned else 0.0 for shard in shards.values()]
     sums = ranks.sum(torch.tensor(own, dtype=torch.float64, device="cpu")).tolist()
     return [min(s / max(1, shard.numel), m) for s, shard, m in zip(sums, shards.values(), most, strict=True)]

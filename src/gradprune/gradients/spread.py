@@ -22,6 +22,13 @@ from gradprune.gradients.gathered import Gathered, require_clippable, require_lo
 from gradprune.gradients.nonfinite import NonFinite, known
 from gradprune.gradients.norms import combined_norm, count_over, largest_of, most_of, norm_of
 from gradprune.gradients.params import Params, read_once, tensors_in, with_gradient
+from gradprune.gradients.unitwise_sharded import (
+    ratios_over_ranks,
+    require_finite_weights_over_ranks,
+    scale_rows_,
+    units_over,
+    weights_beside,
+)
 
 _BEYOND = -1.0  # told in place of a norm that float64 cannot hold
 Read = Tensor | nn.Module | list[Any]
@@ -70,9 +77,9 @@ def spread(
     """
     if isinstance(params, nn.Module):
         reshard_(params)
-        ranks = ranks_of(params.parameters(), GRADIENT)
+        ranks = ranks_of(params.parameters())
     else:
-        ranks = ranks_of(_tensors(params), GRADIENT)
+        ranks = ranks_of(_tensors(params))
 
     def each() -> tuple[Mapping[str, Any], Mapping[str, object], dict[str, Tensor]]:
         given = check()
@@ -131,9 +138,13 @@ class GatheredOverRanks(Gathered):
             given = check()
             if log is not None:
                 require_log(log)._require_kind(kind)
+            if kind == "adaptive":
+                weights.update(weights_beside(params))
             return {**given, "nonfinite": known(nonfinite)}
 
+        weights: dict[str, tuple[Tensor, int]] = {}
         self.given, shards, self._ranks = spread(params, checked, require_clippable)
+        self._by_name, self._weights = shards, weights
         self._shards = list(shards.values())
         self.nonfinite, self.log, self.kind = nonfinite, log, kind
         self._names, self._summed = list(shards), []
@@ -174,11 +185,33 @@ class GatheredOverRanks(Gathered):
         """How many entries of all ranks are larger in magnitude than their dtype's limit."""
         return self._ranks.add(sum(count_over(s.local, limits[s.local.dtype]) for s in self._shards if s.owned))
 
+    def clip_units_(self, factor: float, eps: float) -> None:
+        """Do what ``clip_adaptive_`` does."""
+        shards, weights, ranks = self._by_name, self._weights, self._ranks
+        size, by_tensor, ratios = 0.0, [0.0], []
+        for precise in (factor * eps < 1e-12, True):  # rather a sum of squares out of range than a gradient: look again
+            ratios = ratios_over_ranks(shards, weights, ranks, eps, precise=precise)
+            own = [float(r.nan_to_num(nan=math.inf, posinf=math.inf).max()) if len(r) else 0.0 for r in ratios]
+            by_tensor = ranks.most(torch.tensor(own, dtype=torch.float64, device="cpu")).tolist() if own else []
+            size = most_of(by_tensor)
+            if math.isfinite(size):
+                break
+        if not math.isfinite(size):
+            require_finite_weights_over_ranks(weights, self.names, ranks)
+            if self.settle(by_tensor):
+                return self.note_settled(size, factor)
+            ratios = [ratio.where(ratio.isfinite(), 0.0) for ratio in ratios]
+        bounded, units = units_over(shards, weights, ratios, factor, ranks)
+        scale = scale_rows_(shards, weights, ratios, factor)
+        least = -float(ranks.most(torch.tensor([-scale], dtype=torch.float64, device="cpu")))
+        return self.note(size, factor, least, bounded / max(1, units))
+
     def _not_finite(self, at: int) -> int:
         shard = self._shards[at]
         # Of copies the worst: NaN may be in one alone.
         own = torch.tensor([int(torch.isfinite(shard.local).logical_not().sum())], dtype=torch.int64, device="cpu")
-        return int(self._ranks.most(own) if shard.shared else self._ranks.sum(own))
+        counts = _by_rank(own, self._ranks).view(-1).tolist()
+        return sum(max(counts[rank] for rank in holders) for holders in shard.holders)
 
 
 def _by_rank(numbers: Tensor, ranks: Ranks) -> Tensor:

@@ -33,7 +33,7 @@ Unit = tuple[Tensor, Tensor, int]
 
 def units_of(found: Gradients, params: Params) -> list[Unit]:
     """Return each gradient with its weights and the number of axes that number the units."""
-    groups = _groups_of_transposed(params) if isinstance(params, nn.Module) else {}
+    groups = groups_of_transposed(params) if isinstance(params, nn.Module) else {}
     if not groups and found.values is found.grads:
         return [(g, w, 1 if g.ndim > 1 else 0) for g, w in zip(found.grads, found.parameters, strict=True)]
     units: list[Unit] = []
@@ -57,8 +57,8 @@ def units_of(found: Gradients, params: Params) -> list[Unit]:
     return units
 
 
-def _groups_of_transposed(model: nn.Module) -> dict[int, int]:
-    """The groups of the weights whose outputs are on their second axis, by the weights' ids."""
+def groups_of_transposed(model: nn.Module) -> dict[int, int]:
+    """Return the groups of the weights whose outputs are on their second axis, by the weights' ids."""
     return {id(module.weight): module.groups for module in model.modules() if isinstance(module, TRANSPOSED)}
 
 
@@ -105,8 +105,8 @@ def ratios_of(units: Sequence[Unit], eps: float, *, precise: bool) -> tuple[Tens
     of_gradients, of_weights = [], []
     for places in alike.values():
         axes = units[places[0]][2]
-        of_gradients.append(_unit_norms([units[at][0] for at in places], axes, precise))
-        of_weights.append(_unit_norms([units[at][1] for at in places], axes, precise))
+        of_gradients.append(norms_of_units([units[at][0] for at in places], axes, precise))
+        of_weights.append(norms_of_units([units[at][1] for at in places], axes, precise))
     device = units[0][0].device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     norms, weights = (torch.cat([n.to(device).double() for n in vectors]) for vectors in (of_gradients, of_weights))
@@ -118,8 +118,8 @@ def ratios_of(units: Sequence[Unit], eps: float, *, precise: bool) -> tuple[Tens
     return norms / weights, (places, counts)
 
 
-def _unit_norms(tensors: list[Tensor], axes: int, precise: bool) -> Tensor:
-    """The norms of the units of tensors, in one vector; the units have one shape, or each tensor is one."""
+def norms_of_units(tensors: list[Tensor], axes: int, precise: bool) -> Tensor:
+    """Return the norms of the units of tensors, in one vector; the units have one shape, or each tensor is one."""
     if not axes and (len({t.shape for t in tensors}) > 1 or tensors[0].numel() > SMALL):
         numbers = [norm_of([t], 2.0) for t in tensors] if precise else read(norms_of(tensors))
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")

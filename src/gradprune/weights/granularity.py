@@ -48,12 +48,22 @@ def stay_each(masks: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: count_kept(mask) for name, mask in masks.items()}
 
 
+def require_no_nan(scores: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a score is NaN."""
+    for name, values in scores.items():
+        require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
+
+
 class Pick(NamedTuple):
-    """How the largest are chosen by name, and how many of masks' entries stay: in one process, or over several."""
+    """How the largest are chosen by name, how many of masks' entries stay, and that no score is NaN.
+
+    In one process, or over several.
+    """
 
     keep: Callable[..., Kept] = keep_and_count
     each: Callable[..., dict[str, Tensor]] = keep_each
     stay: Callable[[Mapping[str, Tensor]], dict[str, int]] = stay_each
+    check: Callable[[Mapping[str, Tensor]], None] = require_no_nan
 
 
 ONE_PROCESS = Pick()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from gradprune.core import files
 from gradprune.core.checks import is_distributed, require, require_readable, require_writable
 from gradprune.core.masked import count_alive, count_kept, zero_pruned_
+from gradprune.core.replicas import alike, by_hash, replicas_of
+from gradprune.core.sharded import Ranks
 from gradprune.core.steps import Optimizers, as_list, not_owned, ridden
 from gradprune.weights import bits
 from gradprune.weights.hold import Hold, warn_of_unowned
@@ -25,6 +27,9 @@ class Masks(Mapping[str, Tensor]):
 
     A name is that of ``model.named_parameters()``. Where a model has none of that name, the one is meant that differs
     only by what DistributedDataParallel, DataParallel, AveragedModel or torch.compile put before it.
+
+    Where DistributedDataParallel wraps the model, ``apply_`` and ``hold`` are called by all ranks together, which
+    raise where their masks differ.
 
     Args:
         masks: any such mapping; the tensors are kept, not copied.
@@ -50,6 +55,7 @@ class Masks(Mapping[str, Tensor]):
             _check_mask(name, mask)
         self._masks = dict(masks)
         self._parameters: dict[str, weakref.ref[nn.Parameter]] = {}
+        self._ranks: Ranks | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -72,7 +78,7 @@ class Masks(Mapping[str, Tensor]):
 
     def __copy__(self) -> Masks:
         twin = Masks(self._masks)
-        twin._parameters = dict(self._parameters)
+        twin._parameters, twin._ranks = dict(self._parameters), self._ranks
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Masks:
@@ -112,9 +118,10 @@ class Masks(Mapping[str, Tensor]):
 
         Chapter 4.
         """
-        parameters = self._writable(model)
+        ranks = replicas_of(model)
+        parameters = alike("Masks.apply_", ranks, lambda: by_hash(self), lambda: self._writable(model))
         zero_pruned_([(parameter, self._beside(parameter, name)) for name, parameter in parameters.items()])
-        return self._belonging_to(parameters)
+        return self._belonging_to(parameters, ranks)
 
     def holds(self, model: nn.Module) -> bool:
         """Whether every pruned weight of `model` is zero now.
@@ -202,23 +209,30 @@ class Masks(Mapping[str, Tensor]):
 
         Chapter 4.
         """
-        optimizers = as_list(optimizer)
-        for given in optimizers:
-            ridden(given)
-        parameters = self._live_parameters() if model is None else self._writable(model)
-        missing = set(not_owned(parameters, optimizers))
-        held = {p: self._beside(p, name) for name, p in parameters.items() if name not in missing}
-        if parameters and not held:
-            raise ValueError(
-                f"the optimizer owns none of the {len(parameters)} masked parameters ({some(parameters)}); "
-                "was it made from another model, or from a copy?"
-            )
+
+        def checked() -> tuple[list[Any], dict[str, nn.Parameter], dict[nn.Parameter, Tensor]]:
+            optimizers = as_list(optimizer)
+            for given in optimizers:
+                ridden(given)
+            parameters = self._live_parameters() if model is None else self._writable(model)
+            missing = set(not_owned(parameters, optimizers))
+            held = {p: self._beside(p, name) for name, p in parameters.items() if name not in missing}
+            if parameters and not held:
+                raise ValueError(
+                    f"the optimizer owns none of the {len(parameters)} masked parameters ({some(parameters)}); "
+                    "was it made from another model, or from a copy?"
+                )
+            return optimizers, parameters, held
+
+        ranks = self._ranks if model is None else replicas_of(model)
+        optimizers, parameters, held = alike("Masks.hold", ranks, lambda: by_hash(self), checked)
         warn_of_unowned(parameters, optimizers)
         zero_pruned_(held.items())
         return Hold(optimizers, held)
 
-    def _belonging_to(self, parameters: Mapping[str, nn.Parameter]) -> Masks:
+    def _belonging_to(self, parameters: Mapping[str, nn.Parameter], ranks: Ranks | None = None) -> Masks:
         """Remember these parameters, by the masks' names, as the ones to ``hold``; return these masks."""
+        self._ranks = ranks
         self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
         return self
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Weight
-from gradprune.core.masked import count_kept
 from gradprune.core.order import By
 from gradprune.core.select import keep_n_of_m
 from gradprune.weights import allocate
@@ -139,18 +138,19 @@ def _keep_n_of_m(units: Units, n: int, m: int, ranked: Ranked) -> dict[str, Tens
 
 def _keep_at_least(units: Units, threshold: float, floors: Mapping[str, int], ranked: Ranked) -> dict[str, Tensor]:
     ranked = units.rank(ranked)
+    units.pick.check(ranked.values)
     masks = {}
     for name, values in ranked.values.items():
-        require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
         values = values.abs() if values.is_complex() else values  # a complex weight that is ranked by magnitude
         keep = at_least(values, threshold)
         if ranked.by == "magnitude":
             keep = keep.logical_or_(at_least(-values, threshold)) if threshold > 0 else torch.ones_like(keep)
         allowed = units.allowed(name)
-        keep = keep if allowed is None else keep & allowed
-        if count_kept(keep) < floors[name]:
-            keep = _largest(units, ranked, {name: floors[name]})[name]
-        masks[name] = keep
+        masks[name] = keep if allowed is None else keep & allowed
+    counts = units.pick.stay({name: mask for name, mask in masks.items() if floors[name]})
+    short = {name: floors[name] for name, count in counts.items() if count < floors[name]}
+    if short:
+        masks |= _largest(units, ranked, short)
     return units.expand(masks)
 
 

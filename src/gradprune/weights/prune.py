@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 from gradprune.core.checks import require
-from gradprune.core.sharded import is_sharded
+from gradprune.core.replicas import replicas_of
+from gradprune.core.sharded import digest, is_sharded
 from gradprune.core.words import in_our_words, instead
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity
@@ -16,6 +17,7 @@ from gradprune.weights.groups import prune_groups
 from gradprune.weights.hold import warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
+from gradprune.weights.replicated import decided
 from gradprune.weights.request import Request, Score
 from gradprune.weights.score import magnitude
 from gradprune.weights.sharded import prune_sharded
@@ -75,8 +77,11 @@ def prune(
     ``torch.nn.utils.prune`` prunes a model already, take its masks over first, by ``Masks.from_torch_(model)``: until
     then its parameters are called ``..._orig``, and masks made here are of those names. Where weight_norm divides by
     the norm of a row, single weights are pruned so that each row keeps one, or the network would be NaN. Where
-    parameters are DTensors (FSDP2, tensor parallel, on one mesh dimension), all ranks call this together and choose,
-    single weights by magnitude and sparsity, as one process would; the masks are DTensors too.
+    parameters are DTensors (FSDP2, hybrid sharding, tensor parallel), all ranks call this together and choose, single
+    weights by magnitude, as one process would; the masks are DTensors too. Where
+    DistributedDataParallel wraps the model (give the wrapped one), all ranks call this together and get the same masks,
+    also by data or chance: scores that differ between ranks are averaged over them, those of ``gp.random`` are rank
+    0's. A rank that does not call it is named on all others after the process group's timeout.
 
     Args:
         model: the network; its weights are changed in place.
@@ -147,30 +152,42 @@ def prune(
             within=within,
             axes=axes,
         )
-    if isinstance(granularity, str) and granularity == "group":
-        require(min_keep is None, "granularity='group' leaves one channel of each group and takes no min_keep")
-        found = prune_groups(
+
+    def chosen(score: Score) -> Masks:
+        if isinstance(granularity, str) and granularity == "group":
+            require(min_keep is None, "granularity='group' leaves one channel of each group and takes no min_keep")
+            return prune_groups(
+                model,
+                score,
+                example,
+                sparsity=sparsity,
+                threshold=threshold,
+                scope=scope,
+                include=include,
+                exclude=exclude,
+                within=within,
+                axes=axes,
+            )
+        require(example is None, f"example is for granularity='group'; got granularity={granularity!r}")
+        request = Request.of(
             model,
-            score,
-            example,
-            sparsity=sparsity,
-            threshold=threshold,
             scope=scope,
+            granularity=granularity,
             include=include,
             exclude=exclude,
-            within=within,
+            min_keep=min_keep,
             axes=axes,
         )
-        return found.apply_(model)
-    require(example is None, f"example is for granularity='group'; got granularity={granularity!r}")
-    request = Request.of(
-        model,
-        scope=scope,
-        granularity=granularity,
-        include=include,
-        exclude=exclude,
-        min_keep=min_keep,
-        axes=axes,
-    )
-    warn_of_revived(request.parameters)
-    return request.masks(model, score, sparsity=sparsity, threshold=threshold, within=within).apply_(model)
+        warn_of_revived(request.parameters)
+        return request.masks(model, score, sparsity=sparsity, threshold=threshold, within=within)
+
+    def asked() -> dict[str, object]:
+        within_it = None if within is None else digest(within)
+        patterns = {"include": include, "exclude": exclude, "axes": axes}
+        amounts = {"sparsity": sparsity, "threshold": threshold, "min_keep": min_keep}
+        return amounts | patterns | {"scope": scope, "granularity": granularity, "within (by its hash)": within_it}
+
+    ranks = replicas_of(model)
+    if ranks is None:
+        return chosen(score).apply_(model)
+    return decided("gp.prune", ranks, score, chosen, asked).apply_(model)

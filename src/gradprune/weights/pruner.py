@@ -8,12 +8,15 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, Unpack
 
 from torch import Tensor, nn
 
+from gradprune.core.agree import meet
 from gradprune.core.checks import choice, fraction, function, module, number, require, state, warn, whole
 from gradprune.core.masked import count_kept, zero_pruned_
+from gradprune.core.replicas import alike, by_hash, replicas_of
 from gradprune.core.select import keep_largest
 from gradprune.core.steps import Optimizers, Steps, as_list, not_owned, parameters_of
 from gradprune.weights.hold import Hold, warn_of_revived
@@ -21,6 +24,7 @@ from gradprune.weights.mask import Masks
 from gradprune.weights.named import some
 from gradprune.weights.prune import AsPrune, check_for_schedule
 from gradprune.weights.regrow import Regrow, checked_regrow
+from gradprune.weights.replicated import decided, over_ranks
 from gradprune.weights.request import Request, Score, checked_score, ranked_by
 from gradprune.weights.schedule import values_of
 from gradprune.weights.score import magnitude
@@ -28,6 +32,7 @@ from gradprune.weights.shown import by_layer, in_all
 from gradprune.weights.start import masks_before
 
 Schedule = Callable[[int], float]
+_EVENT = "an event of gp.Pruner"
 WRITES_BEFORE_STEPS = 2  # that are no sign of another optimizer: initialising, loading
 WRITES_BETWEEN_STEPS = 10  # likewise: an average put in and taken out again
 
@@ -49,7 +54,8 @@ class Pruner:
     scaler skips is no step. Before the climb of a step in two halves (SAM), ``masks.mask_gradients_(model)`` keeps
     pruned weights out of it. Save ``state_dict()`` beside the model's and the optimizer's own: a run resumed from them
     goes on bit for bit. The masks are those of the parameters that were eligible when it was made, also where a layer
-    is frozen later. ``copy.deepcopy`` of model, optimizer and pruner together gives a pruner of the copies.
+    is frozen later. Where DistributedDataParallel wraps the model, all ranks make it alike and decide each event
+    together, as ``prune`` does. ``copy.deepcopy`` of model, optimizer and pruner together gives a pruner of the copies.
 
     It sees the steps of the optimizer it was given, not of one made later: then ``remove()`` it, and load its state
     into a new one. Weights that are written while no step is seen are warned of where `step`, `masks`, ``repr`` or the
@@ -96,25 +102,40 @@ class Pruner:
         within: Mapping[str, Tensor] | None = None,
         **as_prune: Unpack[AsPrune],
     ) -> None:
-        self.model, self._optimizers = module(model), as_list(optimizer)
-        self.schedule = _checked_schedule(schedule)
-        if values_of(score) is not None:  # type: ignore[arg-type]
-            raise TypeError("score is a schedule: the order is Pruner(model, optimizer, schedule, score)")
-        self.score = checked_score(score)
-        self.regrow = checked_regrow(regrow, as_prune.get("granularity", "weight"))
-        choice("amount", amount, ("sparsity", "threshold"))
-        self._kind = amount
-        check_for_schedule("Pruner", as_prune, own=("score", "regrow", "within"))
-        self._request = Request.of(self.model, **as_prune)
-        self._layers = self._request.parameters
-        first = self._wanted(0)
-        self._request.check_amounts(_amounts_of(schedule, first), self._kind)
-        _require_owned(self._layers, self._optimizers)
-        _require_no_other_pruner(self._layers)
+        self._ranks = replicas_of(model)
+
+        def checked() -> float:
+            self.model, self._optimizers = module(model), as_list(optimizer)
+            self.schedule = _checked_schedule(schedule)
+            if values_of(score) is not None:  # type: ignore[arg-type]
+                raise TypeError("score is a schedule: the order is Pruner(model, optimizer, schedule, score)")
+            self.score = checked_score(score)
+            self.regrow = checked_regrow(regrow, as_prune.get("granularity", "weight"))
+            choice("amount", amount, ("sparsity", "threshold"))
+            self._kind = amount
+            check_for_schedule("Pruner", as_prune, own=("score", "regrow", "within"))
+            self._request = Request.of(self.model, **as_prune)
+            self._layers = self._request.parameters
+            first = self._wanted(0)
+            self._request.check_amounts(_amounts_of(schedule, first), self._kind)
+            _require_owned(self._layers, self._optimizers)
+            _require_no_other_pruner(self._layers)
+            self._masks = masks_before(self._layers, within)
+            return first
+
+        def asked() -> dict[str, object]:
+            swaps = None if regrow is None else (regrow.every, regrow.share(regrow.every))
+            return {
+                "schedule": _amounts_of(schedule, self._wanted(0)),
+                "regrow": swaps,
+                **as_prune,
+                **by_hash(self._masks),
+            }
+
+        first = alike("gp.Pruner", self._ranks, asked, checked)
         self._step, self.amount = 0, 0.0
         self.events: list[Event] = []
         self._growth: Mapping[str, Tensor] | None = None
-        self._masks = masks_before(self._layers, within)
         masks = self._chosen(first) if first else self._masks
         self._log(masks, first)
         self._ride(masks)
@@ -163,15 +184,20 @@ class Pruner:
             TypeError, ValueError: it is no state of a Pruner, its masks are not for this pruner's parameters, or its
                 sparsity is above what this pruner's schedule wants next. Nothing has been changed then.
         """
-        state(state_dict, {"step": int, "amount": (int, float), "masks": Mapping, "events": list}, "Pruner")
-        step = whole("the state's step", state_dict["step"], least=0)
-        amount = number("the state's amount", state_dict["amount"], finite=False)
-        events = [_event(entry) for entry in state_dict["events"]]
-        masks = Masks.from_state_dict(state_dict["masks"])
-        if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in self._masks.items()}:
-            raise ValueError(f"the state has masks for {list(masks)}, this pruner prunes {list(self._masks)}")
-        masks = Masks({name: mask.to(self._layers[name].device) for name, mask in masks.items()})
-        self._require_not_beyond(step, amount)
+
+        def checked() -> tuple[int, float, list[Event], Masks]:
+            state(state_dict, {"step": int, "amount": (int, float), "masks": Mapping, "events": list}, "Pruner")
+            step = whole("the state's step", state_dict["step"], least=0)
+            amount = number("the state's amount", state_dict["amount"], finite=False)
+            events = [_event(entry) for entry in state_dict["events"]]
+            masks = Masks.from_state_dict(state_dict["masks"])
+            if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in self._masks.items()}:
+                raise ValueError(f"the state has masks for {list(masks)}, this pruner prunes {list(self._masks)}")
+            masks = Masks({name: mask.to(self._layers[name].device) for name, mask in masks.items()})
+            self._require_not_beyond(step, amount)
+            return step, amount, events, masks
+
+        step, amount, events, masks = alike("load_state_dict", self._ranks, lambda: _told(state_dict), checked)
         self._step, self.amount, self.events = step, amount, events
         self._hold_from_now(masks)
 
@@ -221,7 +247,11 @@ class Pruner:
     def _score_growth(self) -> None:
         self._growth = None
         if self.regrow is not None and self.regrow.share(self._step + 1) > 0 and self._masks.sparsity > 0:
-            self._growth = ranked_by(self.regrow.by, self.model, self._layers).scores()
+            by = self.regrow.by
+            if self._ranks is not None:
+                meet(_EVENT, self._ranks.group)
+                by = over_ranks(by, self._ranks, _EVENT)
+            self._growth = ranked_by(by, self.model, self._layers).scores()
 
     def _after_step(self) -> None:
         self._step += 1
@@ -232,7 +262,7 @@ class Pruner:
             self._hold_from_now(masks)
         if self._growth is not None and self.regrow is not None:
             growth, self._growth = self._growth, None
-            masks = self._swapped(growth, self.regrow.share(self._step))
+            masks = self._decided(partial(self._swapped, growth, self.regrow.share(self._step)))
             self._log(masks, self.amount)
             self._hold_from_now(masks)
         self._written = {name: p._version for name, p in self._layers.items()}
@@ -256,11 +286,21 @@ class Pruner:
                 return before
         within = before if before.sparsity else None
         amounts: dict[str, Any] = self._request.amount(amount, self._kind)
-        masks = self._request.masks(self.model, self.score, within=within, **amounts)
-        return Masks({name: mask & before[name] for name, mask in masks.items()})
 
-    def _swapped(self, growth: Mapping[str, Tensor], share: float) -> Masks:
-        ranked = ranked_by(self.score, self.model, self._layers)
+        def choose(score: Score) -> Masks:
+            masks = self._request.masks(self.model, score, within=within, **amounts)
+            return Masks({name: mask & before[name] for name, mask in masks.items()})
+
+        return self._decided(choose)
+
+    def _decided(self, choose: Callable[[Score], Masks]) -> Masks:
+        """What `choose` returns for the score; the same on all ranks that have a copy of the model."""
+        if self._ranks is None:
+            return choose(self.score)
+        return decided(_EVENT, self._ranks, self.score, choose, lambda: {"step": self._step, **by_hash(self._masks)})
+
+    def _swapped(self, growth: Mapping[str, Tensor], share: float, score: Score) -> Masks:
+        ranked = ranked_by(score, self.model, self._layers)
         masks = {}
         for name, active in self._masks.items():
             kept = count_kept(active)
@@ -286,7 +326,7 @@ class Pruner:
     def _begin_from(self, masks: Masks) -> None:
         """Set to zero what the masks prune, which are held already."""
         zero_pruned_(self._by_parameter(masks).items())
-        self._masks = masks._belonging_to(self._layers)
+        self._masks = masks._belonging_to(self._layers, self._ranks)
         self._written = {name: p._version for name, p in self._layers.items()}
         self._seen_step = False
 
@@ -363,6 +403,10 @@ def _require_no_other_pruner(layers: Mapping[str, nn.Parameter]) -> None:
     taken = {id(p) for pruner in _PRUNERS for p in pruner._layers.values()}
     both = [name for name, p in layers.items() if id(p) in taken]
     require(not both, f"{both} have a pruner already: call its remove() before you make another")
+
+
+def _told(state_dict: Mapping[str, Any]) -> dict[str, object]:
+    return {"step": state_dict["step"], **by_hash(Masks.from_state_dict(state_dict["masks"]))}
 
 
 def _event(entry: Any) -> Event:

@@ -56,9 +56,8 @@ def prune_sharded(
     reshard_(model)
     ranks = ranks_of(model.parameters())
 
-    def each() -> tuple[tuple[Request, float | None], dict[str, object], dict[str, nn.Parameter]]:
+    def each() -> tuple[tuple[Request, dict[str, Any]], dict[str, object], dict[str, nn.Parameter]]:
         _refuse(checked_score(score) is not magnitude, "a score other than gp.magnitude")
-        _refuse(threshold is not None, "a threshold")
         _refuse(within is not None, "`within`")
         _refuse(granularity != "weight", f"granularity={granularity!r}")
         _refuse(isinstance(scope, str) and scope in ("row", "lamp"), f"scope={scope!r}")
@@ -68,15 +67,17 @@ def prune_sharded(
         )
         for name, weight in request.layers.items():
             _refuse(weight.direction is not None, f"{name!r}, the direction of a weight_norm,")
-        amount, _ = checked_amount(sparsity, None)
-        request.plan(sparsity=amount)
-        asked = {"sparsity": amount, "scope": request.scope, "min_keep": request.min_keep}
-        return (request, amount), asked | dict(zip(("include", "exclude"), patterns, strict=True)), request.parameters
+        amounts: dict[str, Any] = dict(zip(("sparsity", "threshold"), checked_amount(sparsity, threshold), strict=True))
+        request.plan(**amounts)
+        asked = amounts | {"scope": request.scope, "min_keep": request.min_keep}
+        return (request, amounts), asked | dict(zip(("include", "exclude"), patterns, strict=True)), request.parameters
 
-    (request, amount), shards = together(each)
+    (request, amounts), shards = together(each, called="gp.prune")
     warn_of_revived(request.parameters)
     ranked = Ranked({name: shard.local.detach() for name, shard in shards.items()}, "magnitude")
-    keep = replace(request, pick=_pick(shards, ranks)).plan(sparsity=amount)(ranked)
+    keep = replace(request, pick=_pick(shards, ranks)).plan(**amounts)(ranked)
+    if threshold is not None:
+        select_sharded.let_owners_decide_(list(shards.values()), [keep[name] for name in shards], ranks)
     kept = _counted(shards, keep, ranks)
     masks = ShardedMasks({name: like(p, keep[name]) for name, p in request.parameters.items()}, kept)
     masks.apply_(model)
@@ -141,7 +142,7 @@ class ShardedMasks(Masks):
             return found, {}, found
 
         ranks = ranks_of(state_dict.values())
-        found, shards = together(each)
+        found, shards = together(each, called="Masks.from_state_dict")
         blocks = [shard.local for shard in shards.values()]
         counts = select_sharded.count(shards.values(), blocks, ranks)
         return cls(found, dict(zip(shards, counts, strict=True)))
@@ -184,7 +185,7 @@ def _refuse(asked: bool, what: str) -> None:
     require(
         not asked,
         f"{what} is not supported where parameters are DTensors (FSDP2, tensor parallel): there gp.prune takes single "
-        'weights by magnitude, with a sparsity and scope "global", "layer", "erk" or a dict. Prune before you shard',
+        'weights by magnitude, with scope "global", "layer", "erk" or a dict. Prune before you shard',
     )
 
 
@@ -208,7 +209,12 @@ def _pick(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
         counts = select_sharded.count([shards[name] for name in masks], masks.values(), ranks)
         return dict(zip(masks, counts, strict=True))
 
-    return Pick(keep, each, stay)
+    def check(values: Mapping[str, Tensor]) -> None:
+        own = torch.tensor([int(shards[name].local.isnan().any()) for name in values], dtype=torch.int64, device="cpu")
+        for name, wrong in zip(values, ranks.sum(own).tolist(), strict=True):
+            require(not wrong, f"the score of {name!r} contains NaN")
+
+    return Pick(keep, each, stay, check)
 
 
 def _counted(shards: Mapping[str, Shard], keep: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:
