@@ -19,16 +19,6 @@ def test_a_random_mask_of_the_lottery_reaches_what_is_stored():
     assert experiment.random_mask(row["sparsity"], 0) == pytest.approx(row["accuracy"][0], abs=0.04)
 
 
-def test_what_a_gate_of_the_lstm_keeps_is_what_is_stored():
-    experiment = lab.experiment.script("kept_shares")
-    rows = lab.experiment.load("kept_shares")["rows"]
-    row = next(row for row in rows if row["block"] == "cell, from h")
-    found = experiment.measure({name: row[name] for name in ("network", "seed", "block")})
-    assert found["weights"] == row["weights"]
-    assert found["mean size"] == pytest.approx(row["mean size"], rel=0.05)
-    assert found["stays"] == pytest.approx(row["stays"], abs=0.02)
-
-
 def test_the_stored_residual_network_reads_what_its_row_says():
     data = lab.data.load("mnist1d", seed=0)
     model = lab.experiment.network("residual_network", lab.models.residual())
