@@ -109,6 +109,5 @@ def test_one_measured_cell_comes_out_again():
     row = dataclasses.replace(one.architecture, rate=tuned["rate"])
     model = experiment.corrected(row, tuned["shares"]["magnitude"], 0, ("magnitude", "layer", 0.8))
     stored = one.cells["magnitude", "layer"]
-    assert zoo.base.score(row.task(0), model, "test") == pytest.approx(
-        stored["corrected"][SPARSITIES.index(0.8)][0], abs=0.012
-    )  # 4 of 359 digits
+    found = zoo.base.score(row.task(0), model, "test")
+    assert found == pytest.approx(stored["corrected"][SPARSITIES.index(0.8)][0], abs=0.012)  # 4 of 359 digits

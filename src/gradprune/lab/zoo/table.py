@@ -124,8 +124,8 @@ def contradicted(name: str, said: Outcomes) -> bool:
 def kinds(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the names in groups of which each counts once: rows that share a network, or differ in its optimizer."""
     names, alike = list(names), protocol().ALIKE
-    together = [tuple(name for name in names if name in group) for group in alike]
-    alone = [(name,) for name in names if not any(name in group for group in alike)]
+    together: list[tuple[str, ...]] = [tuple(name for name in names if name in group) for group in alike]
+    alone: list[tuple[str, ...]] = [(name,) for name in names if not any(name in group for group in alike)]
     return sorted([group for group in together if group] + alone, key=lambda group: names.index(group[0]))
 
 
