@@ -1,7 +1,4 @@
-"""Does a page keep its budgets: reading time, length, code, printed tables, and what is seen first?
-
-Chapters of the first edition are longer. They are listed in NOT_YET until they are rewritten, and then must leave it.
-"""
+"""Does a page keep its budgets: reading time, length, code, printed tables, and what is seen first?"""
 
 import re
 from pathlib import Path
@@ -15,7 +12,6 @@ from reading_time import minutes, sentence
 from conftest import CHAPTERS, HTML, NOT_BUILT, is_deeper, soup
 
 WINDOW = {"width": 1200, "height": 900}
-NOT_YET = {"07_every_architecture"}
 AT_MOST = {
     "minutes": 45,
     "screens": 20,
@@ -106,12 +102,8 @@ every_chapter = pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: p
 
 
 @every_chapter
-def test_a_page_keeps_its_budgets_or_waits_to_be_rewritten(read: dict[str, dict[str, Any]], notebook: Path) -> None:
-    faults = over_budget(read[notebook.stem], deeper=is_deeper(notebook))
-    if notebook.stem in NOT_YET:
-        assert faults, f"{notebook.stem} keeps every budget: take it off NOT_YET"
-    else:
-        assert faults == []
+def test_a_page_keeps_its_budgets(read: dict[str, dict[str, Any]], notebook: Path) -> None:
+    assert over_budget(read[notebook.stem], deeper=is_deeper(notebook)) == []
 
 
 @every_chapter
@@ -128,10 +120,6 @@ def test_the_reading_time_under_the_title_is_what_the_page_takes(
 def test_a_page_states_no_other_time(notebook: Path) -> None:
     page = soup(HTML / "chapters" / f"{notebook.stem}.html")
     assert len(stated(page)) == 1
-
-
-def test_the_list_of_pages_to_rewrite_names_pages_that_are_there() -> None:
-    assert {path.stem for path in CHAPTERS} >= NOT_YET
 
 
 # --- the measures themselves, on a page of which each is known ---

@@ -28,8 +28,7 @@ IGNORED_AT_MOST = 0.05  # of a notebook's code cells
 DRAWERS = {"matplotlib", "pylab", "seaborn", "plotly", "bokeh", "altair", "PIL"}
 FIRST, DOCUMENTS = ["Predict first", "The failure"], ["What the documents say"]
 MIDDLE = ["What goes wrong in practice", "Exercises", "Summary"]
-LAST = MIDDLE + DOCUMENTS  # the documents come last, but on pages of the first edition
-LAST_BEFORE = DOCUMENTS + MIDDLE
+LAST = MIDDLE + DOCUMENTS
 TABLE_ROW = re.compile(r"^.*\S  +\S*\d\S*.*$", re.MULTILINE)
 EXERCISE = re.compile(r"^\*\*(\d+) \((easy|code|open)\)", re.MULTILINE)
 
@@ -122,7 +121,7 @@ def anatomy(notebook: NotebookNode) -> list[str]:
     faults = []
     if headings[: len(FIRST)] != FIRST:
         faults.append(f"the first headings are {headings[:2]}, not {FIRST}")
-    if headings[-len(LAST) :] not in (LAST, LAST_BEFORE):
+    if headings[-len(LAST) :] != LAST:
         faults.append(f"the last headings are {headings[-len(LAST) :]}, not {LAST}")
     if "From scratch" not in headings:
         faults.append("no heading 'From scratch'")
@@ -313,17 +312,17 @@ CELLS = [
     "lab.figures.table(['rate', 'square'], [(rate, rate**2) for rate in rates])",
     "def draw(depth):\n    figure, axes = lab.figures.new()\n    axes.plot([rate**depth for rate in rates])\n"
     "    return figure, f'the largest is {max(rates)**depth:.2f}'\n\n\nlab.sliders.explore(draw, depth=[1, 2, 3])",
-    "## What the documents say",
-    "shrinks = max(rates) ** 2 < max(rates)\n"
-    "lab.claims.verdict('D1-3', holds=shrinks, because=f'{max(rates) ** 2:.2f} is less than {max(rates)}')",
     "## What goes wrong in practice",
     "## Exercises\n\n**1 (easy).** Why?\n\n<details>\n<summary>Solution</summary>\n\nSo.\n\n</details>\n\n"
     "**2 (code).** How?",
     "print(sum(rates))",
     "**3 (open).** What else?",
     "## Summary\n\n**Further reading.** None.",
+    "## What the documents say",
+    "shrinks = max(rates) ** 2 < max(rates)\n"
+    "lab.claims.verdict('D1-3', holds=shrinks, because=f'{max(rates) ** 2:.2f} is less than {max(rates)}')",
 ]
-SOLUTION, TABLE, SLIDER, VERDICT = 11, 5, 6, 8
+SOLUTION, TABLE, SLIDER, VERDICT = 9, 5, 6, 13
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +426,7 @@ def swap_sections(notebook: NotebookNode) -> None:
 
 
 def drop_section(notebook: NotebookNode) -> None:
-    del notebook.cells[9]
+    del notebook.cells[7]
 
 
 def unfold_the_answer(notebook: NotebookNode) -> None:
@@ -447,11 +446,11 @@ def unfold_solution(notebook: NotebookNode) -> None:
 
 
 def drop_easy_solution(notebook: NotebookNode) -> None:
-    notebook.cells[10].source = "## Exercises\n\n**1 (easy).** Why?\n\n**2 (code).** How?"
+    notebook.cells[8].source = "## Exercises\n\n**1 (easy).** Why?\n\n**2 (code).** How?"
 
 
 def drop_open_exercise(notebook: NotebookNode) -> None:
-    del notebook.cells[12]
+    del notebook.cells[10]
 
 
 def fail_by_hand(notebook: NotebookNode) -> None:

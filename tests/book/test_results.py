@@ -19,16 +19,6 @@ def test_a_random_mask_of_the_lottery_reaches_what_is_stored():
     assert experiment.random_mask(row["sparsity"], 0) == pytest.approx(row["accuracy"][0], abs=0.04)
 
 
-def test_what_a_gate_of_the_lstm_keeps_is_what_is_stored():
-    experiment = lab.experiment.script("kept_shares")
-    rows = lab.experiment.load("kept_shares")["rows"]
-    row = next(row for row in rows if row["block"] == "cell, from h")
-    found = experiment.measure({name: row[name] for name in ("network", "seed", "block")})
-    assert found["weights"] == row["weights"]
-    assert found["mean size"] == pytest.approx(row["mean size"], rel=0.05)
-    assert found["stays"] == pytest.approx(row["stays"], abs=0.02)
-
-
 def test_the_stored_residual_network_reads_what_its_row_says():
     data = lab.data.load("mnist1d", seed=0)
     model = lab.experiment.network("residual_network", lab.models.residual())
@@ -302,3 +292,23 @@ def test_one_process_pruned_and_trained_on_reads_about_what_its_row_says(monkeyp
     assert found["zeros"] == row["zeros"]
     assert found["differ"] == [0] * 10
     assert found["test"] == pytest.approx(row["test"], abs=0.015)
+
+
+def test_lots_of_a_networks_own_seed_keep_what_was_largest_before_training(monkeypatch):
+    experiment = lab.experiment.script("lots")
+    monkeypatch.setattr(experiment.protocol, "SEEDS", (0,))
+    row = stored("lots", architecture="logistic regression")
+    found = experiment.measure({"architecture": "logistic regression"})
+    for how in ("same", "apart"):
+        assert found[how][0] == pytest.approx(row[how][0], abs=0.03)
+        assert found[f"{how}, correlation"][0] == pytest.approx(row[f"{how}, correlation"][0], abs=0.02)
+    assert found["same, correlation"][0] > 0.6 > 0.1 > abs(found["apart, correlation"][0])
+
+
+def test_a_whole_pair_of_players_that_trains_on_stays_as_near_as_is_stored():
+    experiment, row = lab.experiment.script("two_players"), stored("two_players", pruned="nothing")
+    model = copy.deepcopy(lab.zoo.base.dense(experiment.ROW, 0))
+    found = experiment.corrected(model, "nothing", 0.0, "both train", 0)
+    assert found["distance"][0] == pytest.approx(row["distance"][0][0], abs=0.02)
+    assert max(found["distance"]) < 0.2
+    assert found["heaps"] == 1

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -67,7 +66,6 @@ def test_a_row_says_what_counts_before_it_is_run(architecture: zoo.Architecture)
     assert architecture.rate in architecture.rates
     assert len(architecture.rates) == 3
     assert architecture.tolerance > 0
-    assert not set(base.SEEDS) & set(base.TUNING_SEEDS)
 
 
 def test_names_are_unique_and_an_unknown_one_is_an_error() -> None:
@@ -87,38 +85,12 @@ ACCURACY = dataclasses.replace(zoo.by_name("logistic regression"), tolerance=0.0
 ERROR = dataclasses.replace(zoo.by_name("linear regression"), tolerance=0.1)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dense", "corrected", "wanted"),
-    [
-        (ACCURACY, [0.9, 1.0], [[0.94, 0.93], [0.93, 0.94], [0.5, 0.5]], 0.8),
-        (ACCURACY, [0.9, 1.0], [[0.9, 0.9], [0.95, 0.95], [0.95, 0.95]], None),  # a gap below is no success above
-        (ACCURACY, [0.9, 1.0], [[0.96, 0.96], [0.9, 0.9], [0.95, 0.95]], 0.5),
-        (ACCURACY, [0.9, 1.0], [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], 0.9),
-        (ACCURACY, [0.9, 1.0], [[math.nan, 1.0], [1.0, 1.0], [1.0, 1.0]], None),
-        (ERROR, [0.2, 0.2], [[0.1, 0.1], [0.215, 0.215], [0.23, 0.23]], 0.8),
-        (ERROR, [2.0, 2.0], [[2.3, 2.3], [2.0, 2.0], [2.0, 2.0]], None),
-    ],
-)
-def test_the_largest_sparsity_is_the_last_before_the_first_miss(
-    architecture: zoo.Architecture, dense: list[float], corrected: list[list[float]], wanted: float | None
-) -> None:
-    assert base.largest_sparsity(architecture, dense, corrected, [0.5, 0.8, 0.9]) == wanted
-    assert base.largest_sparsity(architecture, dense, corrected[::-1], [0.9, 0.8, 0.5]) == wanted  # in any order
-
-
 def test_lost_tolerance_is_one_at_its_edge_in_either_direction() -> None:
     assert ACCURACY.lost(0.95, 0.93) == pytest.approx(1)
     assert ERROR.lost(0.2, 0.22) == pytest.approx(1)
     assert ACCURACY.lost(0.95, 0.96) == pytest.approx(-0.5)
     assert ACCURACY.reaches(ACCURACY.level)
     assert not ERROR.reaches(ERROR.level + 0.01)
-
-
-def test_an_advantage_is_paired_and_has_the_sign_of_better() -> None:
-    assert base.advantage(ACCURACY, [0.9, 0.8, 0.7], [0.8, 0.7, 0.6]) == pytest.approx((0.1, 0.1, 0.1))
-    mean, low, high = base.advantage(ERROR, [0.1, 0.2, 0.3], [0.3, 0.3, 0.5])
-    assert mean == pytest.approx(0.5 / 3)
-    assert low < mean < high
 
 
 def test_random_pruning_depends_on_the_seed_and_on_nothing_else() -> None:
@@ -142,7 +114,7 @@ def test_the_rate_falls_on_a_straight_line_from_its_peak(monkeypatch: pytest.Mon
     monkeypatch.setitem(base.OPTIMIZERS, "sgd", Watched)
     architecture = dataclasses.replace(zoo.by_name("one weight"), optimizer="sgd", rate=0.4, steps=8)
     model, task = base.network(architecture, 0), architecture.task(0)
-    base.correct(architecture, model, task, 0, None)
+    base.train(architecture, model, task, 4, rate=0.4, seed=0)
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
 
 
@@ -172,47 +144,6 @@ def test_two_players_take_turns_each_with_its_own_parameters_and_held_masks() ->
     assert bool((model[0].weight[kept] > before[0][kept]).all())
     assert not model[0].weight[~kept].any()
     assert bool((model[1].weight < before[1]).all())
-
-
-def test_a_cell_holds_a_list_over_seeds_for_each_sparsity() -> None:
-    architecture = short(zoo.by_name("logistic regression"), 40)
-    dense_cell, pruned_cell = base.cells([architecture])[:2]
-    assert pruned_cell == {"architecture": "logistic regression", "score": "magnitude", "scope": "global"}
-    dense = base.measure(architecture, dense_cell, seeds=(0, 1))
-    assert dense["weights"] == 640
-    row = base.measure(architecture, pruned_cell, seeds=(0, 1), sparsities=(0.0, 0.98))
-    assert np.shape(row["pruned"]) == np.shape(row["corrected"]) == (2, 2)
-    assert row["pruned"][0] == dense["test"]  # nothing pruned
-    assert row["corrected"][0] == dense["continued"]  # and nothing held
-    assert max(row["pruned"][1]) < min(dense["test"])
-
-
-def test_one_measured_cell_of_the_experiment_comes_out_again() -> None:
-    result = lab.experiment.load("architectures")
-    rows = {(row["architecture"], row["score"], row["scope"]): row for row in result["rows"]}
-    architecture = zoo.by_name("logistic regression")
-    seeds, sparsities = base.SEEDS[:2], base.SPARSITIES[1:3]
-    for cell in base.cells([architecture])[:2]:
-        stored = rows[tuple(cell.values())]
-        found = base.measure(architecture, cell, seeds=seeds, sparsities=sparsities)
-        if cell["score"] == "dense":
-            assert found["test"] == pytest.approx(stored["test"][:2], abs=0.012)  # 4 of 359 digits
-        else:
-            wanted = [values[:2] for values in stored["corrected"][1:3]]
-            np.testing.assert_allclose(found["corrected"], wanted, atol=0.012)
-
-
-def test_every_row_was_measured_with_the_seeds_and_sparsities_it_is_said_to() -> None:
-    result = lab.experiment.load("architectures")
-    assert result["seeds"] == list(base.SEEDS)
-    found = [{name: row[name] for name in ("architecture", "score", "scope")} for row in result["rows"]]
-    assert found == base.cells(zoo.ARCHITECTURES)
-    for row in result["rows"]:
-        if row["score"] == "dense":
-            assert len(row["test"]) == len(row["continued"]) == len(row["validation"]) == len(base.SEEDS)
-        else:
-            assert row["sparsities"] == list(base.SPARSITIES)
-            assert np.shape(row["corrected"]) == (len(base.SPARSITIES), len(base.SEEDS))
 
 
 def test_the_sparse_line_is_made_by_its_eight_weights() -> None:
@@ -247,45 +178,3 @@ def test_the_parts_of_the_text_share_no_block() -> None:
     assert len(task.train) + len(task.validation) + len(task.test) == total
     spelled = {part: "".join(zoo.sequences.ALPHABET[i] for i in getattr(task, part)) for part in ("train", "test")}
     assert spelled["test"][:200] not in spelled["train"]
-
-
-def made_up(magnitude: list[float], random: list[float], validation: float = 0.97) -> zoo.table.Row:
-    """A row of accuracies at 50, 80 and 90 %, the same after either scope, over three seeds that hardly differ."""
-    architecture = dataclasses.replace(ACCURACY, level=0.95)
-
-    def cell(means: list[float]) -> dict[str, object]:
-        values = [[mean - 0.001, mean, mean + 0.001] for mean in means]
-        return {"sparsities": [0.5, 0.8, 0.9], "pruned": values, "corrected": values}
-
-    dense = {"validation": [validation] * 3, "test": [0.96, 0.96, 0.96], "continued": [0.979, 0.979, 0.979]}
-    cells = {("magnitude", s): cell(magnitude) for s in base.SCOPES} | {
-        ("random", s): cell(random) for s in base.SCOPES
-    }
-    return zoo.table.Row(architecture, dense, cells)
-
-
-def test_it_works_where_magnitude_holds_at_80_percent_and_beats_chance_somewhere() -> None:
-    assert made_up([0.96, 0.95, 0.5], [0.9, 0.7, 0.4]).works()
-    assert not made_up([0.96, 0.93, 0.5], [0.9, 0.7, 0.4]).works()  # too much lost at 80 %
-    assert not made_up([0.96, 0.95, 0.5], [0.96, 0.95, 0.5]).works()  # no better than chance
-    assert not made_up([0.96, 0.95, 0.5], [0.9, 0.7, 0.4], validation=0.94).works()  # never trained to its level
-
-
-def test_it_is_contradicted_where_the_loss_at_80_percent_is_above_the_tolerance_beyond_the_interval() -> None:
-    assert not made_up([0.96, 0.95, 0.5], [0.9, 0.7, 0.4]).contradicted()  # it works
-    assert made_up([0.96, 0.93, 0.5], [0.9, 0.7, 0.4]).contradicted()
-    assert not made_up([0.96, 0.939, 0.5], [0.9, 0.7, 0.4]).contradicted()  # the interval reaches into the tolerance
-    assert not made_up([0.96, 0.93, 0.5], [0.9, 0.7, 0.4], validation=0.94).contradicted()  # never trained
-    assert not made_up([0.96, 0.95, 0.5], [0.96, 0.95, 0.5]).contradicted()  # no better than chance: not shown
-
-
-def test_a_rows_summary_is_of_its_own_cells() -> None:
-    row = made_up([0.96, 0.95, 0.5], [0.9, 0.95, 0.6])
-    assert row.largest("magnitude", "global") == 0.8
-    assert row.largest("random", "global") is None
-    assert row.largest("magnitude", "global", against="continued") == 0.5
-    assert row.ahead("layer") == [True, False, False]
-    assert row.behind("layer") == [False, False, True]
-    assert row.lost("magnitude", "layer") == pytest.approx([0, 0.5, 23])
-    assert zoo.table.percent(0.95) == "95 %"
-    assert zoo.table.percent(None) == "none"

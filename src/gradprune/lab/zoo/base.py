@@ -1,41 +1,27 @@
-"""How is every architecture trained, pruned, corrected and judged, so that their rows can stand in one table?
+"""How is every architecture trained, pruned and scored, so that their rows can stand in one table?
 
-The protocol, fixed before the first run and the same for every row:
-
-- Train for the architecture's own number of steps, the rate falling on a straight line to 0 from one chosen of three on
-  validation data with two seeds that are not used again. The dense network has to reach a level stated beforehand on
-  validation data; a row that does not reach it says so.
-- Prune in one shot to each of `SPARSITIES`, by importance and at random, over the whole network and layer by layer.
-- Correct for half as many steps by the same optimizer, the rate falling from the same height to 0, the masks held.
-  Nothing is tuned for a score, a scope or a sparsity.
-- Read the test part once for each number. Report the dense network, the pruned one, the corrected one, and the dense
-  one trained on for as long as a correction takes.
-
-A row's answer is the largest sparsity at which the mean over seeds after the correction stays within a tolerance of the
-dense mean, at it and at every smaller one.
+What is run and what counts as what is `chapters/experiments/architectures_protocol.py`; here are the parts that it
+needs, the same for every row: training with a rate that falls on a straight line to 0, pruning in one shot by
+importance or at random, and the metric on validation or test data.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import gradprune as gp
-from gradprune.lab.train import interval
 from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
 from gradprune.weights.request import Score
 
-SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
-SCORES, SCOPES = ("magnitude", "random"), ("global", "layer")
-SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (100, 101)
+TUNING_SEEDS = (100, 101)  # of what is chosen beforehand; not reported on
 
 Part = Literal["validation", "test"]
 Player = tuple[Iterable[nn.Parameter], Callable[[torch.Generator], Tensor]]
@@ -95,7 +81,7 @@ class Architecture:
         return value >= self.level if self.higher else value <= self.level
 
 
-# ------------------------------------------------------------------------------------------- training and correcting
+# ------------------------------------------------------------------------------------------------ training and scoring
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -162,12 +148,6 @@ def prune(architecture: Architecture, model: nn.Module, score: str, scope: Scope
     return gp.prune(model, by, sparsity=sparsity, scope=scope, include=architecture.include)
 
 
-def correct(architecture: Architecture, model: nn.Module, task: Task, seed: int, masks: Masks | None) -> nn.Module:
-    """Train `model` on for half of its training steps with `masks` held, and return it."""
-    steps = architecture.steps // 2
-    return train(architecture, model, task, steps, rate=architecture.rate, seed=1_000 + seed, masks=masks)
-
-
 @torch.no_grad()
 def score(task: Task, model: nn.Module, part: Part) -> float:
     """Return the metric of `model` on `part`; the model is left in training mode."""
@@ -186,64 +166,12 @@ def details(task: Task, model: nn.Module, part: Part) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-# ----------------------------------------------------------------------------------------------- measuring and judging
-
-
 @cache
 def dense(architecture: Architecture, seed: int) -> nn.Module:
     """Return the trained dense network of a seed; not to be changed."""
     task = architecture.task(seed)
     model = network(architecture, seed)
     return train(architecture, model, task, architecture.steps, rate=architecture.rate, seed=seed)
-
-
-def cells(architectures: Iterable[Architecture]) -> list[dict[str, Any]]:
-    """Return what is measured: of each architecture the dense network, then each score with each scope."""
-    pairs = [("dense", "none"), *((score, scope) for score in SCORES for scope in SCOPES)]
-    return [{"architecture": a.name, "score": score, "scope": scope} for a in architectures for score, scope in pairs]
-
-
-def measure(
-    architecture: Architecture, cell: Mapping[str, Any], seeds: Sequence[int] = SEEDS, sparsities: Sequence[float] = ()
-) -> dict[str, Any]:
-    """Return the test metric of one cell: lists over seeds, one for each of `sparsities` (all, unless given).
-
-    A dense cell gives "validation", "test", "continued" (trained on for as long as a correction takes) and "weights",
-    the number that may be pruned; another cell "pruned", "corrected" and "sparsities". Further numbers of the task are
-    in "details", of the dense or the corrected networks.
-    """
-    if cell["score"] == "dense":
-        return _measure_dense(architecture, seeds)
-    sparsities = list(sparsities or SPARSITIES)
-    pruned: list[list[float]] = [[] for _ in sparsities]
-    corrected: list[list[float]] = [[] for _ in sparsities]
-    more: list[list[dict[str, float]]] = [[] for _ in sparsities]
-    for seed in seeds:
-        task = architecture.task(seed)
-        for at, sparsity in enumerate(sparsities):
-            model = copy.deepcopy(dense(architecture, seed))
-            masks = prune(architecture, model, cell["score"], cell["scope"], sparsity, seed)
-            pruned[at].append(_rounded(score(task, model, "test")))
-            correct(architecture, model, task, seed, masks)
-            corrected[at].append(_rounded(score(task, model, "test")))
-            more[at].append(details(task, model, "test"))
-    row: dict[str, Any] = {"sparsities": sparsities, "pruned": pruned, "corrected": corrected}
-    return row | ({"details": [_columns(each) for each in more]} if any(more[0]) else {})
-
-
-def _measure_dense(architecture: Architecture, seeds: Sequence[int]) -> dict[str, Any]:
-    row: dict[str, Any] = {"validation": [], "test": [], "continued": []}
-    more = []
-    for seed in seeds:
-        task, model = architecture.task(seed), copy.deepcopy(dense(architecture, seed))
-        row["validation"].append(_rounded(score(task, model, "validation")))
-        row["test"].append(_rounded(score(task, model, "test")))
-        more.append(details(task, model, "test"))
-        correct(architecture, model, task, seed, None)
-        row["continued"].append(_rounded(score(task, model, "test")))
-    masks = prune(architecture, copy.deepcopy(dense(architecture, seeds[0])), "random", "global", 0.5, seeds[0])
-    row["weights"] = sum(mask.numel() for mask in masks.values())
-    return row | ({"details": _columns(more)} if any(more) else {})
 
 
 def tune(architecture: Architecture, seeds: Sequence[int] = TUNING_SEEDS) -> dict[float, float]:
@@ -255,39 +183,3 @@ def tune(architecture: Architecture, seeds: Sequence[int] = TUNING_SEEDS) -> dic
         return score(task, model, "validation")
 
     return {rate: float(np.mean([validated(rate, seed) for seed in seeds])) for rate in architecture.rates}
-
-
-def largest_sparsity(
-    architecture: Architecture,
-    dense: Sequence[float],
-    corrected: Sequence[Sequence[float]],
-    sparsities: Sequence[float],
-) -> float | None:
-    """Return the largest of `sparsities` at which the mean stays within the tolerance, with every smaller one.
-
-    `dense` is a list over seeds, `corrected` one such list for each sparsity, rising. None where not even the smallest
-    stays.
-    """
-    answer = None
-    for sparsity, values in sorted(zip(sparsities, corrected, strict=True), key=lambda pair: pair[0]):
-        if not architecture.lost(float(np.mean(dense)), float(np.mean(values))) <= 1:  # a nan is not within
-            break
-        answer = sparsity
-    return answer
-
-
-def advantage(architecture: Architecture, ours: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """Return how much better `ours` is than `other`, seed by seed: the mean and the ends of its 95 % interval.
-
-    Ours beats the other where the lower end is above 0.
-    """
-    sign = 1 if architecture.higher else -1
-    return interval([sign * (a - b) for a, b in zip(ours, other, strict=True)])
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    return {name: [_rounded(row[name]) for row in rows] for name in rows[0]}

@@ -1,6 +1,6 @@
 """Which network did a search find, and can that one be pruned?
 
-The search (Optuna; chapters/experiments/pruning_search.py) chose depth, width, kernel, activation and rate of a
+The search (Optuna; chapters/experiments/network_search.py) chose depth, width, kernel, activation and rate of a
 convolutional network by its validation accuracy on MNIST-1D, with the two tuning seeds.
 """
 

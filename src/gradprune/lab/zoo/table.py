@@ -1,107 +1,134 @@
-"""What do the measured rows say: how much can go, is it more than by chance, and does that count as working?
+"""What do the measured rows say, by the protocol that was fixed before the runs (chapter 7)?
 
-What counts was fixed before the runs. "It works on this network" needs two things in one scope, over the whole network
-or layer by layer: pruned by magnitude to at least 80 % and corrected, the mean stays within the row's tolerance of the
-dense mean; and at one sparsity at least it is better than random pruning beyond the interval. A row whose dense network
-misses its stated level is no evidence either way; neither is a loss at 80 % whose interval reaches into the tolerance.
+The protocol, `chapters/experiments/architectures_protocol.py`, says of a row at 50 and at 80 % whether it can be pruned
+and whether the choice by size does it. From these two a row *works* to a sparsity: it can be pruned to it and to every
+smaller one judged, and at one of them at least size chooses better than chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from gradprune.lab import experiment
-from gradprune.lab.zoo import base
+from gradprune.core.paired import Difference
+from gradprune.lab import compare, experiment
+from gradprune.lab.compare import Noninferiority
 from gradprune.lab.zoo.base import Architecture
 
-NEEDED = 0.8  # the sparsity that magnitude has to reach within the tolerance
+Outcomes = dict[tuple[str, float], tuple[str, str]]
+
+
+def protocol() -> ModuleType:
+    """Return the protocol as a module: its tolerance, sparsities and functions."""
+    return experiment.script("architectures_protocol")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture with its measured cells."""
+    """One architecture with its measured cells, by (score, scope); the dense one is ("dense", "none")."""
 
     architecture: Architecture
-    dense: Mapping[str, Any]
     cells: Mapping[tuple[str, str], Mapping[str, Any]]
 
     @property
-    def dense_mean(self) -> float:
-        """The dense networks' mean metric on test data."""
-        return float(np.mean(self.dense["test"]))
+    def name(self) -> str:
+        """The architecture's name."""
+        return self.architecture.name
 
     @property
     def reached(self) -> bool:
         """Whether the dense networks' mean on validation data is as good as the level stated beforehand."""
-        return self.architecture.reaches(float(np.mean(self.dense["validation"])))
+        return self.architecture.reaches(float(np.mean(self.cells["dense", "none"]["validation"])))
 
     @property
     def sparsities(self) -> list[float]:
         """The sparsities, rising."""
-        return list(self.cells["magnitude", "global"]["sparsities"])
+        return list(self.cells["magnitude", protocol().PRIMARY]["sparsities"])
 
-    def means(self, score: str, scope: str, when: str = "corrected") -> list[float]:
-        """Return the mean over seeds at each sparsity, "pruned" or "corrected"."""
-        return [float(np.mean(values)) for values in self.cells[score, scope][when]]
+    def dense(self, when: str = "continued") -> list[float]:
+        """Return the dense networks' test errors, seed by seed: trained on ("continued") or as trained ("test")."""
+        return self._errors(self.cells["dense", "none"][when])
 
-    def lost(self, score: str, scope: str, when: str = "corrected") -> list[float]:
-        """Return the mean loss at each sparsity as a share of the tolerance: 1 is its edge."""
-        return [self.architecture.lost(self.dense_mean, mean) for mean in self.means(score, scope, when)]
+    def errors(self, sparsity: float, score: str = "magnitude", scope: str | None = None) -> list[float]:
+        """Return the test errors after correction, seed by seed."""
+        cell = self.cells[score, scope or protocol().PRIMARY]
+        return self._errors(cell["corrected"][cell["sparsities"].index(sparsity)])
 
-    def largest(self, score: str, scope: str, when: str = "corrected", against: str = "test") -> float | None:
-        """Return the largest sparsity within the tolerance of the dense mean, with every smaller one; or None.
+    def growth(
+        self, sparsity: float, score: str = "magnitude", scope: str | None = None, tolerance: float | None = None
+    ) -> Noninferiority:
+        """Return by what share the error grew over that of the dense networks trained on, with what may be said."""
+        allowed = tolerance or protocol().TOLERANCE
+        return compare.noninferior(self.errors(sparsity, score, scope), self.dense(), tolerance=allowed)
 
-        ``against="continued"`` takes the dense networks that were trained on for as long as a correction.
-        """
-        cell = self.cells[score, scope]
-        return base.largest_sparsity(self.architecture, self.dense[against], cell[when], cell["sparsities"])
+    def lead(self, sparsity: float, scope: str | None = None) -> Difference:
+        """Return by how much random pruning errs more, seed by seed."""
+        return compare.paired(self.errors(sparsity, "random", scope), self.errors(sparsity, scope=scope))
 
-    def advantages(self, scope: str, when: str = "corrected") -> list[tuple[float, float, float]]:
-        """Return how much better magnitude is than random at each sparsity: the mean and its interval's ends."""
-        pairs = zip(self.cells["magnitude", scope][when], self.cells["random", scope][when], strict=True)
-        return [base.advantage(self.architecture, ours, other) for ours, other in pairs]
-
-    def ahead(self, scope: str, when: str = "corrected") -> list[bool]:
-        """Whether magnitude beats random beyond the interval, at each sparsity."""
-        return [low > 0 for _, low, _ in self.advantages(scope, when)]
-
-    def behind(self, scope: str, when: str = "corrected") -> list[bool]:
-        """Whether random beats magnitude beyond the interval, at each sparsity."""
-        return [high < 0 for _, _, high in self.advantages(scope, when)]
-
-    def works(self, scope: str | None = None) -> bool:
-        """Whether pruning by magnitude works on this network, in `scope` or in either, by what was fixed beforehand."""
-        if scope is None:
-            return any(self.works(scope) for scope in base.SCOPES)
-        return self.reached and (self.largest("magnitude", scope) or 0.0) >= NEEDED and any(self.ahead(scope))
-
-    def contradicted(self) -> bool:
-        """Whether it does not work: at 80 % more than the tolerance is lost, in either scope, beyond the interval.
-
-        The interval is that of the difference to the dense network, seed by seed.
-        """
-        at = self.sparsities.index(NEEDED)
-        allowed = self.architecture.tolerance * (abs(self.dense_mean) if self.architecture.relative else 1.0)
-        corrected = [self.cells["magnitude", scope]["corrected"][at] for scope in base.SCOPES]
-        lost = [base.advantage(self.architecture, self.dense["test"], values) for values in corrected]
-        return self.reached and all(low > allowed for _, low, _ in lost)
+    def _errors(self, values: Sequence[float]) -> list[float]:
+        return [protocol().error(self.architecture, value) for value in values]
 
 
-def rows(architectures: Sequence[Architecture], result: Mapping[str, Any] | None = None) -> dict[str, Row]:
-    """Return the measured rows by name; of chapters/results/architectures.json unless `result` is given."""
-    result = experiment.load("architectures") if result is None else result
-    cells = {(row["architecture"], row["score"], row["scope"]): row for row in result["rows"]}
-    pairs = [(score, scope) for score in base.SCORES for scope in base.SCOPES]
-    return {
-        a.name: Row(a, cells[a.name, "dense", "none"], {pair: cells[(a.name, *pair)] for pair in pairs})
-        for a in architectures
+def rows(known: Iterable[Architecture], measured: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Row]:
+    """Return the rows of `known` that are measured in full, by name.
+
+    `measured` are the cells of `chapters/results/architectures_again.json`, unless given.
+    """
+    if measured is None:
+        measured = experiment.load("architectures_again")["rows"]
+    scopes = protocol().SCOPES
+    wanted = {("dense", "none"), *((score, scope) for score in ("magnitude", "random") for scope in scopes)}
+    cells: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for cell in measured:
+        cells.setdefault(cell["architecture"], {})[cell["score"], cell["scope"]] = cell
+    return {a.name: Row(a, cells[a.name]) for a in known if wanted <= set(cells.get(a.name, ()))}
+
+
+def outcomes(found: Mapping[str, Row], tolerance: float | None = None) -> Outcomes:
+    """Return of each row at each sparsity judged what is said of "can be pruned" and of "size chooses well".
+
+    One family for Holm's procedure, as the protocol says; a row that misses its level is not in it.
+    """
+    judged = {
+        (name, sparsity): (row.growth(sparsity, tolerance=tolerance), row.lead(sparsity))
+        for name, row in found.items()
+        if row.reached
+        for sparsity in protocol().JUDGED
     }
+    said: Outcomes = protocol().outcomes(judged)
+    return said
 
 
-def percent(sparsity: float | None) -> str:
-    """Return a largest sparsity in words: "90 %", or "none"."""
-    return "none" if sparsity is None else f"{sparsity:.0%}".replace("%", " %")
+def works_to(name: str, said: Outcomes) -> float | None:
+    """Return the largest sparsity judged to which pruning by size works on a row; None where it is not shown."""
+    answer, leads = None, False
+    for sparsity in sorted(protocol().JUDGED):
+        pruned, lead = said.get((name, sparsity), ("no evidence", "not asked"))
+        if pruned != "holds":
+            break
+        leads = leads or lead == "holds"
+        answer = sparsity if leads else None
+    return answer
+
+
+def contradicted(name: str, said: Outcomes) -> bool:
+    """Whether a row fails at every sparsity judged: the error is beyond the tolerance, or random pruning errs less."""
+    here = [said[name, sparsity] for sparsity in protocol().JUDGED if (name, sparsity) in said]
+    return bool(here) and all("fails" in both for both in here)
+
+
+def kinds(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the names in groups of which each counts once: rows that share a network, or differ in its optimizer."""
+    names, alike = list(names), protocol().ALIKE
+    together: list[tuple[str, ...]] = [tuple(name for name in names if name in group) for group in alike]
+    alone: list[tuple[str, ...]] = [(name,) for name in names if not any(name in group for group in alike)]
+    return sorted([group for group in together if group] + alone, key=lambda group: names.index(group[0]))
+
+
+def percent(share: float) -> str:
+    """Return a share in words: "50 %"."""
+    return f"{share:.0%}".replace("%", " %")
