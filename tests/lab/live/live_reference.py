@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import layer_reference
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,6 +52,10 @@ def reference() -> dict[str, list[Case]]:
             "training": _training(),
             "sparse": _sparse(),
             "units": _units(),
+            "layers": layer_reference.layers(),
+            "layered": layer_reference.networks(),
+            "adam": layer_reference.adam(),
+            "trainings": layer_reference.trainings(),
         }
 
 

@@ -26,7 +26,7 @@ NAMES = [
     for file in FILES
     for name in re.findall(r'^test\("([^"]+)"', (HERE / file).read_text(encoding="utf-8"), re.MULTILINE)
 ]
-ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training", "sparse")
+ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training", "sparse", "layered", "adam")
 
 Outcomes = tuple[dict[str, bool], str]
 
@@ -92,6 +92,39 @@ MUTANTS = [
     ("network.test.js", "network.js", "slope(before[i], given[i])", "slope(before[i], before[i])"),
     ("network.test.js", "network.js", "work.after[layer - 1]", "work.before[layer - 1]"),
     ("network.test.js", "network.js", "scale / Math.sqrt(sizes[layer])", "scale / Math.sqrt(sizes[layer + 1])"),
+    ("network.test.js", "dense.js", "transpose(delta, rows, to, turned[0])", "turned[0].set(delta)"),
+    ("layered.test.js", "dense.js", "columnSums(delta, rows, to, gradient[1])", ""),
+    ("layered.test.js", "elementwise.js", "columnSums(delta, rows, size, gradient)", ""),
+    (
+        "layered.test.js",
+        "elementwise.js",
+        "delta[row * width + (i % width)] / places",
+        "delta[row * width + (i % width)]",
+    ),
+    ("layered.test.js", "elementwise.js", "out.fill(0, 0, rows * width);", ""),
+    ("layered.test.js", "convolution.js", "(Math.floor(i / kernel) % kernel)", "Math.floor(i / kernel)"),
+    ("layered.test.js", "convolution.js", "(place % across) * stride", "(place % across)"),
+    ("layered.test.js", "convolution.js", "* stride - padding;\n    const left", "* stride;\n    const left"),
+    ("layered.test.js", "convolution.js", "below.fill(0, 0, rows * from);", ""),
+    ("layered.test.js", "convolution.js", "toPixels(delta, rows, pixels)", "pixels.set(delta)"),
+    ("layered.test.js", "recurrent.js", "(1 - h * h)", "(1 + h * h)"),
+    ("layered.test.js", "recurrent.js", "states[(t + 1) * size + i]", "states[t * size + i]"),
+    ("layered.test.js", "recurrent.js", "states.fill(0, 0, size)", ""),
+    ("layered.test.js", "recurrent.js", "transpose(state, width, width, turnedState)", "turnedState.set(state)"),
+    ("layered.test.js", "recurrent.js", "turn(seen, rows, false, below)", "below.set(seen)"),
+    ("layered.test.js", "normalise.js", "variance + EPSILON", "variance"),
+    ("layered.test.js", "normalise.js", "d - mean - plain[start + i] * along", "d - plain[start + i] * along"),
+    ("layered.test.js", "normalise.js", "for (const array of gradients) array.fill(0);", ""),
+    ("layered.test.js", "attention.js", "(ofShare[j] - mean)", "ofShare[j]"),
+    ("layered.test.js", "attention.js", "deltaAsked.fill(0)", ""),
+    ("layered.test.js", "attention.js", "score / Math.sqrt(d)", "score / Math.sqrt(width)"),
+    ("layered.test.js", "attention.js", "out[i] += inputs[i]", "out[i] += normed[i]"),
+    ("layered.test.js", "attention.js", "into.set(delta.subarray(0, rows * size))", "into.fill(0)"),
+    ("layered.test.js", "layered.js", "l === 0 ? inputs : rooms[l - 1].out", "l === 0 ? inputs : rooms[l].out"),
+    ("adam.test.js", "adam.js", "Math.sqrt(squares[i] / ofSquare) + EPSILON_ADAM", "Math.sqrt(squares[i] / ofSquare)"),
+    ("adam.test.js", "adam.js", "rate / ofMean", "rate"),
+    ("adam.test.js", "adam.js", "squares[i] / ofSquare", "squares[i]"),
+    ("adam.test.js", "adam.js", "if (masks) applyMasks(net.weights, masks)", ""),
     ("losses.test.js", "losses.js", "logits[start + c] - largest) / sum", "logits[start + c] - largest)"),
     ("losses.test.js", "losses.js", "Math.max(largest, logits", "Math.min(largest, logits"),
     ("losses.test.js", "losses.js", "(2 * difference)", "(1 * difference)"),
@@ -118,7 +151,7 @@ MUTANTS = [
     ("training.test.js", "training.js", "training.position === training.order.length", "training.order.length === 0"),
     ("training.test.js", "training.js", "sum += rows * trainStep", "sum += trainStep"),
     ("training.test.js", "training.js", "if (training.change) training.change(gradients)", ""),
-    ("training.test.js", "training.js", "training.sgd, training.masks", "training.sgd, null"),
+    ("training.test.js", "training.js", "training.state, training.masks", "training.state, null"),
     ("training.test.js", "training.js", "generator(options.seed)", "generator(0)"),
     ("sparse.test.js", "sparse.js", "starts[i + 1] = at", "starts[i] = at"),
     ("sparse.test.js", "sparse.js", "s1 += a[a1 + place]", "s1 += a[a0 + place]"),

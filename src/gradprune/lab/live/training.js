@@ -1,18 +1,18 @@
 // How is a network trained, a few steps at a time, so that a figure can draw in between?
 
 import { crossEntropy } from "./losses.js";
-import { backward, createWorkspace, forward } from "./network.js";
-import { createSgd, sgdStep } from "./optimizer.js";
+import { DENSE } from "./network.js";
+import { SGD } from "./optimizer.js";
 import { generator, shuffled } from "./random.js";
 
 /**
- * Returns a training of `net` by cross entropy, before its first step. `optimizer` is what
- * `createSgd` takes; `masks`, one for each layer's weights, are held; `change(gradients)` is called
- * between backward and step, with what `backward` returns. `sgd`, `masks` and `change` may be set
- * anew between steps.
+ * Returns a training of `net` by cross entropy, before its first step. `passes` are those of its kind
+ * of network, `method` is SGD or ADAM and `optimizer` what its `create` takes; `masks`, one for each
+ * array of weights, are held; `change(gradients)` is called between backward and step, with what
+ * `backward` returns. `state` (the method's), `masks` and `change` may be set anew between steps.
  */
 export function createTraining(options) {
-  const { net, inputs, labels, classes, batch } = options;
+  const { net, inputs, labels, classes, batch, passes = DENSE, method = SGD } = options;
   const rows = labels.length;
   if (rows === 0 || inputs.length !== rows * net.sizes[0]) {
     const given = `${inputs.length} inputs and ${rows} labels`;
@@ -26,15 +26,15 @@ export function createTraining(options) {
   }
   const most = Math.min(batch, rows);
   return {
-    ...{ net, inputs, labels, classes, batch: most },
+    ...{ net, inputs, labels, classes, passes, method, batch: most },
     masks: options.masks ?? null,
     change: options.change ?? null,
-    sgd: createSgd(net, options.optimizer),
-    work: createWorkspace(net, most),
+    state: method.create(net, options.optimizer),
+    work: passes.createWorkspace(net, most),
     picked: {
       inputs: new Float32Array(most * net.sizes[0]),
       labels: new Int32Array(most),
-      gradient: new Float32Array(most * classes),
+      gradient: new Float64Array(most * classes),
     },
     uniform: generator(options.seed),
     order: new Int32Array(0),
@@ -60,12 +60,12 @@ export function trainSteps(training, count) {
 }
 
 function trainStep(training, rows) {
-  const { net, work, picked, classes } = training;
-  const logits = forward(net, picked.inputs, rows, work);
+  const { net, work, picked, classes, passes, method } = training;
+  const logits = passes.forward(net, picked.inputs, rows, work);
   const loss = crossEntropy(logits, picked.labels, classes, picked.gradient);
-  const gradients = backward(net, picked.inputs, rows, work, picked.gradient);
+  const gradients = passes.backward(net, picked.inputs, rows, work, picked.gradient);
   if (training.change) training.change(gradients);
-  sgdStep(net, gradients, training.sgd, training.masks);
+  method.step(net, gradients, training.state, training.masks);
   training.steps++;
   return loss;
 }
