@@ -36,9 +36,8 @@ test("networks of every kind are trained as torch trains them, their masks held"
       optimizer: { rate: 0.02 },
     });
     const losses = given.losses.map(() => trainSteps(training, 1));
-    // Adam divides gradients that are nearly zero by 1e-8: their rounding shows.
-    assertClose(losses, given.losses, "losses", 1e-7);
-    assertClose(flattenLayered(net), given.after, "parameters", 1e-7);
+    assertClose(losses, given.losses, "losses", 1e-9);
+    assertClose(flattenLayered(net), given.after, "parameters", 1e-9);
   });
 });
 

@@ -207,7 +207,7 @@ def _trained(specs: list[Any], model: nn.Module) -> Case:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     masks.hold(optimizer)
     parameters = _numbers(*model.parameters())
-    x, y = torch.randn(12, 64, dtype=torch.float64), torch.randint(10, (12,))
+    x, y = torch.randn(12, 64).double(), torch.randint(10, (12,))  # inputs are kept in single precision
     losses = []
     for _ in range(10):
         optimizer.zero_grad()

@@ -82,6 +82,19 @@ test("a workspace with room for more rows, and a second pass, give the same", ()
   });
 });
 
+test("what a workspace was used for before, with more rows, is forgotten", () => {
+  forEachCase([...reference.layered, ...reference.layers], 40, (given) => {
+    const single = { ...given, rows: 1 };
+    const [net, exact] = [networkOf(given), passes(single, 1)];
+    const work = LAYERED.createWorkspace(net, given.rows);
+    const [inputs, upstream] = [doubles(given.inputs), doubles(given.upstream)];
+    LAYERED.forward(net, inputs, given.rows, work);
+    LAYERED.backward(net, inputs, given.rows, work, upstream);
+    assert.deepEqual(LAYERED.forward(net, inputs, 1, work), exact.out);
+    assert.deepEqual(LAYERED.backward(net, inputs, 1, work, upstream).all, exact.gradients.all);
+  });
+});
+
 test("parameters go in and out in torch's order, and a copy shares no memory", () => {
   forEachCase(reference.layered, 4, (given) => {
     const net = networkOf(given);
