@@ -82,16 +82,15 @@ test("a workspace with room for more rows, and a second pass, give the same", ()
   });
 });
 
-test("what a workspace was used for before, with more rows, is forgotten", () => {
+test("what a workspace was used for before, with more or fewer rows, is forgotten", () => {
   forEachCase([...reference.layered, ...reference.layers], 40, (given) => {
-    const single = { ...given, rows: 1 };
-    const [net, exact] = [networkOf(given), passes(single, 1)];
-    const work = LAYERED.createWorkspace(net, given.rows);
+    const work = LAYERED.createWorkspace(networkOf(given), given.rows);
     const [inputs, upstream] = [doubles(given.inputs), doubles(given.upstream)];
-    LAYERED.forward(net, inputs, given.rows, work);
-    LAYERED.backward(net, inputs, given.rows, work, upstream);
-    assert.deepEqual(LAYERED.forward(net, inputs, 1, work), exact.out);
-    assert.deepEqual(LAYERED.backward(net, inputs, 1, work, upstream).all, exact.gradients.all);
+    for (const rows of [1, given.rows, 1]) {
+      const { net, out, gradients } = passes({ ...given, rows }, rows);
+      assert.deepEqual(LAYERED.forward(net, inputs, rows, work), out);
+      assert.deepEqual(LAYERED.backward(net, inputs, rows, work, upstream).all, gradients.all);
+    }
   });
 });
 
