@@ -60,17 +60,20 @@ export function render({ model, el }) {
     applyMasks(net.weights, masks);
     const pruned = of.read(net).accuracy;
     of.traces.add(`${ranking} ${scope}`, 100 * sparsity, pruned);
-    const training = createTraining({
+    return { of, net, masks, pruned, training: null, seen: [[0, pruned]] };
+  }
+  const trainingOf = ({ of, net, masks }) =>
+    createTraining({
       ...{ net, inputs: train.inputs, labels: train.labels, classes: net.sizes[1], masks },
       ...{ batch: of.batch, seed: 0, passes: LAYERED, method: ADAM, optimizer: { rate: of.rate } },
     });
-    return { of, net, masks, pruned, training, seen: [[0, pruned]] };
-  }
   const trained = () => shown().seen.at(-1)[0] === shown().of.steps;
 
   // A few steps at a rate that falls on a straight line to 0; every tenth step is followed by a reading.
   function step() {
-    const { training, of, net, seen } = shown();
+    const { of, net, seen } = shown();
+    now.training ??= trainingOf(now);
+    const { training } = now;
     if (training.steps % READ === 0 && seen.at(-1)[0] !== training.steps) {
       seen.push([training.steps, of.read(net).accuracy]);
     } else {
@@ -120,7 +123,7 @@ export function render({ model, el }) {
   });
   stage.controls.append(kind.root, sparsity.root, ranking.root, scope.root, go, reset);
 
-  const share = { label: "share read correctly", from: 0, to: 1 };
+  const share = { label: "share read correctly", from: 0, to: 1.08 };
   const curve = createChart({
     title: "Test digits read",
     legend: [
@@ -145,6 +148,7 @@ export function render({ model, el }) {
 
   const draw = () => {
     const { of, pruned, masks, seen, training } = shown();
+    const steps = training?.steps ?? 0;
     const setting = chosen();
     const accuracy = seen.at(-1)[1];
     if (trained())
@@ -157,7 +161,7 @@ export function render({ model, el }) {
     const at = (x, y, name) => ({ kind: "points", x: [x], y: [y], class: name });
     const here = at(100 * setting.sparsity, pruned, COLOUR[setting.ranking]);
     const after = at(100 * setting.sparsity, accuracy, "gp-corrected");
-    const dots = training.steps > 0 ? [here, after] : [here];
+    const dots = steps > 0 ? [here, after] : [here];
     curve.draw([dense, ...of.traces.marks(colourOf), ...dots]);
     const line = { kind: "line", x: seen.map(([x]) => x), y: seen.map(([, y]) => y) };
     course.draw([dense, { ...line, class: "gp-corrected" }, at(...seen.at(-1), "gp-corrected")], {
@@ -168,7 +172,7 @@ export function render({ model, el }) {
     go.textContent = walk.isRunning() ? "Pause" : "Train";
     go.disabled = trained();
     const kept = countKept(masks);
-    const counts = { weights: of.total, kept, zeros: of.total - kept, steps: training.steps };
+    const counts = { weights: of.total, kept, zeros: of.total - kept, steps };
     const facts = { ...setting, ...counts, dense: of.accuracy, pruned, corrected: accuracy };
     const stay = Object.entries(shares).map(([name, value]) => `${name}: ${value}`);
     say(stage, { ...facts, shares: stay.join(", ") }, sentence({ ...facts, of, shares }));
@@ -240,7 +244,10 @@ function sentence({ kind, kept, weights, zeros, dense, pruned, corrected, steps,
   const read = `It read ${percent(dense)} of the test digits before, and ${percent(pruned)} pruned`;
   const after = steps > 0 ? `; after ${steps} of ${of.steps} steps of training it reads ` : "";
   const names = Object.keys(shares).sort((a, b) => shares[a] - shares[b]);
-  const [least, most] = [names[0], names.at(-1)].map((n) => `“${n}” (${percent(shares[n])})`);
-  const ends = `Of its matrices ${least} keeps least, ${most} most.`;
+  const [least, most] = [names[0], names.at(-1)].map((name) => [name, percent(shares[name])]);
+  const ends =
+    least[1] === most[1]
+      ? `Each of its matrices keeps ${most[1]}.`
+      : `Of its matrices “${least[0]}” keeps least (${least[1]}), “${most[0]}” most (${most[1]}).`;
   return `${counts} ${read}${after}${steps > 0 ? percent(corrected) : ""}. ${ends}`;
 }

@@ -10,13 +10,15 @@ const EPSILON = 1e-5; // torch's
 export function forwardNorm(inputs, [gain, shift], rows, width, { plain, scales }, out) {
   for (let row = 0; row < rows; row++) {
     const start = row * width;
-    let mean = 0;
-    for (let i = start; i < start + width; i++) mean += inputs[i] / width;
-    let variance = 0;
-    for (let i = start; i < start + width; i++) variance += (inputs[i] - mean) ** 2 / width;
-    scales[row] = 1 / Math.sqrt(variance + EPSILON);
+    let sum = 0;
+    for (let i = start; i < start + width; i++) sum += inputs[i];
+    const mean = sum / width;
+    let squares = 0;
+    for (let i = start; i < start + width; i++) squares += (inputs[i] - mean) * (inputs[i] - mean);
+    const scale = 1 / Math.sqrt(squares / width + EPSILON);
+    scales[row] = scale;
     for (let i = 0; i < width; i++) {
-      plain[start + i] = (inputs[start + i] - mean) * scales[row];
+      plain[start + i] = (inputs[start + i] - mean) * scale;
       out[start + i] = plain[start + i] * gain[i] + shift[i];
     }
   }
