@@ -112,7 +112,7 @@ MUTANTS = [
     ("layered.test.js", "recurrent.js", "states.fill(0, 0, size)", ""),
     ("layered.test.js", "recurrent.js", "transpose(state, width, width, turnedState)", "turnedState.set(state)"),
     ("layered.test.js", "recurrent.js", "turn(seen, rows, false, below)", "below.set(seen)"),
-    ("layered.test.js", "normalise.js", "variance + EPSILON", "variance"),
+    ("layered.test.js", "normalise.js", "squares / width + EPSILON", "squares / width"),
     ("layered.test.js", "normalise.js", "d - mean - plain[start + i] * along", "d - plain[start + i] * along"),
     ("layered.test.js", "normalise.js", "for (const array of gradients) array.fill(0);", ""),
     ("layered.test.js", "attention.js", "(ofShare[j] - mean)", "ofShare[j]"),
