@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradprune as gp
+from gradprune.lab.live.figure import halves as packed
 from gradprune.lab.models import ACTIVATIONS
 from gradprune.lab.zoo.sequences import Attention
 
@@ -149,6 +150,17 @@ def _case(specs: list[Any], module: nn.Module, inputs: int, rows: int) -> Case:
 
 def _prunable(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1
+
+
+def halves() -> list[Case]:
+    """Return numbers of half precision, as bytes and as they are."""
+    tiny = 2.0**-24
+    edges = torch.tensor([0.0, 1.0, -1.0, tiny, -tiny, 1023 * tiny, 1024 * tiny, 65504.0, -65504.0, 0.1])
+    cases = {"edges": edges, "drawn": torch.randn(500) * 10.0 ** torch.randint(-7, 4, (500,))}
+    return [
+        {"name": name, "bytes": list(packed(numbers.half())), "numbers": _numbers(numbers.half().double())}
+        for name, numbers in cases.items()
+    ]
 
 
 def adam() -> list[Case]:

@@ -54,6 +54,7 @@ def reference() -> dict[str, list[Case]]:
             "units": _units(),
             "layers": layer_reference.layers(),
             "layered": layer_reference.networks(),
+            "halves": layer_reference.halves(),
             "adam": layer_reference.adam(),
             "trainings": layer_reference.trainings(),
         }

@@ -26,7 +26,19 @@ NAMES = [
     for file in FILES
     for name in re.findall(r'^test\("([^"]+)"', (HERE / file).read_text(encoding="utf-8"), re.MULTILINE)
 ]
-ARITHMETIC = ("random", "network", "losses", "optimizer", "rank", "gradients", "training", "sparse", "layered", "adam")
+ARITHMETIC = (
+    "random",
+    "network",
+    "losses",
+    "optimizer",
+    "rank",
+    "gradients",
+    "training",
+    "sparse",
+    "layered",
+    "adam",
+    "examples",
+)
 
 Outcomes = tuple[dict[str, bool], str]
 
@@ -122,6 +134,9 @@ MUTANTS = [
     ("layered.test.js", "attention.js", "into.set(delta.subarray(0, rows * size))", "into.fill(0)"),
     ("layered.test.js", "layered.js", "l === 0 ? inputs : rooms[l - 1].out", "l === 0 ? inputs : rooms[l].out"),
     ("adam.test.js", "adam.js", "Math.sqrt(squares[i] / ofSquare) + EPSILON_ADAM", "Math.sqrt(squares[i] / ofSquare)"),
+    ("examples.test.js", "examples.js", "fraction / 2 ** 24", "fraction / 2 ** 25"),
+    ("examples.test.js", "examples.js", "exponent - 15", "exponent - 16"),
+    ("examples.test.js", "examples.js", "0x8000 ? -1 : 1", "0x8000 ? 1 : 1"),
     ("adam.test.js", "adam.js", "rate / ofMean", "rate"),
     ("adam.test.js", "adam.js", "squares[i] / ofSquare", "squares[i]"),
     ("adam.test.js", "adam.js", "if (masks) applyMasks(net.weights, masks)", ""),

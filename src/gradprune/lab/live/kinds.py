@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradprune as gp
-from gradprune.lab import figures, zoo
+from gradprune.lab import experiment, figures, zoo
 from gradprune.lab.live import chance, perceptron
 from gradprune.lab.live.esm import joined
 from gradprune.lab.live.figure import Live, Still, halves, pack_split
@@ -160,7 +160,7 @@ def _words(shares: Sequence[float]) -> str:
 
 
 @cache
-def _data() -> tasks.Classify:
+def digits() -> tasks.Classify:
     """The digits in double precision, in which the page computes."""
     data = perceptron.digits()
     train, validation, test = (
@@ -170,22 +170,24 @@ def _data() -> tasks.Classify:
 
 
 @cache
-def _trained(kind: str) -> nn.Module:
-    row = KINDS[kind].row
+def _stored() -> nn.ModuleDict:
+    networks = nn.ModuleDict({name: untrained(name) for name in KINDS}).half()
+    experiment.network("live_kinds", networks)  # fills them
+    return networks.double().train()
+
+
+def untrained(kind: str) -> nn.Module:
+    """Return a network as it is initialised, seed 0, in double precision."""
     with torch.random.fork_rng(devices=[]):
-        model = base.network(row, 0).double()
-        base.train(row, model, _data(), row.steps, rate=row.rate, seed=0)
-    for parameter in model.parameters():
-        parameter.data = parameter.detach().half().double()
-    return model
+        return base.network(KINDS[kind].row, 0).double()
 
 
 def trained(kind: str) -> nn.Module:
-    """Return a network trained by chapter 7's protocol, seed 0, in double precision: a copy.
+    """Return a network trained by chapter 7's protocol, seed 0, as it is stored, in double precision: a copy.
 
-    Its parameters are rounded to half precision, which is how the page gets them.
+    It was rounded to half precision, which is how the page gets it.
     """
-    return copy.deepcopy(_trained(kind))
+    return copy.deepcopy(_stored()[kind])
 
 
 def _packed(kind: str) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def pruned(kind: str, sparsity: float, ranking: str, scope: str) -> tuple[nn.Mod
 def corrected(kind: str, sparsity: float, ranking: str, scope: str) -> nn.Module:
     """Return the network after the page's whole training again, on the page's batches; not to be changed."""
     model, masks = pruned(kind, sparsity, ranking, scope)
-    row, data = KINDS[kind].row, _data().train
+    row, data = KINDS[kind].row, digits().train
     steps = row.steps // 2
     adam = torch.optim.Adam(model.parameters(), lr=row.rate)
     masks.hold(adam, model)
@@ -238,4 +240,4 @@ def kept_shares(kind: str, masks: gp.Masks) -> dict[str, float]:
 
 
 def _read(model: nn.Module) -> float:
-    return base.score(_data(), model, "test")
+    return base.score(digits(), model, "test")
