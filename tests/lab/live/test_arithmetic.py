@@ -129,7 +129,7 @@ MUTANTS = [
     ("layered.test.js", "normalise.js", "for (const array of gradients) array.fill(0);", ""),
     ("layered.test.js", "attention.js", "(ofShare[j] - mean)", "ofShare[j]"),
     ("layered.test.js", "attention.js", "deltaAsked.fill(0)", ""),
-    ("layered.test.js", "attention.js", "score / Math.sqrt(d)", "score / Math.sqrt(width)"),
+    ("layered.test.js", "attention.js", "1 / Math.sqrt(d)", "1 / Math.sqrt(width)"),
     ("layered.test.js", "attention.js", "out[i] += inputs[i]", "out[i] += normed[i]"),
     ("layered.test.js", "attention.js", "into.set(delta.subarray(0, rows * size))", "into.fill(0)"),
     ("layered.test.js", "layered.js", "l === 0 ? inputs : rooms[l - 1].out", "l === 0 ? inputs : rooms[l].out"),

@@ -77,27 +77,32 @@ function eachHead(rows, { width, heads, places }, visit) {
 /** Writes one head's shares, softmax(query . key / sqrt(d)), and the values mixed by them. */
 function mix(asked, shares, mixed, { width, heads, places }, at) {
   const d = width / heads;
-  const [key, value] = [at.query + width, at.query + 2 * width];
+  const scale = 1 / Math.sqrt(d);
+  const apart = 3 * width;
   for (let i = 0; i < places; i++) {
     const own = at.share + i * places;
+    const query = at.query + i * apart;
+    const into = at.mixed + i * width;
     let largest = -Infinity;
     for (let j = 0; j < places; j++) {
+      const key = at.query + width + j * apart;
       let score = 0;
-      for (let c = 0; c < d; c++)
-        score += asked[at.query + i * 3 * width + c] * asked[key + j * 3 * width + c];
-      shares[own + j] = score / Math.sqrt(d);
+      for (let c = 0; c < d; c++) score += asked[query + c] * asked[key + c];
+      shares[own + j] = score * scale;
       largest = Math.max(largest, shares[own + j]);
     }
     let sum = 0;
     for (let j = 0; j < places; j++) {
-      shares[own + j] = Math.exp(shares[own + j] - largest);
-      sum += shares[own + j];
+      const share = Math.exp(shares[own + j] - largest);
+      shares[own + j] = share;
+      sum += share;
     }
-    for (let j = 0; j < places; j++) shares[own + j] /= sum;
-    for (let c = 0; c < d; c++) {
-      let total = 0;
-      for (let j = 0; j < places; j++) total += shares[own + j] * asked[value + j * 3 * width + c];
-      mixed[at.mixed + i * width + c] = total;
+    for (let c = 0; c < d; c++) mixed[into + c] = 0;
+    for (let j = 0; j < places; j++) {
+      const value = at.query + 2 * width + j * apart;
+      const share = shares[own + j] / sum;
+      shares[own + j] = share;
+      for (let c = 0; c < d; c++) mixed[into + c] += share * asked[value + c];
     }
   }
 }

@@ -68,13 +68,7 @@ KINDS = {
     "self-attention": Kind(
         # One block of the row's two, so that a frame of the page is in time.
         replace(zoo.by_name("self-attention"), build=lambda seed: zoo.sequences.Attention(layers=1)),
-        [
-            ["dense", 8, 32, 8],
-            ["place", 8 * 32],
-            ["attention", 32, 4, 8],
-            ["mean", 32, 8],
-            ["dense", 32, 10],
-        ],
+        [["dense", 8, 32, 8], ["place", 8 * 32], ["attention", 32, 4, 8], ["mean", 32, 8], ["dense", 32, 10]],
         [["pixels"], ["query", "key", "value"], ["output"], ["head"]],
     ),
 }

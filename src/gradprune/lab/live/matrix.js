@@ -11,15 +11,22 @@ export function multiplyTransposed(a, b, bias, rows, columns, inner, out) {
     const i1 = Math.min(i + 1, rows - 1);
     const i2 = Math.min(i + 2, rows - 1);
     const i3 = Math.min(i + 3, rows - 1);
-    const [a0, a1, a2, a3] = [i * inner, i1 * inner, i2 * inner, i3 * inner];
+    const a0 = i * inner;
+    const a1 = i1 * inner;
+    const a2 = i2 * inner;
+    const a3 = i3 * inner;
     for (let j = 0; j < columns; j += 2) {
       const beside = Math.min(j + 1, columns - 1);
       const b0 = j * inner;
       const b1 = beside * inner;
       let s00 = bias === null ? 0 : bias[j];
       let s01 = bias === null ? 0 : bias[beside];
-      let [s10, s20, s30] = [s00, s00, s00];
-      let [s11, s21, s31] = [s01, s01, s01];
+      let s10 = s00;
+      let s11 = s01;
+      let s20 = s00;
+      let s21 = s01;
+      let s30 = s00;
+      let s31 = s01;
       for (let k = 0; k < inner; k++) {
         const x0 = a[a0 + k];
         const x1 = a[a1 + k];
