@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import layer_reference
 import torch
 from batches import mulberry32, page_batches
 from torch import Tensor, nn
@@ -55,6 +56,11 @@ def reference() -> dict[str, list[Case]]:
             "crews": _crews(),
             "sparse": _sparse(),
             "units": _units(),
+            "layers": layer_reference.layers(),
+            "layered": layer_reference.networks(),
+            "halves": layer_reference.halves(),
+            "adam": layer_reference.adam(),
+            "trainings": layer_reference.trainings(),
         }
 
 

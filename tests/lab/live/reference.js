@@ -7,6 +7,7 @@ import { readFileSync } from "node:fs";
 export const reference = JSON.parse(readFileSync(process.env.GRADPRUNE_REFERENCE, "utf8"));
 
 export const floats = (numbers) => Float32Array.from(numbers);
+export const doubles = (numbers) => Float64Array.from(numbers);
 export const arraysOf = (lists) => lists.map(floats);
 export const listsOf = (arrays) => arrays.map((array) => [...array]);
 

@@ -4,6 +4,7 @@ from gradprune.lab.live.budget import Budget
 from gradprune.lab.live.clip import Clip
 from gradprune.lab.live.depth import Depth
 from gradprune.lab.live.figure import Live, Still
+from gradprune.lab.live.kinds import Kinds
 from gradprune.lab.live.prune import Prune
 from gradprune.lab.live.retrain import Retrain
 from gradprune.lab.live.speed import Speed
@@ -15,6 +16,7 @@ __all__ = [
     "Budget",
     "Clip",
     "Depth",
+    "Kinds",
     "Live",
     "Prune",
     "Retrain",
@@ -30,6 +32,7 @@ _FIGURES: dict[str, type[Live]] = {
     "budget": Budget,
     "clip": Clip,
     "depth": Depth,
+    "kinds": Kinds,
     "prune": Prune,
     "retrain": Retrain,
     "speed": Speed,

@@ -73,9 +73,9 @@ export function branchCrew(crew, seed) {
   const copy = createCrew({ ...crew.made, seed });
   crew.workers.forEach((worker, p) => {
     const mine = copy.workers[p];
-    const { velocities } = worker.training.sgd;
+    const { velocities } = worker.training.state;
     write(arraysOf(mine.net), arraysOf(worker.net));
-    write(arraysOf(mine.training.sgd.velocities), arraysOf(velocities));
+    write(arraysOf(mine.training.state.velocities), arraysOf(velocities));
     write(mine.known, worker.known);
     for (const residuals of ["waiting", "late"]) {
       mine[residuals] = worker[residuals]?.map((array) => array.slice()) ?? null;
@@ -120,7 +120,7 @@ export function pruneCrew(crew, sparsity, decides) {
   crew.workers.forEach((worker, p) => {
     worker.masks = decides === "one" ? chosen[0] : chosen[p];
     worker.training.masks = worker.masks;
-    const { velocities } = worker.training.sgd;
+    const { velocities } = worker.training.state;
     const held = [worker.net.weights, velocities.weights, weightsOf(worker.known)];
     for (const residuals of [worker.waiting, worker.late])
       if (residuals) held.push(weightsOf(residuals));

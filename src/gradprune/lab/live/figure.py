@@ -116,3 +116,8 @@ def pack_split(split: Split) -> dict[str, Any]:
 def floats(*tensors: Tensor) -> bytes:
     """Return the numbers of tensors, one after the other, as float32 in little-endian order."""
     return b"".join(tensor.detach().cpu().numpy().astype("<f4").tobytes() for tensor in tensors)
+
+
+def halves(*tensors: Tensor) -> bytes:
+    """Return the numbers of tensors, one after the other, in half precision and little-endian order."""
+    return b"".join(tensor.detach().cpu().numpy().astype("<f2").tobytes() for tensor in tensors)

@@ -2,14 +2,19 @@
 
 /**
  * Writes a b^T + bias into out: out[i][j] = bias[j] + sum over k of a[i][k] b[j][k], all row-major.
- * Two rows meet two columns at a time, so that each number read takes part in two products; an odd
- * last row or column is computed twice over. The sums are of double precision.
+ * Four rows meet two columns at a time, so that each number read takes part in several products; what
+ * is missing of the last four or two is computed as its last once more. The sums are of double
+ * precision.
  */
 export function multiplyTransposed(a, b, bias, rows, columns, inner, out) {
-  for (let i = 0; i < rows; i += 2) {
-    const next = Math.min(i + 1, rows - 1);
+  for (let i = 0; i < rows; i += 4) {
+    const i1 = Math.min(i + 1, rows - 1);
+    const i2 = Math.min(i + 2, rows - 1);
+    const i3 = Math.min(i + 3, rows - 1);
     const a0 = i * inner;
-    const a1 = next * inner;
+    const a1 = i1 * inner;
+    const a2 = i2 * inner;
+    const a3 = i3 * inner;
     for (let j = 0; j < columns; j += 2) {
       const beside = Math.min(j + 1, columns - 1);
       const b0 = j * inner;
@@ -18,20 +23,34 @@ export function multiplyTransposed(a, b, bias, rows, columns, inner, out) {
       let s01 = bias === null ? 0 : bias[beside];
       let s10 = s00;
       let s11 = s01;
+      let s20 = s00;
+      let s21 = s01;
+      let s30 = s00;
+      let s31 = s01;
       for (let k = 0; k < inner; k++) {
         const x0 = a[a0 + k];
         const x1 = a[a1 + k];
+        const x2 = a[a2 + k];
+        const x3 = a[a3 + k];
         const y0 = b[b0 + k];
         const y1 = b[b1 + k];
         s00 += x0 * y0;
         s01 += x0 * y1;
         s10 += x1 * y0;
         s11 += x1 * y1;
+        s20 += x2 * y0;
+        s21 += x2 * y1;
+        s30 += x3 * y0;
+        s31 += x3 * y1;
       }
       out[i * columns + j] = s00;
       out[i * columns + beside] = s01;
-      out[next * columns + j] = s10;
-      out[next * columns + beside] = s11;
+      out[i1 * columns + j] = s10;
+      out[i1 * columns + beside] = s11;
+      out[i2 * columns + j] = s20;
+      out[i2 * columns + beside] = s21;
+      out[i3 * columns + j] = s30;
+      out[i3 * columns + beside] = s31;
     }
   }
 }

@@ -5,7 +5,8 @@
 // activation follows every layer but the last. Twin: torch, by tests.
 
 import { activationNamed } from "./activation.js";
-import { columnSums, multiplyTransposed, transpose } from "./matrix.js";
+import { backwardDense } from "./dense.js";
+import { multiplyTransposed } from "./matrix.js";
 import { normal } from "./random.js";
 
 /** Returns how many weights and biases a network of these sizes has. */
@@ -99,31 +100,29 @@ export function forward(net, inputs, rows, work) {
 
 /**
  * Returns the gradients of a loss whose gradient at the logits is given; `forward` was called last
- * with the same inputs. With D the gradient at a layer's output and X its input, D^T X is that of
- * its weights, the column sums of D that of its biases; D W, times the slope, goes a layer down.
+ * with the same inputs. What a layer passes down is multiplied by the slope of the activation.
  */
 export function backward(net, inputs, rows, work, gradient) {
   requireFits(net, inputs, rows, work);
   const { slope } = activationNamed(net.activation);
   const layers = layersOf(net.sizes);
-  const [turnedDelta, turned] = work.turned;
   work.deltas.at(-1).set(gradient.subarray(0, rows * net.sizes.at(-1)));
   for (let layer = layers.length - 1; layer >= 0; layer--) {
     const { from, to } = layers[layer];
     const delta = work.deltas[layer];
     const given = layer === 0 ? inputs : work.after[layer - 1];
-    transpose(delta, rows, to, turnedDelta);
-    transpose(given, rows, from, turned);
-    multiplyTransposed(turnedDelta, turned, null, to, from, rows, work.gradients.weights[layer]);
-    columnSums(delta, rows, to, work.gradients.biases[layer]);
+    const gradients = [work.gradients.weights[layer], work.gradients.biases[layer]];
+    const [below, before] = layer === 0 ? [null] : [work.deltas[layer - 1], work.before[layer - 1]];
+    const shape = { rows, from, to };
+    backwardDense(delta, given, net.weights[layer], shape, gradients, below, work.turned);
     if (layer === 0) break;
-    const [below, before] = [work.deltas[layer - 1], work.before[layer - 1]];
-    transpose(net.weights[layer], to, from, turned);
-    multiplyTransposed(delta, turned, null, rows, from, to, below);
     for (let i = 0; i < rows * from; i++) below[i] *= slope(before[i], given[i]);
   }
   return work.gradients;
 }
+
+/** What training.js and reading.js need to know of such networks, unless they are told otherwise. */
+export const DENSE = { createWorkspace, forward, backward };
 
 /** Returns the class with the largest logit of each row, the first among equals. */
 export function predictions(logits, classes) {

@@ -1,12 +1,13 @@
 // How well does a network read examples?
-import { createWorkspace, forward, predictions } from "./network.js";
+import { DENSE, predictions } from "./network.js";
 
 // Returns a function from a network of these widths to `{ accuracy, right }`: `right[c]` counts those of class c.
-export function createReader(net, { inputs, labels, rows }) {
-  const work = createWorkspace(net, rows);
+// `passes` are those of its kind of network.
+export function createReader(net, { inputs, labels, rows }, passes = DENSE) {
+  const work = passes.createWorkspace(net, rows);
   const classes = net.sizes.at(-1);
   return (network) => {
-    const answers = predictions(forward(network, inputs, rows, work), classes);
+    const answers = predictions(passes.forward(network, inputs, rows, work), classes);
     const right = new Array(classes).fill(0);
     answers.forEach((answer, row) => {
       if (answer === labels[row]) right[answer] += 1;

@@ -42,7 +42,7 @@ export function render({ model, el }) {
       if (after === "rewinding") rewind(net, early);
       applyMasks(net.weights, run.masks);
       run.training.masks = run.masks;
-      run.training.sgd = createSgd(net, OPTIMIZER);
+      run.training.state = createSgd(net, OPTIMIZER);
       note(run);
     };
     run.step = () => {

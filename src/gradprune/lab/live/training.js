@@ -1,19 +1,20 @@
 // How is a network trained, a few steps at a time, so that a figure can draw in between?
 
 import { crossEntropy } from "./losses.js";
-import { backward, createWorkspace, forward } from "./network.js";
-import { createSgd, sgdStep } from "./optimizer.js";
+import { DENSE } from "./network.js";
+import { SGD } from "./optimizer.js";
 import { generator, shuffled } from "./random.js";
 
 /**
- * Returns a training of `net` by cross entropy, before its first step. `optimizer` is what
- * `createSgd` takes; `masks`, one for each layer's weights, are held; `change(gradients)` is called
- * between backward and step, with what `backward` returns. `sgd`, `masks` and `change` may be set
- * anew between steps. With `part` [p, count] it sees the p-th of `count` parts of each batch, as
- * torch.tensor_split cuts it.
+ * Returns a training of `net` by cross entropy, before its first step. `passes` are those of its kind
+ * of network, `method` is SGD or ADAM and `optimizer` what its `create` takes; `masks`, one for each
+ * array of weights, are held; `change(gradients)` is called between backward and step, with what
+ * `backward` returns. `state` (the method's), `masks` and `change` may be set anew between steps.
+ * With `part` [p, count] it sees the p-th of `count` parts of each batch, as torch.tensor_split cuts it.
  */
 export function createTraining(options) {
   const { net, inputs, labels, classes, batch, part = [0, 1] } = options;
+  const { passes = DENSE, method = SGD } = options;
   const rows = labels.length;
   if (rows === 0 || inputs.length !== rows * net.sizes[0]) {
     const given = `${inputs.length} inputs and ${rows} labels`;
@@ -31,15 +32,15 @@ export function createTraining(options) {
     throw new RangeError(`part must be one of at most ${least}, got ${part[0]} of ${part[1]}`);
   }
   return {
-    ...{ net, inputs, labels, classes, batch: most, part },
+    ...{ net, inputs, labels, classes, passes, method, batch: most, part },
     masks: options.masks ?? null,
     change: options.change ?? null,
-    sgd: createSgd(net, options.optimizer),
-    work: createWorkspace(net, most),
+    state: method.create(net, options.optimizer),
+    work: passes.createWorkspace(net, most),
     picked: {
       inputs: new Float32Array(most * net.sizes[0]),
       labels: new Int32Array(most),
-      gradient: new Float32Array(most * classes),
+      gradient: new Float64Array(most * classes),
     },
     uniform: generator(options.seed),
     order: new Int32Array(0),
@@ -78,14 +79,14 @@ export function nextGradients(training, net = training.net) {
 
 /** Steps the network by gradients, wherever they come from. */
 export function takeStep(training, gradients) {
-  sgdStep(training.net, gradients, training.sgd, training.masks);
+  training.method.step(training.net, gradients, training.state, training.masks);
   training.steps++;
 }
 
-function gradientsOf({ work, picked, classes }, rows, net) {
-  const logits = forward(net, picked.inputs, rows, work);
+function gradientsOf({ work, picked, classes, passes }, rows, net) {
+  const logits = passes.forward(net, picked.inputs, rows, work);
   const loss = crossEntropy(logits, picked.labels, classes, picked.gradient);
-  return { loss, gradients: backward(net, picked.inputs, rows, work, picked.gradient) };
+  return { loss, gradients: passes.backward(net, picked.inputs, rows, work, picked.gradient) };
 }
 
 /** Copies its part of the next rows of the epoch's order, and shuffles anew when that has come to its end. */
