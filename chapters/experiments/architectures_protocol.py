@@ -34,7 +34,9 @@ Test parts are read once for each number reported. Rows below come from `gradpru
 adapters" were named here as rows to come, and were written when others had been measured; their level, steps and rates
 were chosen with TUNING_SEEDS, and committed before any run of them with SEEDS. "LoRA adapters, base pruned", which was
 not named at first, is the other reading of the same network. A row that then missed its level with SEEDS says in the
-zoo what was changed, by validation data of other seeds alone, and was measured again as a whole.
+zoo what was changed, by validation data of other seeds alone, and was measured again as a whole; its test values had
+been seen by then. What a statement of the documents is judged by (`lab.zoo.table`, chapter 7) was written when a third
+of the rows had been measured.
 """
 
 from __future__ import annotations
