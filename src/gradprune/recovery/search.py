@@ -20,7 +20,7 @@ from gradprune.core.checks import choice, function, module, require, whole
 from gradprune.core.progress import bar
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import Measure, mean_of
-from gradprune.recovery.space import Space, space_of
+from gradprune.recovery.space import SearchSpace, Space, space_of
 from gradprune.recovery.study import Study, Trial, optuna_library
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
@@ -37,7 +37,7 @@ _HEARTBEAT = 60  # seconds after which twice a trial of a killed process is give
 def search(
     model: nn.Module,
     evaluate: Measure,
-    space: Mapping[str, Any],
+    space: Space,
     *,
     trials: int | None = None,
     sampler: Sampler = "tpe",
@@ -134,7 +134,7 @@ def _quiet(library: Any) -> Iterator[None]:
         library.logging.set_verbosity(before)
 
 
-def _study(library: Any, storage: Any, space: Space, sampler: str, seed: int | None, *, two_aims: bool) -> Any:
+def _study(library: Any, storage: Any, space: SearchSpace, sampler: str, seed: int | None, *, two_aims: bool) -> Any:
     """Optuna's study, from the file where there is one."""
     path = None if storage is None else files.place("storage", storage)
     directions = ["maximize", "minimize"] if two_aims else ["maximize"]
@@ -205,7 +205,9 @@ def _run(library: Any, study: Any, objective: Callable[[Any], Any], trials: int,
 class _Objective:
     """One trial: draw, copy, prune, train, evaluate."""
 
-    def __init__(self, library: Any, model: nn.Module, evaluate: Measure, space: Space, train: Any, cost: Any) -> None:
+    def __init__(
+        self, library: Any, model: nn.Module, evaluate: Measure, space: SearchSpace, train: Any, cost: Any
+    ) -> None:
         self._library, self._model, self._evaluate = library, model, evaluate
         self._space, self._train, self._cost = space, train, cost
 

@@ -10,11 +10,13 @@ from typing import Any
 from gradprune.core.checks import require
 from gradprune.recovery.outcome import name_of
 
+Space = Mapping[str, Any]  # as a user gives it
+
 CHOICES_ONLY = frozenset({"score", "scope", "granularity", "include", "exclude", "within", "axes"})
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """What is drawn from: choices by their labels, and ranges, which are Optuna's distributions."""
 
     choices: dict[str, dict[str, Any]]
@@ -55,7 +57,7 @@ def _suggested(drawing: Any, name: str, of: Any) -> Any:
     return suggest(name, of.low, of.high, step=of.step, log=of.log)
 
 
-def space_of(library: Any, space: Any) -> Space:
+def space_of(library: Any, space: Any) -> SearchSpace:
     """Return what a user gave, checked: lists are choices, tuples ranges."""
     if not isinstance(space, Mapping):
         raise TypeError(f"space must be a dict from names to what is drawn from, got {type(space).__name__}")
@@ -71,7 +73,7 @@ def space_of(library: Any, space: Any) -> Space:
             ranges[name] = _range(library, name, of)
         else:
             choices[name] = _labelled(name, of)
-    return Space(choices, ranges)
+    return SearchSpace(choices, ranges)
 
 
 def _range(library: Any, name: str, ends: tuple[Any, ...]) -> Any:

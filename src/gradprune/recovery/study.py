@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gradprune.core.checks import require, whole
 from gradprune.core.steps import Optimizers
 from gradprune.core.tables import Table
-from gradprune.recovery.space import Space
+from gradprune.recovery.space import SearchSpace
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 
@@ -95,7 +95,7 @@ class Study(Table):
 
     def __init__(self, study: Any, space: Any) -> None:
         self.study = study
-        self._space: Space = space
+        self._space: SearchSpace = space
 
     def __len__(self) -> int:
         return len(self.rows())
