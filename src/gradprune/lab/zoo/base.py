@@ -1,8 +1,8 @@
 """How is every architecture trained, pruned and scored, so that their rows can stand in one table?
 
-What is run and what counts as what is `chapters/experiments/architectures_protocol.py`; here are the parts that it
-needs, the same for every row: training with a rate that falls on a straight line to 0, pruning in one shot by
-importance or at random, and the metric on validation or test data.
+What is run and what counts as what is in the experiment `architectures_protocol`; here are the parts that it needs,
+the same for every row: training with a rate that falls on a straight line to 0, pruning in one shot by importance or at
+random, and the metric on validation or test data.
 """
 
 from __future__ import annotations

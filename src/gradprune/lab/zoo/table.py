@@ -1,6 +1,6 @@
 """What do the measured rows say, by the protocol that was fixed before the runs (chapter 7)?
 
-The protocol, `chapters/experiments/architectures_protocol.py`, says of a row at 50 and at 80 % whether it can be pruned
+The protocol (`architectures_protocol`, among the experiments) says of a row at 50 and at 80 % whether it can be pruned
 and whether the choice by size does it. From these two a row *works* to a sparsity: it can be pruned to it and to every
 smaller one judged, and at one of them at least size chooses better than chance.
 """
@@ -76,7 +76,7 @@ class Row:
 def rows(known: Iterable[Architecture], measured: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Row]:
     """Return the rows of `known` that are measured in full, by name.
 
-    `measured` are the cells of `chapters/results/architectures_again.json`, unless given.
+    `measured` are the cells of the result `architectures_again`, unless given.
     """
     if measured is None:
         measured = experiment.load("architectures_again")["rows"]
