@@ -65,7 +65,6 @@ def test_a_row_says_what_counts_before_it_is_run(architecture: zoo.Architecture)
     assert {lab.claims.all_claims()[claim].chapter for claim in architecture.claims} == {7}
     assert architecture.rate in architecture.rates
     assert len(architecture.rates) == 3
-    assert architecture.tolerance > 0
 
 
 def test_names_are_unique_and_an_unknown_one_is_an_error() -> None:
@@ -76,21 +75,15 @@ def test_names_are_unique_and_an_unknown_one_is_an_error() -> None:
         zoo.by_name("perceptron")
 
 
-def test_one_metric_has_one_tolerance() -> None:
-    kinds = {(a.metric, a.higher, a.tolerance, a.relative) for a in zoo.ARCHITECTURES}
-    assert len(kinds) == len({metric for metric, *_ in kinds})
+def test_one_metric_has_one_direction() -> None:
+    kinds = {(a.metric, a.higher) for a in zoo.ARCHITECTURES}
+    assert len(kinds) == len({metric for metric, _ in kinds})
 
 
-ACCURACY = dataclasses.replace(zoo.by_name("logistic regression"), tolerance=0.02)
-ERROR = dataclasses.replace(zoo.by_name("linear regression"), tolerance=0.1)
-
-
-def test_lost_tolerance_is_one_at_its_edge_in_either_direction() -> None:
-    assert ACCURACY.lost(0.95, 0.93) == pytest.approx(1)
-    assert ERROR.lost(0.2, 0.22) == pytest.approx(1)
-    assert ACCURACY.lost(0.95, 0.96) == pytest.approx(-0.5)
-    assert ACCURACY.reaches(ACCURACY.level)
-    assert not ERROR.reaches(ERROR.level + 0.01)
+def test_a_level_is_reached_at_its_edge_in_either_direction() -> None:
+    accuracy, error = zoo.by_name("logistic regression"), zoo.by_name("linear regression")
+    assert accuracy.reaches(accuracy.level)
+    assert not error.reaches(error.level + 0.01)
 
 
 def test_random_pruning_depends_on_the_seed_and_on_nothing_else() -> None:

@@ -93,6 +93,11 @@ class Ranks(NamedTuple):
         """Return the sum of one number over all ranks."""
         return int(self.sum(torch.tensor([number], dtype=torch.int64, device="cpu")))
 
+    def on_any(self, flags: Iterable[bool]) -> list[bool]:
+        """Return which flags are set on any rank."""
+        own = torch.tensor([int(flag) for flag in flags], dtype=torch.int64, device="cpu")
+        return [bool(found) for found in self.most(own).tolist()]
+
     def first(self, values: Tensor) -> Tensor:
         """Return what the first rank has, on the CPU."""
         return self.of(values, self.source)

@@ -83,8 +83,8 @@ class SumsOverRanks(Sums):
     def beyond(self, sums: Gradients) -> list[str]:
         """The names of the gradients whose dtype cannot hold the sum, on any rank."""
         here = super().beyond(sums)
-        own = torch.tensor([int(name in here) for name in sums], dtype=torch.int64, device="cpu")
-        return [name for name, wrong in zip(sums, self._ranks.most(own).tolist(), strict=True) if wrong]
+        anywhere = self._ranks.on_any(name in here for name in sums)
+        return [name for name, wrong in zip(sums, anywhere, strict=True) if wrong]
 
     def largest(self, sums: Gradients, density: float, scope: Scope) -> dict[str, Tensor]:
         """This rank's blocks of the masks."""

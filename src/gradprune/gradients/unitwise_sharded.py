@@ -19,9 +19,8 @@ from gradprune.core.sharded import Ranks, Shard, local
 from gradprune.gradients.params import with_gradient
 from gradprune.gradients.unitwise import groups_of_transposed, norms_of_units, room_for_rounding
 
-Weights = Mapping[
-    str, tuple[Tensor, int]
-]  # by name this rank's block, and the groups of a transposed convolution, or 0
+# By name this rank's block, and the groups of a transposed convolution, or 0.
+Weights = Mapping[str, tuple[Tensor, int]]
 
 
 class _Rows(NamedTuple):
@@ -57,12 +56,8 @@ def ratios_over_ranks(
     """Return for the rows of each block the norm of their unit's gradient over that of its weights, in float64."""
     every = [_rows(shard, *weights[name]) for name, shard in shards.items()]
     norms = [tuple(_norms(t, rows.axes, precise) for t in (rows.gradient, rows.weight)) for rows in every]
-    parts = torch.tensor(
-        [int(_in_parts(shard, rows)) for shard, rows in zip(shards.values(), every, strict=True)],
-        dtype=torch.int64,
-        device="cpu",
-    )
-    split = [at for at, is_split in enumerate(ranks.most(parts).tolist()) if is_split]
+    parts = ranks.on_any(_in_parts(shard, rows) for shard, rows in zip(shards.values(), every, strict=True))
+    split = [at for at, is_split in enumerate(parts) if is_split]
     whole: dict[int, tuple[Tensor, ...]] = {at: norms[at] for at in range(len(every)) if at not in split}
     whole |= zip(split, _joined([every[at] for at in split], [norms[at] for at in split], ranks), strict=True)
     found = []
@@ -152,9 +147,7 @@ def _joined(every: Sequence[_Rows], norms: Sequence[Sequence[Tensor]], ranks: Ra
 
 def require_finite_weights_over_ranks(weights: Weights, names: Sequence[str], ranks: Ranks) -> None:
     """Raise ValueError, on all ranks, for weights that are not finite on one."""
-    own = torch.tensor(
-        [int(not bool(weights[name][0].isfinite().all())) for name in names], dtype=torch.int64, device="cpu"
-    )
-    for name, wrong in zip(names, ranks.most(own).tolist(), strict=True):
+    not_finite = ranks.on_any(not bool(weights[name][0].isfinite().all()) for name in names)
+    for name, wrong in zip(names, not_finite, strict=True):
         message = f"the weights of {name!r} are not finite, so no share of their norm can bound a gradient"
         require(not wrong, message)

@@ -210,8 +210,8 @@ def _pick(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
         return dict(zip(masks, counts, strict=True))
 
     def check(values: Mapping[str, Tensor]) -> None:
-        own = torch.tensor([int(shards[name].local.isnan().any()) for name in values], dtype=torch.int64, device="cpu")
-        for name, wrong in zip(values, ranks.sum(own).tolist(), strict=True):
+        has_nan = ranks.on_any(bool(shards[name].local.isnan().any()) for name in values)
+        for name, wrong in zip(values, has_nan, strict=True):
             require(not wrong, f"the score of {name!r} contains NaN")
 
     return Pick(keep, each, stay, check)

@@ -46,12 +46,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row: a network, its task, and what counts as keeping it.
+    """One row: a network, its task, and how it is trained.
 
-    `metric` is better when `higher`; a value is within the tolerance when it is worse than the dense one by no more
-    than `tolerance`, times the dense value where `relative`. `level` is what the dense network must reach on validation
-    data. `rate` is the one chosen of `rates`. `build(seed)` returns the network before its first step, `task(seed)` its
-    data. `include` goes to ``gp.prune`` as it is; `score` is what stands for importance.
+    `metric` is better when `higher`. `level` is what the dense network must reach on validation data. `rate` is the one
+    chosen of `rates`. `build(seed)` returns the network before its first step, `task(seed)` its data. `include` goes to
+    ``gp.prune`` as it is; `score` is what stands for importance.
     """
 
     name: str
@@ -59,8 +58,6 @@ class Architecture:
     data: str
     metric: str
     higher: bool
-    tolerance: float
-    relative: bool
     level: float
     steps: int
     rate: float
@@ -70,11 +67,6 @@ class Architecture:
     optimizer: Literal["sgd", "momentum", "adam", "adamw", "adam without momentum"] = "adam"
     include: str | tuple[str, ...] | None = None
     score: Score = field(default=gp.magnitude)
-
-    def lost(self, dense: float, value: float) -> float:
-        """Return how much worse `value` is than `dense`, as a share of the tolerance; negative where it is better."""
-        worse = dense - value if self.higher else value - dense
-        return worse / (self.tolerance * abs(dense) if self.relative else self.tolerance)
 
     def reaches(self, value: float) -> bool:
         """Whether `value` is as good as the stated level."""

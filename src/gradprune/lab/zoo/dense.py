@@ -10,8 +10,8 @@ from gradprune.lab import models
 from gradprune.lab.zoo import tasks
 from gradprune.lab.zoo.base import Architecture
 
-ACCURACY: dict[str, Any] = {"metric": "accuracy", "higher": True, "tolerance": 0.02, "relative": False}
-ERROR: dict[str, Any] = {"metric": "unexplained share", "higher": False, "tolerance": 0.1, "relative": True}
+ACCURACY: dict[str, Any] = {"metric": "accuracy", "higher": True}
+ERROR: dict[str, Any] = {"metric": "unexplained share", "higher": False}
 
 
 def _perceptron(

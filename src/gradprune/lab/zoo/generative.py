@@ -129,8 +129,6 @@ ON_HEAPS: dict[str, Any] = {
     "data": "points in the plane, eight heaps on a circle",
     "metric": "sliced Wasserstein distance",
     "higher": False,
-    "tolerance": 0.25,
-    "relative": True,
 }
 
 

@@ -96,8 +96,6 @@ def _circuit(name: str, score: Score) -> Architecture:
         data="digits 0 to 3, eight principal components",
         metric="accuracy",
         higher=True,
-        tolerance=0.02,
-        relative=False,
         level=0.85,
         steps=100,
         rate=0.3,

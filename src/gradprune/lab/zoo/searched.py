@@ -51,8 +51,6 @@ class Design:
             data="MNIST-1D",
             metric="accuracy",
             higher=True,
-            tolerance=0.02,
-            relative=False,
             level=0.85,
             steps=STEPS,
             rate=self.rate,
