@@ -35,7 +35,9 @@ adapters" were named here as rows to come, and were written when others had been
 were chosen with TUNING_SEEDS, and committed before any run of them with SEEDS. "LoRA adapters, base pruned", which was
 not named at first, is the other reading of the same network. A row that then missed its level with SEEDS says in the
 zoo what was changed, by validation data of other seeds alone, and was measured again as a whole; its test values had
-been seen by then. What a statement of the documents is judged by (`lab.zoo.table`, chapter 7) was written when a third
+been seen by then. Random pruning first drew its lots with the network's own seed, from which torch had drawn the first
+weights, so that its choice was not chance in a first layer; every random cell was measured again with lots of their own
+(`zoo.base.LOTS`), its share of the rate tuned again, nothing else changed. What a statement of the documents is judged by (`lab.zoo.table`, chapter 7) was written when a third
 of the rows had been measured.
 """
 
