@@ -97,12 +97,17 @@ class Graph(nn.Module):
 
 
 class StateSpace(nn.Module):
-    """Layers whose states decay, each at its own rate, and take in what comes: linear in time (Gu et al. 2022)."""
+    """Layers whose states decay and turn, each at its own rate, and take in what comes: linear in time.
+
+    The kernels are those of diagonal state spaces with evenly spaced frequencies (Gu et al. 2022, "S4D-Lin").
+    """
 
     def __init__(self, width: int = 32, states: int = 64, layers: int = 2) -> None:
         super().__init__()
         self.value = nn.Linear(1, width)
         self.decay = nn.ParameterList(nn.Parameter(torch.linspace(-1.0, 4.0, states)) for _ in range(layers))
+        turns = torch.pi * torch.arange(states) / states
+        self.turn = nn.ParameterList(nn.Parameter(turns.clone()) for _ in range(layers))
         self.into = nn.ModuleList(nn.Linear(width, states, bias=False) for _ in range(layers))
         self.out = nn.ModuleList(nn.Linear(states, width) for _ in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
@@ -111,12 +116,11 @@ class StateSpace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (examples, 40) to class scores, read off the mean over time."""
         hidden = self.value(x[..., None])
-        back = torch.arange(x.shape[1])
-        for decay, into, out, norm in zip(self.decay, self.into, self.out, self.norms, strict=True):
-            apart = (back[:, None] - back).clamp(min=0)
-            kernel = (
-                torch.sigmoid(decay) ** apart[..., None] * (back[:, None] >= back)[..., None]
-            )  # the sum of the past
+        ago = torch.arange(x.shape[1])
+        apart = ago[:, None] - ago
+        for decay, turn, into, out, norm in zip(self.decay, self.turn, self.into, self.out, self.norms, strict=True):
+            of_a_state = torch.sigmoid(decay) ** ago[:, None] * torch.cos(turn * ago[:, None])
+            kernel = of_a_state[apart.clamp(min=0)] * (apart >= 0)[..., None]
             states = torch.einsum("tsn,bsn->btn", kernel, into(norm(hidden)))
             hidden = hidden + functional.gelu(out(states))
         scores: Tensor = self.head(hidden.mean(1))
@@ -141,7 +145,8 @@ def _row(
 
 
 # With 600 steps the two controls missed their levels on the validation data of the tuning seeds, the RNN with more too
-# while it read the lowest frequency first: their steps, and that order, were changed by validation data alone.
+# while it read the lowest frequency first: their steps, and that order, were changed by validation data alone. So did
+# the state-space model while its states decayed without turning (0.52): the turning was chosen in the same way.
 ROWS = (
     _row(
         "convolutional, MNIST-1D",
