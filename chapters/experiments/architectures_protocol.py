@@ -37,7 +37,7 @@ not named at first, is the other reading of the same network. A row that then mi
 zoo what was changed, by validation data of other seeds alone, and was measured again as a whole; its test values had
 been seen by then. Random pruning first drew its lots with the network's own seed, from which torch had drawn the first
 weights, so that its choice was not chance in a first layer; every random cell was measured again with lots of their own
-(`zoo.base.LOTS`), its share of the rate tuned again, nothing else changed. What a statement of the documents is judged
+(`lab.train.lots`), its share of the rate tuned again, nothing else changed. What a statement of the documents is judged
 by (`lab.zoo.table`, chapter 7) was written when a third of the rows had been measured.
 """
 

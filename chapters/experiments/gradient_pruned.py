@@ -47,7 +47,7 @@ def prune(model: nn.Module, data: lab.data.Dataset, score: str, seed: int) -> gp
         "gradient": partial(gp.gradient, **looked_at),
         "taylor": partial(gp.taylor, **looked_at),
         "magnitude": gp.magnitude,
-        "random": partial(gp.random, generator=torch.Generator().manual_seed(seed)),
+        "random": partial(gp.random, generator=lab.train.lots(seed)),
     }
     return gp.prune(model, scores[score], scope=share, min_keep=0)
 

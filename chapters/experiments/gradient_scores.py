@@ -46,7 +46,7 @@ def score_of(name: str, data: lab.data.Dataset, seed: int) -> Score:
     x, y = data.train.x[:SAMPLES].split(128), data.train.y[:SAMPLES].split(128)
     looked_at = {"batches": list(zip(x, y, strict=True)), "loss": nn.functional.cross_entropy}
     return {
-        "random": partial(gp.random, generator=torch.Generator().manual_seed(seed)),
+        "random": partial(gp.random, generator=lab.train.lots(seed)),
         "magnitude": gp.magnitude,
         "gradient": partial(gp.gradient, **looked_at),
         "taylor": partial(gp.taylor, **looked_at),

@@ -128,7 +128,7 @@ def prune_after(cell: dict[str, Any], rate: float) -> dict[str, Any]:
             "gradient": partial(gp.gradient, batches=batch, loss=nn.functional.cross_entropy),
             "taylor": partial(gp.taylor, batches=batch, loss=nn.functional.cross_entropy),
             "magnitude": gp.magnitude,
-            "random": partial(gp.random, generator=torch.Generator().manual_seed(seed)),
+            "random": partial(gp.random, generator=lab.train.lots(seed)),
         }[cell["score"]]
         masks = gp.prune(model, score, scope=share, min_keep=0)
         results["sparsity"].append(round(masks.sparsity, 4))

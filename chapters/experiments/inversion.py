@@ -95,7 +95,7 @@ def dense(change: str, seed: int) -> nn.Module:
 
 def prune(model: nn.Module, ranking: str, sparsity: float, seed: int) -> gp.Masks:
     """Prune and return the masks; the last layer takes part unless the ranking says otherwise."""
-    chance = partial(gp.random, generator=torch.Generator().manual_seed(seed))
+    chance = partial(gp.random, generator=lab.train.lots(seed))
     if ranking == "random":
         return gp.prune(model, chance, sparsity=sparsity)
     if ranking == "head left out":

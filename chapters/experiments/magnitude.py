@@ -110,7 +110,7 @@ def score_of(method: str, examples: lab.data.Dataset, seed: int) -> Score:
     return {
         "magnitude": gp.magnitude,
         "largest": largest,
-        "random": partial(gp.random, generator=torch.Generator().manual_seed(seed)),
+        "random": partial(gp.random, generator=lab.train.lots(seed)),
         "gradient": partial(gp.gradient, **data),
         "taylor": partial(gp.taylor, **data),
         "fisher": partial(gp.fisher, **data),

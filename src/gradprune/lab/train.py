@@ -93,6 +93,15 @@ def cosine(steps: int, warmup: int = 50) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def lots(seed: int) -> torch.Generator:
+    """Return a generator for random pruning, apart from the first weights of a network of the same seed.
+
+    ``torch.manual_seed(seed)`` and ``Generator().manual_seed(seed)`` draw the same numbers: with one seed for both, the
+    random masks of a first layer keep what was largest before training.
+    """
+    return torch.Generator().manual_seed(10_000 + seed)
+
+
 def perceptron(
     data: Dataset,
     widths: Sequence[int] = (64, 128, 64, 10),

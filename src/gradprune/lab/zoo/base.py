@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import gradprune as gp
+from gradprune.lab.train import lots
 from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
 from gradprune.weights.request import Score
 
 TUNING_SEEDS = (100, 101)  # of what is chosen beforehand; not reported on
-LOTS = 10_000  # added to a network's seed for the lots of random pruning: its first weights come from the seed itself
 
 Part = Literal["validation", "test"]
 Player = tuple[Iterable[nn.Parameter], Callable[[torch.Generator], Tensor]]
@@ -137,7 +137,7 @@ def prune(architecture: Architecture, model: nn.Module, score: str, scope: Scope
     """Prune `model` in one shot by the row's importance ("magnitude") or at "random", and return the masks."""
     by: Score = architecture.score
     if score == "random":
-        by = partial(gp.random, generator=torch.Generator().manual_seed(LOTS + seed))
+        by = partial(gp.random, generator=lots(seed))
     return gp.prune(model, by, sparsity=sparsity, scope=scope, include=architecture.include)
 
 
