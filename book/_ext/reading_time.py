@@ -9,6 +9,7 @@ from sphinx.application import Sphinx
 
 # What a reader gets through in a minute, as readers of seven pages estimated it.
 WORDS, CODE_LINES, OUTPUT_LINES, EQUATIONS = 130, 15, 30, 2
+WORKING = "two to four times that with each step and exercise worked through"  # as readers of ten pages estimated it
 NO_PROSE = "details, .cell, script, style, noscript, .math, table"
 
 
@@ -39,7 +40,7 @@ def _lines(pre: Tag) -> list[str]:
 
 def sentence(reading: float, running: float | None) -> str:
     """Return the line under the title; `reading` in minutes, `running` in seconds, None where it is unknown."""
-    said = f"Reading takes about {_counted(max(1, round(reading)), 'minute')}"
+    said = f"Reading takes about {_counted(max(1, round(reading)), 'minute')}, {WORKING}"
     if running is None:
         return f"{said}."
     if running < 50:

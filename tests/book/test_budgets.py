@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page
-from reading_time import minutes, sentence
+from reading_time import WORKING, minutes, sentence
 
 from conftest import CHAPTERS, HTML, NOT_BUILT, is_deeper, soup
 
@@ -206,10 +206,10 @@ def test_a_deeper_page_may_show_its_first_figure_half_a_screen_later(window: Pag
 @pytest.mark.parametrize(
     ("reading", "running", "said"),
     [
-        (37.6, 91.0, "Reading takes about 38 minutes; all code on the page runs in about 2 minutes."),
-        (0.2, 3.0, "Reading takes about 1 minute; all code on the page runs in about 10 seconds."),
-        (20.0, 62.0, "Reading takes about 20 minutes; all code on the page runs in about 1 minute."),
-        (20.0, None, "Reading takes about 20 minutes."),
+        (37.6, 91.0, f"Reading takes about 38 minutes, {WORKING}; all code on the page runs in about 2 minutes."),
+        (0.2, 3.0, f"Reading takes about 1 minute, {WORKING}; all code on the page runs in about 10 seconds."),
+        (20.0, 62.0, f"Reading takes about 20 minutes, {WORKING}; all code on the page runs in about 1 minute."),
+        (20.0, None, f"Reading takes about 20 minutes, {WORKING}."),
     ],
 )
 def test_the_line_under_a_title_says_both_times_where_both_are_known(
