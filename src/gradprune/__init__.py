@@ -3,12 +3,13 @@
 from gradprune.core.select import keep_largest, kth_smallest
 from gradprune.deploy.compress import Compressed, compress
 from gradprune.deploy.export import Exported, export
-from gradprune.deploy.pack import Packed, pack, unpack
+from gradprune.deploy.pack import Packed, pack
 from gradprune.deploy.quantize import Quantized, dequantize, quantize
 from gradprune.deploy.recalibrate import recalibrate_
 from gradprune.deploy.report import Report, Row, report
 from gradprune.deploy.share import Shared, share_weights
 from gradprune.deploy.shrink import shrink
+from gradprune.deploy.unpack import unpack
 from gradprune.deploy.widths import load, save
 from gradprune.gradients.autoclip import AutoClip
 from gradprune.gradients.clip import clip_adaptive_, clip_by_norm_, clip_by_value_

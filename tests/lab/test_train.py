@@ -1,6 +1,7 @@
 """Is training the same for every model with one seed, and blind to the test part?"""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional
 
+import gradprune as gp
 from gradprune.lab import models, train
 from gradprune.lab.data import Dataset, Split
 
@@ -249,3 +251,16 @@ def test_a_perceptron_starts_by_its_seed_and_sees_its_batches_by_their_order():
     assert torch.equal(weights(seed=1), weights(seed=1, order=1))
     assert not torch.equal(weights(seed=1), weights(seed=1, order=2))
     assert not torch.equal(weights(seed=1, order=2), weights(seed=2, order=2))
+
+
+def test_lots_of_a_seed_are_not_the_numbers_that_its_first_weights_were_made_of():
+    def correlation(generator: torch.Generator) -> float:
+        torch.manual_seed(3)
+        model = nn.Linear(100, 100)
+        first = model.weight.detach().flatten().clone()
+        masks = gp.prune(model, partial(gp.random, generator=generator), sparsity=0.8)
+        return torch.corrcoef(torch.stack([masks["weight"].flatten().float(), first]))[0, 1].item()
+
+    assert correlation(torch.Generator().manual_seed(3)) > 0.6
+    assert abs(correlation(train.lots(3))) < 0.05
+    assert torch.equal(torch.rand(5, generator=train.lots(3)), torch.rand(5, generator=train.lots(3)))

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from gradprune.core.encoded import readable
 from gradprune.core.tables import as_text
-from gradprune.deploy import compared, pack, pruned
+from gradprune.deploy import compared, pack, packed, pruned
 from gradprune.deploy.printed import folded
+from gradprune.deploy.unpack import unpack
 
 DONE, DIFFER, REFUSED, NOT_WRITTEN, INTERRUPTED, UNREAD = 0, 1, 2, 3, 130, 141
 
@@ -216,9 +217,9 @@ def _report(options: argparse.Namespace) -> Answer:
         "zeros": zeros,
         "weights": of_weights,
         "sparsity": zero_weights / max(of_weights, 1),
-        "packed": pack.KEY in found.metadata,
-        "metadata": {key: text for key, text in found.metadata.items() if key != pack.KEY},
-        "notes": ["it is packed: what is listed is how; `unpack` gives the tensors"] * (pack.KEY in found.metadata),
+        "packed": packed.KEY in found.metadata,
+        "metadata": {key: text for key, text in found.metadata.items() if key != packed.KEY},
+        "notes": ["it is packed: what is listed is how; `unpack` gives the tensors"] * (packed.KEY in found.metadata),
         "tensors": [row._asdict() for row in found.rows],
     }
     lines = [
@@ -236,7 +237,7 @@ def _pack(options: argparse.Namespace) -> Answer:
 
 
 def _unpack(options: argparse.Namespace) -> Answer:
-    path = pack.unpack(options.input, options.output)
+    path = unpack(options.input, options.output)
     return Answer({"input": options.input, "path": str(path)}, f"written: {path}")
 
 

@@ -22,7 +22,7 @@ from gradprune.deploy import names
 from gradprune.deploy.architecture import layers_of
 from gradprune.deploy.checkpoint import Checkpoint, Tensors, opened, spans
 from gradprune.deploy.header import DTYPES
-from gradprune.deploy.pack import KEY
+from gradprune.deploy.packed import KEY
 from gradprune.deploy.stays import Seen, Way, read_before, ways
 from gradprune.deploy.threshold import VALUES
 from gradprune.deploy.written import Output, require_room, target_of, whole
