@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from gradprune.core.checks import fraction, function, module, number, require, require_values
-from gradprune.core.encoded import bitmask_bytes
-from gradprune.core.flops import count_flops, nonzeros
+from gradprune.core.checks import fraction, function, module, number, require
 from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
 from gradprune.recovery.hull import Point, loss_at, lower_hull, steps_to
 from gradprune.recovery.outcome import Measure
+from gradprune.recovery.prices import Cost, Losses, Price, priced, stay
 from gradprune.recovery.scan import Sensitivity, sensitivity
-from gradprune.recovery.seconds import layer_seconds, model_seconds
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Units
 from gradprune.weights.mask import Masks
@@ -27,8 +25,6 @@ from gradprune.weights.score import magnitude
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Cost = Literal["parameters", "flops", "bytes", "latency"]
-Losses = Mapping[str, Mapping[float, float]]
 _UNIT = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latency": "seconds"}
 
 
@@ -206,7 +202,7 @@ def fit_budget(
     else:
         require(evaluate is None, "give either evaluate or sensitivities, not both")
     losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, request)
-    return _planned(cost, limit, _layers(losses, request), way, _priced(cost, model, example, request, losses, seconds))
+    return _planned(cost, limit, _layers(losses, request), way, priced(cost, model, example, request, losses, seconds))
 
 
 @dataclass(frozen=True)
@@ -216,14 +212,6 @@ class _Way:
     score: Score
     granularity: Granularity
     eligible: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Price:
-    """What all but the layers costs, and what a layer costs with some of its units."""
-
-    fixed: float
-    of: Callable[[str, int], float]
 
 
 @dataclass(frozen=True)
@@ -286,19 +274,13 @@ def _layers(losses: Losses, request: Request) -> dict[str, _Layer]:
         name: _Layer(
             units.number(name),
             units.cost(name),
-            {_stay(units, name, s): max(loss, 0.0) for s, loss in row.items()} | {units.number(name): 0.0},
+            {stay(units, name, s): max(loss, 0.0) for s, loss in row.items()} | {units.number(name): 0.0},
         )
         for name, row in losses.items()
     }
 
 
-def _stay(units: Units, name: str, sparsity: float) -> int:
-    """How many units ``prune`` leaves."""
-    weights = units.layers[name].parameter.numel()
-    return round((weights - round(sparsity * weights)) / max(units.cost(name), 1))
-
-
-def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, price: _Price) -> Plan:
+def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, price: Price) -> Plan:
     """The steps down the hulls until the limit is met, and back up as far as it allows."""
     hulls = {
         name: lower_hull([Point(units, price.of(name, units), loss) for units, loss in layer.losses.items()])
@@ -345,7 +327,7 @@ def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, 
     )
 
 
-def _raised(name: str, most: int, least: int, left: float, price: _Price) -> tuple[int, float]:
+def _raised(name: str, most: int, least: int, left: float, price: Price) -> tuple[int, float]:
     """As many units between the two as what is left of the cost allows, and what is left then."""
     start = price.of(name, least)
     low, high = least, most
@@ -353,65 +335,3 @@ def _raised(name: str, most: int, least: int, left: float, price: _Price) -> tup
         middle = (low + high + 1) // 2
         low, high = (middle, high) if price.of(name, middle) - start <= left else (low, middle - 1)
     return low, left - (price.of(name, low) - start)
-
-
-# ---------------------------------------------------------------------------------------------------------- the costs
-
-
-def _priced(
-    cost: Cost,
-    model: nn.Module,
-    example: Any,
-    request: Request,
-    losses: Losses,
-    seconds: Callable[[str, float], float] | None,
-) -> _Price:
-    units = Units(request.layers, request.block, None)
-    planned = {name: request.layers[name].parameter for name in losses}
-    if cost == "latency":
-        return _seconds_of(model, example, request, losses, seconds)
-    if cost == "flops":
-        count = count_flops(model, example)
-        all_of = {name: count.by_weight.get(p, 0) for name, p in planned.items()}
-        now = sum(all_of[name] * nonzeros(p.detach()) / p.numel() for name, p in planned.items() if p.numel())
-        fixed = sum(found.effective for found in count.by_module.values()) - now
-        return _Price(fixed, lambda name, kept: all_of[name] * kept / units.number(name))
-    others = [p for p in model.parameters() if not any(p is own for own in planned.values())]
-    for name, parameter in model.named_parameters():
-        require_values(name, parameter)
-    if cost == "parameters":
-        return _Price(sum(nonzeros(p.detach()) for p in others), lambda name, kept: kept * units.cost(name))
-    fixed = sum(bitmask_bytes(p, nonzeros(p.detach())) for p in others)
-    fixed += sum(bitmask_bytes(p, 0) for p in planned.values())
-    return _Price(fixed, lambda name, kept: kept * units.cost(name) * planned[name].element_size())
-
-
-def _seconds_of(
-    model: nn.Module,
-    example: Any,
-    request: Request,
-    losses: Losses,
-    seconds: Callable[[str, float], float] | None,
-) -> _Price:
-    """Seconds of a layer by the number of its channels, in proportion between those that were timed."""
-    units = Units(request.layers, request.block, None)
-    counts = {name: {_stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
-    if seconds is None:
-        times = layer_seconds(model, example, {name: request.layers[name] for name in losses}, counts)
-    else:
-        times = {
-            name: {
-                n: number(f"the seconds of {name!r}", seconds(name, n / units.number(name)), least=0.0) for n in wanted
-            }
-            for name, wanted in counts.items()
-        }
-    fixed = model_seconds(model, example) - sum(row[max(row)] for row in times.values()) if seconds is None else 0.0
-    return _Price(fixed, lambda name, kept: _between(times[name], kept))
-
-
-def _between(times: Mapping[int, float], count: int) -> float:
-    below = max((n for n in times if n <= count), default=min(times))
-    above = min((n for n in times if n >= count), default=max(times))
-    if below == above:
-        return times[below]
-    return times[below] + (times[above] - times[below]) * (count - below) / (above - below)
