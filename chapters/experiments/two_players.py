@@ -1,7 +1,7 @@
 """Chapter 7, the GAN: what happens to the drawn points while a pruned player is corrected, and does order matter?
 
 `python chapters/experiments/two_players.py` writes chapters/results/two_players.json; a run that was stopped goes on
-where it was; about five minutes on two cores.
+where it was; about ten minutes on one core.
 
 The network, data, training, pruning (layer by layer, by magnitude) and the length of a correction are those of the rows
 "GAN, ... pruned" (`architectures_again`), at the rates in RATE. A correction lets both players train on ("both
@@ -9,6 +9,12 @@ train"), or for the first half of its steps only the pruned one ("it trains firs
 distance of the drawn points from the real ones at each of AT, on test data; the share of heaps hit at the end; the
 share of fresh points, real and drawn, that the discriminator tells right, at the start and at the end; and of seed 0
 some drawn points, at both.
+
+Added when the first rows had been seen: a whole pair of which one player waits for the first half ("discriminator
+first", "generator first"); and what a pruned discriminator passes on before any step ("no step"): the mean length of
+the negative of what (7.11) has at a drawn point, without J, as a share of the whole discriminator's; the mean cosine of
+the two; and the share of the points at which the pruned one passes on nothing. They were measured on another processor,
+where the dense networks of a seed come out a little different: their seeds are not paired with those of the other rows.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from gradprune import lab
 from gradprune.lab import zoo
@@ -32,6 +39,7 @@ STEPS = ROW.steps // 2
 AT = (0, 5, 10, 20, 40, 80, 125, 160, 200, STEPS)
 SHOWN = 250  # points of seed 0
 PLAYERS = ("discriminator", "generator")
+POINTS = 1_000  # drawn for "no step"
 
 
 def corrected(model: nn.Module, pruned: str, sparsity: float, order: str, seed: int) -> dict[str, Any]:
@@ -41,12 +49,14 @@ def corrected(model: nn.Module, pruned: str, sparsity: float, order: str, seed: 
     if pruned != "nothing":
         row = zoo.by_name(f"GAN, {pruned} pruned")
         masks = base.prune(row, model, "magnitude", "layer", sparsity, seed)
+    from_the_start = {"both train": PLAYERS, "it trains first": (pruned,)}
+    from_the_start |= {f"{player} first": (player,) for player in PLAYERS}
     moves = []
     for player, (parameters, loss) in zip(PLAYERS, task.players(model), strict=True):
         optimizer = base.OPTIMIZERS[ROW.optimizer](list(parameters), lr=RATE)
         if masks is not None and pruned in (player, "both"):
             masks.hold(optimizer, model)
-        waits = STEPS // 2 if order == "it trains first" and player != pruned else 0
+        waits = 0 if player in from_the_start[order] else STEPS // 2
         moves.append((optimizer, loss, waits))
     generator = torch.Generator().manual_seed(1_000 + seed)
     distances, told, points = [], [], []
@@ -69,6 +79,27 @@ def corrected(model: nn.Module, pruned: str, sparsity: float, order: str, seed: 
     return {"distance": distances, "heaps": heaps, "told": told, "points": points}
 
 
+def passed_on(sparsity: float, seed: int) -> dict[str, float]:
+    """Return how what a pruned discriminator passes on compares with what the whole one does, before any step."""
+    whole = base.dense(ROW, seed)
+    less = copy.deepcopy(whole)
+    base.prune(zoo.by_name("GAN, discriminator pruned"), less, "magnitude", "layer", sparsity, seed)
+    noise = torch.randn(POINTS, generative.NOISE, generator=torch.Generator().manual_seed(6_000 + seed))
+    was, left = (pull(model, whole(noise)) for model in (whole, less))
+    return {
+        "length": round(float(left.norm(dim=1).mean() / was.norm(dim=1).mean()), 4),
+        "cosine": round(float(functional.cosine_similarity(was, left).mean()), 4),
+        "silent": round(float((left == 0).all(1).double().mean()), 4),
+    }
+
+
+def pull(model: generative.Adversaries, points: Tensor) -> Tensor:
+    """Return the negative gradient of the generator's loss by each of the points."""
+    points = points.detach().requires_grad_()
+    loss = functional.softplus(-model.discriminator(points)).sum()
+    return -torch.autograd.grad(loss, points)[0]
+
+
 @torch.no_grad()
 def tells(model: generative.Adversaries, seed: int) -> float:
     """Return the share of fresh points, half real and half drawn, that the discriminator tells right."""
@@ -88,6 +119,9 @@ def drawn(model: nn.Module) -> list[list[float]]:
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Measure one row with all seeds."""
+    if cell["order"] == "no step":
+        compared = [passed_on(cell["sparsity"], seed) for seed in SEEDS]
+        return {name: [each[name] for each in compared] for name in compared[0]}
     how = cell["pruned"], cell["sparsity"], cell["order"]
     found = [corrected(copy.deepcopy(base.dense(ROW, seed)), *how, seed) for seed in SEEDS]
     return {
@@ -104,6 +138,8 @@ if __name__ == "__main__":
     path = Path(__file__).resolve().parents[1] / "results" / "two_players.json"
     ways = [("generator", "both train"), ("discriminator", "both train"), ("both", "both train")]
     ways += [("generator", "it trains first"), ("discriminator", "it trains first")]
-    cells = [{"pruned": "nothing", "sparsity": 0.0, "order": "both train"}]
+    ways += [("discriminator", "no step")]
+    orders = ("both train", *(f"{player} first" for player in PLAYERS))
+    cells = [{"pruned": "nothing", "sparsity": 0.0, "order": order} for order in orders]
     cells += [{"pruned": p, "sparsity": s, "order": order} for p, order in ways for s in SPARSITIES]
     lab.experiment.run(path, cells, measure, seeds=SEEDS, about="a GAN's pruned players while they are corrected")

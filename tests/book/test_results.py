@@ -295,9 +295,30 @@ def test_one_process_pruned_and_trained_on_reads_about_what_its_row_says(monkeyp
 
 
 def test_a_whole_pair_of_players_that_trains_on_stays_as_near_as_is_stored():
-    experiment, row = lab.experiment.script("two_players"), stored("two_players", pruned="nothing")
+    experiment = lab.experiment.script("two_players")
+    row = stored("two_players", pruned="nothing", order="both train")
     model = copy.deepcopy(lab.zoo.base.dense(experiment.ROW, 0))
     found = experiment.corrected(model, "nothing", 0.0, "both train", 0)
     assert found["distance"][0] == pytest.approx(row["distance"][0][0], abs=0.02)
     assert max(found["distance"]) < 0.2
     assert found["heaps"] == 1
+
+
+def test_a_generator_that_waits_stays_where_it_is_for_the_first_half_as_is_stored():
+    experiment = lab.experiment.script("two_players")
+    row = stored("two_players", pruned="nothing", order="discriminator first")
+    found = experiment.corrected(copy.deepcopy(lab.zoo.base.dense(experiment.ROW, 0)), "nothing", 0.0, row["order"], 0)
+    waits = sum(step <= experiment.STEPS // 2 for step in experiment.AT)
+    for distance in (found["distance"], *row["distance"]):
+        assert set(distance[:waits]) == {distance[0]}
+        assert distance[waits] != distance[0]
+    assert found["distance"][-1] == pytest.approx(row["distance"][0][-1], abs=0.02)
+
+
+def test_a_whole_discriminator_passes_on_all_and_a_pruned_one_about_what_is_stored():
+    experiment, row = lab.experiment.script("two_players"), stored("two_players", sparsity=0.8, order="no step")
+    assert experiment.passed_on(0.0, 0) == {"length": 1, "cosine": 1, "silent": 0}
+    found = experiment.passed_on(0.8, 0)
+    assert found["length"] == pytest.approx(row["length"][0], abs=0.1)
+    assert found["cosine"] == pytest.approx(row["cosine"][0], abs=0.2)
+    assert found["silent"] == row["silent"][0] == 0
