@@ -1,8 +1,8 @@
 """Chapter 7: why does magnitude over all layers lose to chance in the Transformer on text, at 90 % and beyond?
 
 `python chapters/experiments/inversion.py` writes chapters/results/inversion.json; a run that was stopped goes on where
-it was. It is the row "Transformer, text" of `architectures_again`, its network, text, training and correction, with five
-seeds; each row of the result changes one thing of it. Bits per character on test text, one a seed.
+it was. It is the row "Transformer, text" of `architectures_again`, its network, text, training and correction, with
+five seeds; each row of the result changes one thing of it. Bits per character on test text, one a seed.
 
 "ranking" says what is pruned:
 
