@@ -1,4 +1,4 @@
-"""Chapter 9: how well is a network trained by two processes that send less than their gradients?
+"""Chapter 3: how well is a network trained by two processes that send less than their gradients?
 
 `python chapters/experiments/compression.py` writes chapters/results/compression.json; a run that was stopped goes on
 where it was.

@@ -72,7 +72,7 @@ class Workers(Digits):
         drawing, axes = figures.new()
         axes.plot([row[0] for row in rows], [row[2] / total for row in rows], "o-", color=figures.COLOURS["pruned"])
         axes.axhline(0.8, color="0.5", linestyle=":", linewidth=1)
-        axes.set(xlabel="pruned so many steps after an average", ylabel="share of zeros after the next one")
+        axes.set(xlabel="steps from the last average to pruning", ylabel="zeros after the next average")
         axes.set_title("Four workers, each with masks of its own")
         words = (
             f"Four workers, averaged after every 8 steps, each remove the 80 % of {total:,} weights that are smallest. "
@@ -81,7 +81,7 @@ class Workers(Digits):
             "five orders of the batches."
         )
         table = [[f"{late}", f"{differ:.0f}", f"{zero / total:.1%}"] for late, differ, zero in rows]
-        return Still(drawing, words, ["steps late", "masks differ in", "zero after the next"], table)
+        return Still(drawing, words, ["steps late", "entries that differ", "zeros after the next average"], table)
 
 
 def branched(
