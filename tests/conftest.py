@@ -67,6 +67,21 @@ def browser() -> Iterator[Browser]:
         yield playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
 
 
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each live figure by its name, as it starts, on a page of its own: made when first asked for, and once."""
+    from page import write_page  # it lies beside the tests of the figures
+
+    from gradprune.lab import live
+
+    class Pages(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            self[name] = write_page(live.figure(name), tmp_path_factory.mktemp(name) / "page.html")
+            return self[name]
+
+    return Pages()
+
+
 def chromium() -> str:
     """Return where a Chromium of the machine is; fail with what to install where there is none."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)

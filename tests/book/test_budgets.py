@@ -1,75 +1,17 @@
-"""Does a page keep its budgets: reading time, length, code, printed tables, and what is seen first?"""
+"""Is what a page measures what a reader sees, and is one that is over its budgets named? test_pages asks each page."""
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bs4 import BeautifulSoup
+from budgets import WINDOW, measures, over_budget
 from playwright.sync_api import Browser, Page
 from reading_time import WORKING, minutes, sentence
 
-from conftest import CHAPTERS, HTML, NOT_BUILT, is_deeper, soup
-
-WINDOW = {"width": 1200, "height": 900}
-AT_MOST = {
-    "minutes": 45,
-    "screens": 20,
-    "code share": 0.25,
-    "code lines": 150,
-    "longest cell": 20,
-    "longest table": 12,
-}
-FIRST_SEEN = {"main": 1.0, "deeper": 1.5}  # screens above the first live figure, picture or slider
-
-# What a reader of the page sees: folded parts are not there, and an empty line of code takes no time.
-MEASURES = r"""() => {
-  const all = (selector) => [...document.querySelectorAll('main ' + selector)];
-  const seen = (e) => e.getBoundingClientRect().height > 0 && !e.closest('details:not([open])');
-  const lines = (pre) => pre.innerText.trimEnd().split('\n');
-  const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
-  const cells = all('.cell_input').filter(seen);
-  const code = cells.map((e) => [...e.querySelectorAll('pre')].flatMap(lines).filter((l) => l.trim()).length);
-  const outputs = all('.cell_output pre').filter(seen);
-  const rows = all('.cell_output .gp-numbers').filter(seen).map((table) => table.rows.length);
-  const printed = [...outputs.map((pre) => lines(pre).length), ...rows];
-  // An empty line ends a table.
-  const blocks = outputs.flatMap((pre) => pre.innerText.trim().split(/\n\s*\n/)).map((t) => t.split('\n').length);
-  const tables = [...blocks, ...rows];
-  const prose = document.querySelector('main article').cloneNode(true);
-  prose.querySelectorAll('details, .cell, script, style, .math, mjx-container, table').forEach((e) => e.remove());
-  const words = prose.textContent.split(/\s+/).filter(Boolean).length;
-  const equations = all('div.math').filter(seen).length;
-  const figures = all('.cell_output svg, .cell_output img, .cell_output .gp-live, .jupyter-widgets').filter(seen);
-  const tops = figures.map((e) => e.getBoundingClientRect().top + scrollY).filter((top) => top > 0);
-  const first = Math.min(...tops);
-  const height = document.documentElement.scrollHeight;
-  return {
-    'minutes': words / 130 + sum(code) / 15 + sum(printed) / 30 + equations / 2,
-    'screens': height / innerHeight,
-    'code share': sum(cells.map((e) => e.getBoundingClientRect().height)) / height,
-    'code lines': sum(code),
-    'longest cell': Math.max(0, ...code),
-    'longest table': Math.max(0, ...tables),
-    'first figure': tops.length ? first / innerHeight : null,
-  };
-}"""
+from conftest import CHAPTERS, HTML, is_deeper, soup
 
 STATED = re.compile(r"(\d+)\s*minute")
-
-
-def measures(page: Page) -> dict[str, float | None]:
-    return page.evaluate(MEASURES)
-
-
-def over_budget(found: dict[str, float | None], *, deeper: bool) -> list[str]:
-    faults = [f"{name}: {found[name]:.3g}, at most {limit}" for name, limit in AT_MOST.items() if found[name] > limit]
-    limit = FIRST_SEEN["deeper" if deeper else "main"]
-    if found["first figure"] is None:
-        faults.append("first figure: there is none")
-    elif found["first figure"] > limit:
-        faults.append(f"first figure: {found['first figure']:.3g} screens down, at most {limit}")
-    return faults
 
 
 def stated(page: BeautifulSoup) -> list[int]:
@@ -78,45 +20,7 @@ def stated(page: BeautifulSoup) -> list[int]:
     return [int(number) for part in opening for number in STATED.findall(part.get_text())[:1]]
 
 
-@pytest.fixture(scope="module")
-def read(browser: Browser) -> dict[str, dict[str, Any]]:
-    """What each chapter's page measures, as a reader's window shows it."""
-    found = {}
-    with browser.new_context(offline=True, viewport=WINDOW, reduced_motion="reduce") as context:
-        for path in (HTML / "chapters" / f"{notebook.stem}.html" for notebook in CHAPTERS):
-            if not path.exists():
-                pytest.fail(NOT_BUILT)
-            page = context.new_page()
-            page.goto(path.as_uri())
-            page.wait_for_load_state("load")
-            page.evaluate("async () => document.querySelector('.math') && await window.MathJax.startup.promise")
-            page.wait_for_function(
-                "() => [...document.querySelectorAll('main .gp-live')].every((e) => 'drawn' in e.dataset)"
-            )
-            found[path.stem] = measures(page)
-            page.close()
-    return found
-
-
-every_chapter = pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
-
-
-@every_chapter
-def test_a_page_keeps_its_budgets(read: dict[str, dict[str, Any]], notebook: Path) -> None:
-    assert over_budget(read[notebook.stem], deeper=is_deeper(notebook)) == []
-
-
-@every_chapter
-def test_the_reading_time_under_the_title_is_what_the_page_takes(
-    read: dict[str, dict[str, Any]], notebook: Path
-) -> None:
-    (line,) = soup(HTML / "chapters" / f"{notebook.stem}.html").select("h1 + .gp-times")
-    printed = int(STATED.search(line.get_text())[1])
-    takes = read[notebook.stem]["minutes"]
-    assert abs(printed - takes) <= max(1, 0.1 * takes)
-
-
-@every_chapter
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
 def test_a_page_states_no_other_time(notebook: Path) -> None:
     page = soup(HTML / "chapters" / f"{notebook.stem}.html")
     assert len(stated(page)) == 1

@@ -16,22 +16,18 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_there_is_an_example():
-    assert EXAMPLES
+def test_there_is_an_example_of_a_pruned_loop():
+    assert sum("Pruner" in code for code in EXAMPLES) == 1
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_an_example_runs_as_printed(code, tmp_path):
+def test_an_example_runs_as_printed_and_the_pruned_loop_reaches_what_the_text_says(code, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-
-
-def test_the_pruned_loop_reaches_what_the_text_says(tmp_path):
-    (code,) = [code for code in EXAMPLES if "Pruner" in code]
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    if "Pruner" not in code:
+        return
     sparsity, accuracy = (float(number) for number in re.findall(r"([\d.]+)%", done.stdout))
-    print(done.stdout)
     assert sparsity == pytest.approx(90, abs=0.1)
     assert accuracy > 93
 

@@ -169,9 +169,9 @@ def test_what_cannot_be_exported_is_refused_in_words(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", ["gp.quantize(model)", "gp.export(model, torch.randn(4, 8), 'model.onnx')"])
-def test_the_libraries_print_nothing(call, tmp_path):
-    code = f"import torch; from torch import nn; import gradprune as gp; model = nn.Sequential(nn.Linear(8, 8)); {call}"
+def test_the_libraries_print_nothing(tmp_path):
+    code = "import torch; from torch import nn; import gradprune as gp; model = nn.Sequential(nn.Linear(8, 8)); "
+    code += "gp.quantize(model); gp.export(model, torch.randn(4, 8), 'model.onnx')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
 

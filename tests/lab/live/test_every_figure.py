@@ -15,6 +15,7 @@ from conftest import ROOT
 from gradprune.lab.live import _FIGURES
 
 STANDARD = {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
+WINDOW = {"width": 1280, "height": 720}
 WIDTHS = (390, 640, 1000)  # a phone; the least at which panels stand beside each other, about; a page of the book
 LEAST_TEXT, LEAST_TARGET = 9, 24  # pixels on the screen
 
@@ -42,17 +43,21 @@ STEPS = """async (root) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("pages")
-    return {name: write_page(figure(), folder / f"{name}.html") for name, figure in _FIGURES.items()}
+@pytest.fixture(scope="module", params=_FIGURES)
+def page_of(browser: Browser, pages: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Locator]:
+    """Each figure, under reduced motion, on a page that is opened once."""
+    with opened(browser, pages[request.param]) as root:
+        yield root
 
 
 @pytest.fixture
-def root(browser: Browser, pages: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Locator]:
-    """The figure of a test's parameter, under reduced motion."""
-    with opened(browser, pages[request.param]) as root:
-        yield root
+def root(page_of: Locator) -> Iterator[Locator]:
+    """Each figure as it starts; what a test has changed is reset after it."""
+    first = shown(facts(page_of))
+    yield page_of
+    page_of.page.set_viewport_size(WINDOW)
+    if shown(facts(page_of)) != first:
+        settled(page_of, reset(page_of).click)
 
 
 @pytest.fixture
@@ -78,7 +83,6 @@ def start(root: Locator) -> None:
     root.page.wait_for_function("(root) => root.dataset.running === 'true'", arg=root.element_handle())
 
 
-@pytest.mark.parametrize("root", _FIGURES, indirect=True)
 def test_axe_reports_nothing_at_the_start_and_after_changes(root: Locator) -> None:
     for change in (lambda root: None, change_everything):
         change(root)
@@ -87,7 +91,6 @@ def test_axe_reports_nothing_at_the_start_and_after_changes(root: Locator) -> No
         assert [f"{f['id']}: {n['target']} {n['failureSummary']}" for f in faults for n in f["nodes"]] == []
 
 
-@pytest.mark.parametrize("root", _FIGURES, indirect=True)
 def test_at_every_width_nothing_scrolls_sideways_and_the_charts_can_be_read(root: Locator) -> None:
     change_everything(root)
     for width in WIDTHS:
@@ -98,7 +101,6 @@ def test_at_every_width_nothing_scrolls_sideways_and_the_charts_can_be_read(root
         assert [text for text in texts if text[0] < LEAST_TEXT] == [], f"in a window of {width} pixels"
 
 
-@pytest.mark.parametrize("root", _FIGURES, indirect=True)
 def test_every_control_has_a_name_of_its_own_and_can_be_hit_by_a_finger(root: Locator) -> None:
     for width in WIDTHS:
         root.page.set_viewport_size({"width": width, "height": 800})
@@ -110,7 +112,6 @@ def test_every_control_has_a_name_of_its_own_and_can_be_hit_by_a_finger(root: Lo
         assert small == [], f"in a window of {width} pixels"
 
 
-@pytest.mark.parametrize("root", _FIGURES, indirect=True)
 def test_reset_restores_what_was_shown(root: Locator) -> None:
     first, words = shown(facts(root)), root.locator(".gp-live-words").inner_text()
     change_everything(root)

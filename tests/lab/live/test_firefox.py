@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from moves import chosen, slide
-from page import opened, settled, write_page
+from page import opened, settled
 from playwright.sync_api import Browser, Locator
 from vendor import install, node
 
@@ -36,19 +36,13 @@ Visits = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("pages")
-    return {name: write_page(figure(), folder / f"{name}.html") for name, figure in _FIGURES.items()}
-
-
-@pytest.fixture(scope="module")
 def in_firefox(pages: dict[str, Path]) -> Visits:
     """What Firefox shows of each page at first and after each move, and what went wrong; one browser for all."""
     found = next(filter(None, map(shutil.which, FIREFOX)), None)
     if not found:
         pytest.fail(f"no Firefox found ({', '.join(FIREFOX)}): on Debian, `apt-get install firefox-esr`")
     install()
-    addresses = {name: path.as_uri() for name, path in pages.items()} | {
+    addresses = {name: pages[name].as_uri() for name in _FIGURES} | {
         page_name(path): path.as_uri() for path in built_pages() if '"_esm"' in path.read_text(encoding="utf-8")
     }
     asked = json.dumps({"firefox": found, "pages": addresses, "look": LOOK, "moves": MOVES})

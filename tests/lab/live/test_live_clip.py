@@ -31,8 +31,8 @@ NAMES = ("w", "b", "rate", "momentum", "bound", "kind")
 
 
 @pytest.fixture
-def root(browser: Browser, tmp_path: Path) -> Iterator[Locator]:
-    with opened(browser, write_page(Clip(), tmp_path / "page.html")) as root:
+def root(browser: Browser, pages: dict[str, Path]) -> Iterator[Locator]:
+    with opened(browser, pages["clip"]) as root:
         yield root
 
 

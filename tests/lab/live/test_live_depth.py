@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled, write_page
+from page import facts, opened, set_slider, settled
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -35,8 +35,8 @@ SETTINGS = [
 
 
 @pytest.fixture
-def root(browser: Browser, tmp_path: Path) -> Iterator[Locator]:
-    with opened(browser, write_page(Depth(), tmp_path / "page.html")) as root:
+def root(browser: Browser, pages: dict[str, Path]) -> Iterator[Locator]:
+    with opened(browser, pages["depth"]) as root:
         yield root
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from batches import page_batches
 from live_reference import mulberry32
-from page import facts, opened, set_slider, settled, write_page
+from page import facts, opened, set_slider, settled
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -36,8 +36,8 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page(Kinds(), tmp_path_factory.mktemp("kinds") / "page.html")
+def page(pages: dict[str, Path]) -> Path:
+    return pages["kinds"]
 
 
 @pytest.fixture

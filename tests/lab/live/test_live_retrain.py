@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled, write_page
+from page import facts, opened, set_slider, settled
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -19,8 +19,8 @@ from gradprune.lab.live.retrain import BATCH, EARLY, SGD, STEPS
 
 
 @pytest.fixture
-def root(browser: Browser, tmp_path: Path) -> Iterator[Locator]:
-    with opened(browser, write_page(Retrain(), tmp_path / "page.html")) as root:
+def root(browser: Browser, pages: dict[str, Path]) -> Iterator[Locator]:
+    with opened(browser, pages["retrain"]) as root:
         yield root
 
 
@@ -122,8 +122,8 @@ def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Loca
         assert last[name] == first[name]
 
 
-def test_a_running_training_can_be_paused_and_goes_on(browser: Browser, tmp_path: Path) -> None:
-    path = write_page(Retrain(), tmp_path / "page.html")
+def test_a_running_training_can_be_paused_and_goes_on(browser: Browser, pages: dict[str, Path]) -> None:
+    path = pages["retrain"]
     with opened(browser, path, reduced_motion="no-preference") as root:
         root.get_by_role("button", name="Train").click()
         root.page.wait_for_function("(root) => Number(root.dataset.steps) > 3", arg=root.element_handle())

@@ -19,8 +19,8 @@ from gradprune.lab.live.start import BATCH, EPOCHS, SGD
 
 
 @pytest.fixture
-def root(browser: Browser, tmp_path: Path) -> Iterator[Locator]:
-    with opened(browser, write_page(Start(), tmp_path / "page.html")) as root:
+def root(browser: Browser, pages: dict[str, Path]) -> Iterator[Locator]:
+    with opened(browser, pages["start"]) as root:
         yield root
 
 

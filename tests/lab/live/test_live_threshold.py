@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled, write_page
+from page import facts, opened, set_slider, settled
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -21,8 +21,8 @@ DENSITIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @pytest.fixture
-def root(browser: Browser, tmp_path: Path) -> Iterator[Locator]:
-    with opened(browser, write_page(Threshold(), tmp_path / "page.html")) as root:
+def root(browser: Browser, pages: dict[str, Path]) -> Iterator[Locator]:
+    with opened(browser, pages["threshold"]) as root:
         yield root
 
 
@@ -126,8 +126,8 @@ def test_what_single_precision_changes_is_less_than_what_another_order_of_the_ba
     assert change < max(orders) - min(orders)
 
 
-def test_paused_and_gone_on_it_ends_as_if_it_had_not_been(browser: Browser, tmp_path: Path) -> None:
-    path = write_page(Threshold(), tmp_path / "page.html")
+def test_paused_and_gone_on_it_ends_as_if_it_had_not_been(browser: Browser, pages: dict[str, Path]) -> None:
+    path = pages["threshold"]
     with opened(browser, path, reduced_motion="no-preference") as root:
         root.get_by_role("button", name="Train").click()
         root.page.wait_for_function("(root) => root.dataset.steps > 0", arg=root.element_handle())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled, write_page
+from page import facts, opened, set_slider, settled
 from playwright.sync_api import Browser, Locator
 from torch import nn
 
@@ -38,8 +38,8 @@ NAMES = ["-".join(map(str, [way, *setting.values()])) for way, setting in SETTIN
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page(Workers(), tmp_path_factory.mktemp("page") / "page.html")
+def page(pages: dict[str, Path]) -> Path:
+    return pages["workers"]
 
 
 @pytest.fixture
