@@ -18,6 +18,9 @@ HTML = ROOT / "book" / "_build" / "html"
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9]*.ipynb"))
 NOT_BUILT = "no built page in book/_build/html: run `make book` first (`make test` does)"
 
+# What takes minutes, the longest first: whoever runs files side by side is not left waiting for one of them at the end.
+LONG = ("book/test_pages", "scale/", "lab/live/", "book/test_results", "book/test_notebooks", "deploy/", "outside/")
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -27,6 +30,14 @@ settings.register_profile("quick", deadline=None, max_examples=10)  # `make quic
 settings.load_profile("any machine")
 
 os.environ.setdefault("GRADPRUNE_QUIET", "1")  # kernels started by a test inherit it: no progress bars in outputs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((at for at, part in enumerate(LONG) if f"tests/{part}" in path), len(LONG))
+
+    items.sort(key=turn)
 
 
 def built_pages() -> list[Path]:
