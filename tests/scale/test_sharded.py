@@ -113,7 +113,7 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
     check_refused(
         rank, ranks, model, TypeError, f"on rank {ranks - 1}: scope must", sparsity=0.5, scope=1 if last else "layer"
     )
-    unsupported = {"score": gp.random}, {"granularity": "channel"}, {"scope": "row"}, {"within": {}}
+    unsupported = {"granularity": "group"}, {"scope": "lamp"}
     for more in unsupported:
         check_refused(
             rank, ranks, model, ValueError, "is not supported where parameters are DTensors", sparsity=0.5, **more

@@ -154,6 +154,14 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
+def layout(tensor: Tensor) -> str:
+    """Return in words how a tensor is spread, the same for those that lie alike."""
+    if not is_distributed(tensor):
+        return "whole"
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    return f"{', '.join(map(str, tensor.placements))} over ranks {mesh.mesh.tolist()}"  # type: ignore[attr-defined]
+
+
 def like(whole: Tensor, block: Tensor) -> Tensor:
     """Return a block as part of a DTensor that lies as `whole` does."""
     if not is_distributed(whole):
