@@ -134,7 +134,7 @@ class _Group(NamedTuple):
         return (barred for _, barred in self.pieces_of(at))
 
     def pieces_of(self, at: int, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys of every `step`-th entry of a tensor, piece by piece, and with what may not stay below all others."""
+        """The keys of every `step`-th entry of a tensor, by pieces, and with those barred that may not stay."""
         flat = self.parts[at].local.detach().resolve_neg().reshape(-1)[::step]
         allowed = None if self.among is None else self.among[at].reshape(-1)[::step].split(PIECE)
         for i, piece in enumerate(flat.split(PIECE)):

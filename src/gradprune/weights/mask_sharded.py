@@ -54,7 +54,7 @@ class ShardedMasks(Masks):
 
     def state_dict(self) -> dict[str, Any]:
         """The masks by name, as torch.distributed.checkpoint saves them and loads them on any number of ranks."""
-        return dict(self)
+        return {name: like(mask, local(mask).clone()) for name, mask in self.items()}  # they are loaded into in place
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> ShardedMasks:
