@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from gradprune.core.agree import meet
+from gradprune.core.checks import is_distributed
 from gradprune.core.masked import count_kept
 from gradprune.core.replicas import alike, by_hash, replicas_of
 from gradprune.core.sharded import Ranks, is_sharded, local, ranks_of, reshard_, together
@@ -179,9 +180,11 @@ class Shards(OneProcess):
 
     def restored(self, state: Mapping[str, Any], layers: Layers) -> Masks:
         """The masks of a state, of one process too, of which each rank takes its blocks."""
+        if any(isinstance(value, Tensor) and is_distributed(value) for value in state.values()):
+            return ShardedMasks._read(state)
         masks = Masks.from_state_dict(state)
-        if isinstance(masks, ShardedMasks):
-            return masks
+        if (of := {name: mask.shape for name, mask in masks.items()}) != {n: p.shape for n, p in layers.items()}:
+            raise ValueError(f"the state has masks for {list(of)}, this pruner prunes {list(layers)}")
         _, shards = together(lambda: (None, {}, layers))
         blocks = {}
         for name, shard in shards.items():

@@ -59,6 +59,11 @@ class ShardedMasks(Masks):
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> ShardedMasks:
         """Return masks from DTensors of bool by name; all ranks call it together."""
+        return cls._read(state_dict, "Masks.from_state_dict")
+
+    @classmethod
+    def _read(cls, state_dict: Mapping[str, Any], called: str = "") -> ShardedMasks:
+        """What ``from_state_dict`` returns; without a name, of ranks that have met."""
 
         def each() -> tuple[Mapping[str, Tensor], dict[str, object], Mapping[str, Tensor]]:
             found = state(state_dict, dict.fromkeys(state_dict, Tensor), "Masks")
@@ -66,7 +71,7 @@ class ShardedMasks(Masks):
             return found, {}, found
 
         ranks = ranks_of(state_dict.values())
-        found, shards = together(each, called="Masks.from_state_dict")
+        found, shards = together(each, called=called)
         blocks = [shard.local for shard in shards.values()]
         counts = select_sharded.count(shards.values(), blocks, ranks)
         return cls(found, dict(zip(shards, counts, strict=True)))
