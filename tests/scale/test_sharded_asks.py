@@ -6,7 +6,7 @@ import group
 import pytest
 import torch
 import torch.distributed as dist
-from shards import bits, chain, in_quiet, local, mesh_of, part, sharded, some
+from shards import bits, cases_for, chain, in_quiet, local, mesh_of, part, sharded
 from torch import nn
 
 import gradprune as gp
@@ -85,10 +85,10 @@ def any_scores_are_ranked_as_by_one_process(rank, ranks):
         ("columns", "ties", torch.bfloat16, {"sparsity": 0.3}),
         ("mixed", "ties", torch.float32, {"threshold": 0.5}),
     ]
-    for how, kind, dtype, asked in some(runs, ranks):
+    for how, kind, dtype, asked in cases_for(runs, ranks):
         check(mesh, how, UNEVEN, wholes=scores(kind, UNEVEN, dtype), **asked)
     larger = (301, 200)  # more than the sample takes
-    for kind, sparsity in some((("signed", 0.9), ("ties", 0.5), ("huge", 0.3)), ranks):
+    for kind, sparsity in cases_for((("signed", 0.9), ("ties", 0.5), ("huge", 0.3)), ranks):
         check(mesh, "fsdp", larger, wholes=scores(kind, larger), sparsity=sparsity)
 
 
@@ -104,7 +104,7 @@ def what_went_before_stays_gone(rank, ranks):
         ("mixed", {"sparsity": 0.45, "min_keep": 2}),
         ("fsdp", {"sparsity": 0.8, "scope": "row"}),
     )
-    for how, asked in some(runs, ranks):
+    for how, asked in cases_for(runs, ranks):
         check(mesh, how, UNEVEN, within=before, **asked)
     model = sharded(chain(1, UNEVEN), "fsdp", mesh)
     refused(model, "allows only", sparsity=0.1, within=spread_as(model, before))
@@ -123,7 +123,7 @@ def rows_groups_and_blocks_are_chosen_where_shards_have_whole_ones(rank, ranks):
         ("fsdp", UNEVEN, {"sparsity": 0.5, "scope": "row", "wholes": scores("ties", UNEVEN)}),
         ("fsdp", EVEN, {"threshold": 0.8, "granularity": "1x4"}),
     )
-    for how, sizes, asked in some(runs, ranks):
+    for how, sizes, asked in cases_for(runs, ranks):
         check(mesh, how, sizes, **asked)
     cut = sharded(chain(1, EVEN), "columns", mesh)
     refused(cut, "rows of '0.weight' are cut by its shards", sparsity=0.5, scope="row")
@@ -198,7 +198,7 @@ def data_of_all_ranks_decides_as_in_one_process(rank, ranks):
 
 def chance_is_that_of_one_process(rank, ranks):
     mesh = mesh_of(ranks)
-    for how, sizes in some((("fsdp", (301, 700, 3)), ("columns", (301, 700, 3)), ("mixed", UNEVEN)), ranks):
+    for how, sizes in cases_for((("fsdp", (301, 700, 3)), ("columns", (301, 700, 3)), ("mixed", UNEVEN)), ranks):
         alone, spread = chain(1, sizes), sharded(chain(1, sizes), how, mesh)
         one, other = torch.Generator().manual_seed(4), torch.Generator().manual_seed(4 + rank)
         wanted, found = gp.random(alone, one), gp.random(spread, other)

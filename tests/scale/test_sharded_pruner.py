@@ -8,7 +8,7 @@ import group
 import pytest
 import torch
 import torch.distributed as dist
-from shards import bits, chain, in_quiet, local, mesh_of, part, sharded, some
+from shards import bits, cases_for, chain, in_quiet, local, mesh_of, part, sharded
 
 import gradprune as gp
 
@@ -71,7 +71,7 @@ def each_event_is_that_of_one_process(rank, ranks):
         ("fsdp", UNEVEN, schedule, {"scope": "layer"}),
         ("mixed", UNEVEN, gp.Linear(final=0.5, begin=0, end=2), {"scope": "erk", "exclude": "1.*"}),
     )
-    for how, sizes, wanted, asked in some(runs, ranks):
+    for how, sizes, wanted, asked in cases_for(runs, ranks):
         _, _, (one, other) = compared(mesh, how, sizes, 3, wanted, **asked)
         assert repr(other) == repr(one)
 
@@ -98,7 +98,7 @@ def what_is_pruned_already_stays_so(rank, ranks):
 
 def weights_come_back_as_in_one_process(rank, ranks):
     mesh, schedule = mesh_of(ranks), gp.Linear(final=0.6, begin=0, end=2)
-    for how, sizes in some((("fsdp", UNEVEN), ("columns", EVEN)), ranks):
+    for how, sizes in cases_for((("fsdp", UNEVEN), ("columns", EVEN)), ranks):
         regrow = gp.Regrow(gp.gradient, fraction=0.3, every=2)
         _, _, (_, found) = compared(mesh, how, sizes, 4, schedule, regrow=regrow)
         assert sum(sum(event.regrown.values()) for event in found.events) > 0

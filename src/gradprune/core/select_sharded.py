@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradprune.core.collect import Kept, collect, raise_nan
+from gradprune.core.copies import count, let_owners_decide_
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By, Order
-from gradprune.core.sharded import Ranks, Shard, digest
+from gradprune.core.sharded import Ranks, Shard
 from gradprune.core.uncompiled import uncompiled
 
 DIGIT = 11, 6  # bits of a digit: at most, and at least
@@ -61,37 +62,6 @@ def keep_each(rankings: Iterable[Ranking], ranks: Ranks, by: By = "magnitude") -
     let_owners_decide_(parts, flat, ranks)
     counts = iter(count(parts, flat, ranks))
     return [Kept(some, [next(counts) for _ in some]) for some in masks]
-
-
-def count(shards: Iterable[Shard], masks: Iterable[Tensor], ranks: Ranks) -> list[int]:
-    """Return how many entries of each whole mask are True."""
-    own = [count_kept(m) if s.owned else 0 for s, m in zip(shards, masks, strict=True)]
-    return ranks.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
-
-
-def let_owners_decide_(shards: Sequence[Shard], masks: Sequence[Tensor], ranks: Ranks) -> None:
-    """Give the copies of a block the mask of the lowest rank that holds it; they may differ in their last bits."""
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    copied = [at for at, shard in enumerate(shards) if any(len(holders) > 1 for holders in shard.holders)]
-    if not copied:
-        return
-    mine = {str(at): masks[at] for at in copied if any(rank in h and len(h) > 1 for h in shards[at].holders)}
-    hashes: list[Any] = [None] * size
-    torch.distributed.all_gather_object(hashes, digest(mine))
-    if all(hashes[h[0]] == hashes[other] for at in copied for h in shards[at].holders for other in h):
-        return
-    told: list[Any] = [None] * size
-    torch.distributed.all_gather_object(told, [(tuple(masks[at].shape), digest({"": masks[at]})) for at in copied])
-    for i, at in enumerate(copied):
-        for owner, *others in shards[at].holders:
-            shape, _ = told[owner][i]
-            if any(told[other][i] != told[owner][i] for other in others):
-                here = rank == owner or rank in others
-                decided = ranks.mask_of(
-                    masks[at] if here else torch.zeros(shape, dtype=torch.bool, device="cpu"), owner
-                )
-                if here:
-                    masks[at].copy_(decided)
 
 
 class _Group(NamedTuple):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.checks import require
@@ -108,7 +108,7 @@ class Units(NamedTuple):
     def held(self, name: str) -> Weight:
         """The weight, with what this process has of it."""
         weight = self.layers[name]
-        return weight._replace(parameter=local(weight.parameter))
+        return weight._replace(parameter=cast(nn.Parameter, local(weight.parameter)))
 
     def cost(self, name: str) -> int:
         """Weights in one unit."""

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gradprune.core import select_sharded
+from gradprune.core import copies
 from gradprune.core.checks import require, state
 from gradprune.core.sharded import layout, like, local, ranks_of, reshard_, together
 from gradprune.weights.mask import Masks
@@ -73,7 +73,7 @@ class ShardedMasks(Masks):
         ranks = ranks_of(state_dict.values())
         found, shards = together(each, called=called)
         blocks = [shard.local for shard in shards.values()]
-        counts = select_sharded.count(shards.values(), blocks, ranks)
+        counts = copies.count(shards.values(), blocks, ranks)
         return cls(found, dict(zip(shards, counts, strict=True)))
 
     def save(self, path: Any) -> None:

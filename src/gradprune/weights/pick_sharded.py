@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradprune.core import select_sharded
+from gradprune.core import copies, select_sharded
 from gradprune.core.checks import require
 from gradprune.core.collect import Kept
 from gradprune.core.layers import Weight
@@ -39,7 +39,7 @@ def pick_over(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
     def stay(masks: Mapping[str, Tensor]) -> dict[str, int]:
         if not masks:
             return {}
-        counts = select_sharded.count([shards[name] for name in masks], masks.values(), ranks)
+        counts = copies.count([shards[name] for name in masks], masks.values(), ranks)
         return dict(zip(masks, counts, strict=True))
 
     def check(values: Mapping[str, Tensor]) -> None:

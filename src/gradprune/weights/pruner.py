@@ -386,7 +386,8 @@ def _listed(events: str | list[Any]) -> list[Any]:
         found = json.loads(events) if isinstance(events, str) else events
     except ValueError:
         found = None
-    require(isinstance(found, list), f"'events' in the state of Pruner must be a list in JSON, got {events!r:.60}")
+    if not isinstance(found, list):
+        raise ValueError(f"'events' in the state of Pruner must be a list in JSON, got {events!r:.60}")
     return found
 
 

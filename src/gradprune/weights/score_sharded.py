@@ -59,7 +59,7 @@ def mean_gradients(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, 
                 for p in every:
                     p.grad = None
                 value, _ = agree(_CALLED, lambda: (loss_of(model, batch, loss), {}, None))  # noqa: B023 (used at once)
-                value.backward()  # type: ignore[no-untyped-call]  # else FSDP2 would not reduce it
+                value.backward()  # autograd.grad would pass by FSDP2, which reduces what goes into .grad
                 for name, p in parameters.items():
                     if p.grad is not None:
                         mean[name].add_(_held(p.grad, p).detach(), alpha=1 / len(kept))
@@ -143,4 +143,4 @@ def sum_over_ranks(scores: Mapping[str, Tensor], parameters: Mapping[str, Tensor
     _, shards = together(lambda: (None, {}, parameters))
     ranks: Ranks = ranks_of(parameters.values())
     own = [float(scores[name].double().sum()) if shard.owned else 0.0 for name, shard in shards.items()]
-    return sum(ranks.sum(torch.tensor(own, dtype=torch.float64, device="cpu")).tolist())
+    return float(ranks.sum(torch.tensor(own, dtype=torch.float64, device="cpu")).sum())

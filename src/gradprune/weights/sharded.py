@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from gradprune.core import select_sharded
+from gradprune.core import copies
 from gradprune.core.agree import agree
 from gradprune.core.checks import require
 from gradprune.core.sharded import Ranks, Shard, like, local, ranks_of, reshard_, together
@@ -150,8 +150,8 @@ def masks_over_ranks(
 def sharded_masks(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor], held: Held) -> ShardedMasks:
     """Return masks of the blocks held here; of copies the lowest rank's decide."""
     here = [keep[name].to(shard.local.device) for name, shard in held.shards.items()]
-    select_sharded.let_owners_decide_(list(held.shards.values()), here, held.ranks)
-    counts = select_sharded.count(held.shards.values(), here, held.ranks)
+    copies.let_owners_decide_(list(held.shards.values()), here, held.ranks)
+    counts = copies.count(held.shards.values(), here, held.ranks)
     blocks = {name: like(parameters[name], mask) for name, mask in zip(held.shards, here, strict=True)}
     return ShardedMasks(blocks, dict(zip(held.shards, counts, strict=True)))
 
