@@ -139,7 +139,7 @@ class Shards(OneProcess):
         blocks, shards = together(each)
         self._held = Held(shards, self.every)
         if blocks is None:
-            blocks = found_before(layers, pick_over(shards, self.every).stay)
+            blocks = found_before(layers, pick_over(shards, self.every).stay, self.every.on_any)
         return sharded_masks(layers, blocks, self._held)
 
     def choose(

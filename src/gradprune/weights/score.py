@@ -82,7 +82,8 @@ def random(model: nn.Module, generator: torch.Generator | None = None) -> dict[s
     Args:
         model: Any module.
         generator: Where to draw from; by default torch's own generator of the parameter's device. Where parameters are
-            DTensors, all ranks call this together, and the lots are those of rank 0's generator in one process.
+            DTensors, all ranks call this together, and the lots are those of rank 0's generator in one process; not on
+            the CPU, each rank draws those of one whole parameter at a time, four bytes an entry.
 
     Returns:
         The scores, in float32.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,17 @@ def stated_before(layers: Mapping[str, nn.Parameter], within: Mapping[str, Tenso
 
 
 def found_before(
-    layers: Mapping[str, nn.Parameter], stay: Callable[[Mapping[str, Tensor]], dict[str, int]] = stay_each
+    layers: Mapping[str, nn.Parameter],
+    stay: Callable[[Mapping[str, Tensor]], dict[str, int]] = stay_each,
+    on_any: Callable[[Iterable[bool]], list[bool]] = list,
 ) -> dict[str, Tensor]:
     """Return all but what is held at zero or is zero in a layer that has others: what is held here of each mask.
 
-    `stay` counts the entries of masks that are True.
+    `stay` counts the entries of masks that are True, `on_any` says which flags are set on any rank.
     """
-    held = {name: held_mask(p) for name, p in layers.items()}
+    holding = on_any(held_mask(p) is not None for p in layers.values())
+    pairs = zip(layers.items(), holding, strict=True)
+    held = {name: held_mask(p, whole=True) if anywhere else None for (name, p), anywhere in pairs}
     nonzero = {}
     for name, p in layers.items():
         mask = held[name]
