@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gradprune.core.masked import count_kept
-from gradprune.core.sharded import Ranks, Shard, digest
+from gradprune.core.ranks import Ranks
+from gradprune.core.sharded import Shard, digest
 
 
 def count(shards: Iterable[Shard], masks: Iterable[Tensor], ranks: Ranks) -> list[int]:

@@ -23,7 +23,8 @@ from gradprune.core.collect import Kept, collect, raise_nan
 from gradprune.core.copies import count, let_owners_decide_
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By, Order
-from gradprune.core.sharded import Ranks, Shard
+from gradprune.core.ranks import Ranks
+from gradprune.core.sharded import Shard
 from gradprune.core.uncompiled import uncompiled
 
 DIGIT = 11, 6  # bits of a digit: at most, and at least

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradprune.core.checks import is_distributed
-from gradprune.core.sharded import local, ranks_of
+from gradprune.core.ranks import ranks_of
+from gradprune.core.sharded import local
 from gradprune.core.uncompiled import uncompiled
 
 Optimizers = Optimizer | Iterable[Optimizer]

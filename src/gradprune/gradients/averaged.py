@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradprune.core.agree import agree, meet
-from gradprune.core.sharded import Ranks
+from gradprune.core.ranks import Ranks
 
 
 def mean_over_replicas(

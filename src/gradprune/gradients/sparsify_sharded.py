@@ -9,7 +9,8 @@ import torch
 
 from gradprune.core import select_sharded
 from gradprune.core.masked import zero_pruned_
-from gradprune.core.sharded import Ranks, Shard
+from gradprune.core.ranks import Ranks
+from gradprune.core.sharded import Shard
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
 from gradprune.gradients.sparsify import Scope, magnitudes, number_kept, require_finite, require_numbers, zero_below_
 from gradprune.gradients.spread import Read, largest_over_ranks, spread

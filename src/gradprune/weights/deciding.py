@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from gradprune.core.agree import meet
 from gradprune.core.checks import is_distributed
 from gradprune.core.masked import count_kept
+from gradprune.core.ranks import Ranks, ranks_of
 from gradprune.core.replicas import alike, by_hash, replicas_of
-from gradprune.core.sharded import Ranks, is_sharded, local, ranks_of, reshard_, together
+from gradprune.core.sharded import is_sharded, local, reshard_, together
 from gradprune.weights.granularity import ONE_PROCESS, Pick, Ranked
 from gradprune.weights.mask import Masks
 from gradprune.weights.mask_sharded import ShardedMasks

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gradprune.core import files
 from gradprune.core.checks import is_distributed, require, require_readable, require_writable
 from gradprune.core.masked import count_alive, count_kept, zero_pruned_
+from gradprune.core.ranks import Ranks
 from gradprune.core.replicas import alike, by_hash, replicas_of
-from gradprune.core.sharded import Ranks
 from gradprune.core.steps import Optimizers, as_list, not_owned, ridden
 from gradprune.weights import bits
 from gradprune.weights.hold import Hold, warn_of_unowned

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gradprune.core import copies
 from gradprune.core.checks import require, state
-from gradprune.core.sharded import layout, like, local, ranks_of, reshard_, together
+from gradprune.core.ranks import ranks_of
+from gradprune.core.sharded import layout, like, local, reshard_, together
 from gradprune.weights.mask import Masks
 from gradprune.weights.named import parameters_of
 from gradprune.weights.shown import in_all

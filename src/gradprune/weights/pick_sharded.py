@@ -12,8 +12,9 @@ from gradprune.core.checks import require
 from gradprune.core.collect import Kept
 from gradprune.core.layers import Weight
 from gradprune.core.order import By
+from gradprune.core.ranks import Ranks
 from gradprune.core.select_sharded import Ranking
-from gradprune.core.sharded import Ranks, Shard
+from gradprune.core.sharded import Shard
 from gradprune.weights.granularity import Pick, Units, shape_of
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.agree import agree, equal_on_all
-from gradprune.core.sharded import Ranks, Shard, layout, like, local, ranks_of, reshard_, together
+from gradprune.core.ranks import Ranks, ranks_of
+from gradprune.core.sharded import Shard, layout, like, local, reshard_, together
 from gradprune.weights.differentiate import Batches, Loss, floating, loss_of, pairs, trainable
 from gradprune.weights.precision import wide
 

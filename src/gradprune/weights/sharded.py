@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gradprune.core import copies
 from gradprune.core.agree import agree
 from gradprune.core.checks import require
-from gradprune.core.sharded import Ranks, Shard, like, local, ranks_of, reshard_, together
+from gradprune.core.ranks import Ranks, ranks_of
+from gradprune.core.sharded import Shard, like, local, reshard_, together
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns
 from gradprune.weights.granularity import Granularity, Ranked, Units
 from gradprune.weights.hold import warn_of_revived
