@@ -1,6 +1,7 @@
 """Runs cases one after the other in a group of processes that talk over loopback, bounded in time.
 
-The processes are started once, since that takes longer than most cases, and make a new group for each call.
+The processes are started once, since that takes longer than most cases, and make a new group for each call. They are
+forks of one that has imported what takes long and done nothing else.
 """
 
 import atexit
@@ -19,6 +20,13 @@ import torch.distributed as dist
 
 MOST = 4  # ranks
 SECONDS = 240
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "gradprune",
+    "pytest",
+]
 Case = Callable[[int, int], None]
 _STARTED: list = []
 
@@ -55,10 +63,11 @@ def stop() -> None:
 
 def _processes() -> list:
     if not _STARTED:
-        spawning = multiprocessing.get_context("spawn")
+        forking = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload(PRELOADED)
         for _ in range(MOST):
-            here, there = spawning.Pipe()
-            process = spawning.Process(target=_serve, args=(there,), daemon=True)
+            here, there = forking.Pipe()
+            process = forking.Process(target=_serve, args=(there,), daemon=True)
             process.start()
             there.close()
             _STARTED.append((process, here))

@@ -59,6 +59,21 @@ def sharded(model, how, mesh):
     return model
 
 
+def cases_for(cases, ranks):
+    """All of the cases on three ranks and more; every third on two, where less can be uneven."""
+    return list(cases)[:: 3 if ranks == 2 else 1]
+
+
+def part(whole, beside):
+    """What this rank has of a whole tensor that is spread as another is, without a word to the others."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not hasattr(beside, "to_local"):
+        return whole
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, beside.device_mesh, beside.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+
+
 def whole(tensor):
     from torch.distributed.tensor import DTensor
 

@@ -84,6 +84,33 @@ def like(parameter, block):
     return DTensor.from_local(block, mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
+def each_event_of_a_pruner_is_that_of_one_process(rank, ranks):
+    mesh = hybrid_mesh(ranks)
+    for how in HYBRID:
+        alone, spread = chain(5, SIZES), sharded(chain(5, SIZES), how, mesh)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5) for model in (alone, spread)]
+        wanted, found = (
+            gp.Pruner(
+                model, optimizer, gp.Linear(final=0.6, begin=0, end=2), regrow=gp.Regrow(gp.gradient, 0.3, every=2)
+            )
+            for model, optimizer in zip((alone, spread), optimizers, strict=True)
+        )
+        for step in range(3):
+            torch.manual_seed(step)
+            for p in alone.parameters():
+                p.grad = torch.randn(p.shape)
+            blocks = blocks_of([p.grad for p in alone.parameters()], how, mesh)
+            for p, block in zip(spread.parameters(), blocks, strict=True):
+                p.grad = like(p, block.float())
+            for optimizer in optimizers:
+                in_quiet(optimizer.step)
+            check_equal(found.masks.values(), wanted.masks.values(), how, mesh, (how, step))
+            check_equal(spread.parameters(), alone.parameters(), how, mesh, (how, step))
+        assert found.events == wanted.events
+        assert sum(sum(event.regrown.values()) for event in found.events) > 0
+        found.remove()
+
+
 def copies_that_differ_in_their_last_bits_get_one_mask(rank, ranks):
     model = sharded(chain(3, (16, 16, 16), torch.bfloat16, "ties"), "hsdp", hybrid_mesh(ranks))
     with torch.no_grad():
@@ -141,6 +168,7 @@ CASES = (
     masks_are_those_of_one_process,
     larger_masks_are_those_of_one_process,
     gradients_are_those_of_one_process,
+    each_event_of_a_pruner_is_that_of_one_process,
     copies_that_differ_in_their_last_bits_get_one_mask,
     what_is_wrong_on_one_rank_is_raised_on_all,
     they_stay_zero_while_it_trains,

@@ -110,6 +110,24 @@ def a_pruner_decides_for_all_ranks(rank, ranks):
         pruner.remove()
 
 
+def norms_are_those_of_the_mean_gradients(rank, ranks):
+    ddp, (x, y) = DistributedDataParallel(net(), find_unused_parameters=True), batch(rank)
+    loss = nn.functional.cross_entropy(ddp(x), y)
+    found = gp.gradient_norms(ddp, loss)
+    assert all(p.grad is None for p in ddp.parameters())
+    loss.backward()
+    wanted = gp.gradient_norms(ddp)
+    assert list(found) == list(wanted)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert len(set(map(str, of_all(found)))) == 1
+    on_some = ddp.module[0](x).sum() if rank == 0 else ddp(x).sum()  # on rank 0 without the last layers
+    last = gp.gradient_norms(ddp, on_some)["module.4.weight"]
+    own = torch.autograd.grad(ddp.module(x).sum(), ddp.module[4].weight)[0]
+    mean = sum(g for r, g in enumerate(of_all(own)) if r) / ranks
+    assert last == pytest.approx(float(mean.norm()), rel=1e-5)
+    refused(lambda: gp.gradient_norms(ddp, None if rank is None else x if rank else on_some), ValueError, "^on rank 1")
+
+
 def refused(call, kind, match):
     with pytest.raises(kind, match=match) as raised:
         call()
@@ -169,6 +187,7 @@ CASES = (
     chance_is_that_of_rank_0_and_data_that_of_all,
     copies_that_differ_in_their_last_bits_get_one_mask,
     a_pruner_decides_for_all_ranks,
+    norms_are_those_of_the_mean_gradients,
     what_is_wrong_on_one_rank_is_raised_on_all,
 )
 

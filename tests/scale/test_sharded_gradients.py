@@ -8,7 +8,7 @@ import group
 import pytest
 import torch
 import torch.distributed as dist
-from shards import LAYOUTS, bits, chain, in_quiet, local, made, mesh_of, sharded, whole
+from shards import LAYOUTS, bits, cases_for, chain, in_quiet, local, made, mesh_of, part, sharded, whole
 from torch import nn
 
 import gradprune as gp
@@ -60,13 +60,15 @@ def same_on_all(value):
 
 def they_are_those_of_one_process(rank, ranks):
     mesh = mesh_of(ranks)
-    for seed, (how, values) in enumerate(itertools.product(LAYOUTS, ("normal", "ties", "zeros", "equal"))):
+    for seed, (how, values) in cases_for(
+        enumerate(itertools.product(LAYOUTS, ("normal", "ties", "zeros", "equal"))), ranks
+    ):
         dtype = DTYPES[(seed + seed // 4) % 4]
         for name, call in EXACT.items():
             alone, spread = pair(mesh, how, seed, dtype=dtype, values=values)
             assert in_quiet(call, spread) == in_quiet(call, alone), (how, dtype, values, name)
-            for found, wanted in zip(gradients(spread), gradients(alone), strict=True):
-                assert torch.equal(bits(found), bits(wanted)), (how, dtype, values, name)
+            for p, q in zip(spread.parameters(), alone.parameters(), strict=True):
+                assert torch.equal(bits(local(p.grad)), bits(part(q.grad, p.grad).clone())), (how, dtype, values, name)
         for name, call in NORMS.items() if values in ("normal", "zeros") else ():
             alone, spread = pair(mesh, how, seed, dtype=dtype, values=values)
             norm, wanted = call(list(spread.parameters())), call(alone)
@@ -81,7 +83,7 @@ def units_are_bounded_as_by_one_process(rank, ranks):
     from torch.distributed.tensor import distribute_tensor
 
     mesh = mesh_of(ranks)
-    for seed, (how, values) in enumerate(itertools.product(LAYOUTS, ("normal", "zeros", "ties"))):
+    for seed, (how, values) in cases_for(enumerate(itertools.product(LAYOUTS, ("normal", "zeros", "ties"))), ranks):
         dtype = DTYPES[seed % 4]
         for name, call in UNITS.items():
             alone, spread = pair(mesh, how, seed, dtype=dtype, values=values)
@@ -183,9 +185,13 @@ def what_is_not_finite_on_one_rank_is_so_on_all(rank, ranks):
         "threshold": lambda p, **a: gp.threshold_gradients_(p, 0.5, **a),
         "top": lambda p, **a: gp.keep_top_gradients_(p, 0.5, **a),
     }
-    for (how, owner), (name, call) in itertools.product(
-        (("fsdp", 0), ("fsdp", ranks - 1), ("copies", ranks - 1)), calls.items()
-    ):
+    owners = ("fsdp", 0), ("fsdp", ranks - 1), ("copies", ranks - 1)
+    asked = cases_for(itertools.product(calls.items(), owners), ranks)
+    for (name, call), (how, owner) in [
+        *asked,
+        (("top", calls["top"]), owners[1]),
+        (("norm", calls["norm"]), owners[2]),
+    ]:
         for wrong in (math.nan, -math.inf):
             _, spread = pair(mesh, how, 1)
             if rank == owner:
@@ -276,7 +282,7 @@ def what_waits_is_that_of_one_process(rank, ranks):
 
     mesh = mesh_of(ranks)
     rules = ({"density": 0.3}, {"density": 0.2, "scope": "layer", "momentum": 0.5}, {"threshold": 0.7}, {"ratio": 1.2})
-    for seed, (how, rule) in enumerate(itertools.product(LAYOUTS, rules)):
+    for seed, (how, rule) in cases_for(enumerate(itertools.product(LAYOUTS, rules)), ranks):
         dtype = DTYPES[(seed + seed // 4) % 4]
         models = pair(mesh, how, seed, dtype=dtype)
         one, other = (gp.ErrorFeedback(model, **rule) for model in models)

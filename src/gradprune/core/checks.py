@@ -149,7 +149,7 @@ def require_values(name: str, tensor: Tensor, what: str = "parameter") -> None:
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         raise TypeError(f"{called} is lazy, without a shape yet: run the model on one batch first")
     if is_distributed(tensor):
-        raise TypeError(f"{called} is a DTensor (FSDP2 or tensor parallel), which is not supported yet")
+        raise TypeError(f"{called} is a DTensor (FSDP2 or tensor parallel), which is not supported here")
     if tensor.is_meta:
         raise TypeError(f"{called} is on the meta device, without values: materialize the model first (to_empty, load)")
     if tensor.is_quantized:

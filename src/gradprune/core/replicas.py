@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.agree import agree, meet
-from gradprune.core.sharded import Ranks, digest
+from gradprune.core.ranks import Ranks
+from gradprune.core.sharded import digest
 
 T = TypeVar("T")
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradprune.core.collect import Kept, collect, raise_nan
+from gradprune.core.copies import count, let_owners_decide_
 from gradprune.core.masked import count_kept
-from gradprune.core.order import Order
-from gradprune.core.sharded import Ranks, Shard, digest
+from gradprune.core.order import By, Order
+from gradprune.core.ranks import Ranks
+from gradprune.core.sharded import Shard
 from gradprune.core.uncompiled import uncompiled
 
 DIGIT = 11, 6  # bits of a digit: at most, and at least
@@ -34,20 +36,23 @@ MOST_BETWEEN = 0.25  # of a rank's entries of a group that are copied
 Numbers = Callable[[], Iterator[Tensor]]
 
 
-@uncompiled
-def keep_and_count(shards: Mapping[str, Shard], ranks: Ranks, k: int) -> Kept:
-    """Return this rank's blocks of the masks that are True for the k largest magnitudes, and how many each whole keeps.
+class Ranking(NamedTuple):
+    """Tensors that are ranked together, how many of their entries stay, and which may (blocks of masks)."""
 
-    All ranks call it with the same names and k. Of shared tensors the lowest rank's values decide for all. Raises
-    ValueError on all ranks, naming the tensor, where one of them holds a NaN.
+    shards: Mapping[str, Shard]
+    k: int
+    among: Sequence[Tensor] | None = None
+
+
+@uncompiled
+def keep_each(rankings: Iterable[Ranking], ranks: Ranks, by: By = "magnitude") -> list[Kept]:
+    """Return of each ranking this rank's blocks of the masks that are True for the k largest, by all ranks together.
+
+    With each how many entries of the whole masks stay. However many rankings there are, the ranks talk as often. All
+    ranks call it with the same names and k, at most as many as may stay. Of shared tensors the lowest rank's values
+    decide for all. Raises ValueError on all ranks, naming the tensor, where one of them holds a NaN.
     """
-    return keep_each([(shards, k)], ranks)[0]
-
-
-@uncompiled
-def keep_each(groups: Iterable[tuple[Mapping[str, Shard], int]], ranks: Ranks) -> list[Kept]:
-    """Return what ``keep_and_count`` does for each group and its k, by as many reductions as for one."""
-    every = [_Group.of(shards, k) for shards, k in groups]
+    every = [_Group.of(ranking, by) for ranking in rankings]
     ranked = [group for group in every if group.total]
     if not ranked:
         return [Kept(_all_of(group), [0] * len(group.parts)) for group in every]
@@ -60,79 +65,76 @@ def keep_each(groups: Iterable[tuple[Mapping[str, Shard], int]], ranks: Ranks) -
     return [Kept(some, [next(counts) for _ in some]) for some in masks]
 
 
-def count(shards: Iterable[Shard], masks: Iterable[Tensor], ranks: Ranks) -> list[int]:
-    """Return how many entries of each whole mask are True."""
-    own = [count_kept(m) if s.owned else 0 for s, m in zip(shards, masks, strict=True)]
-    return ranks.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
-
-
-def let_owners_decide_(shards: Sequence[Shard], masks: Sequence[Tensor], ranks: Ranks) -> None:
-    """Give the copies of a block the mask of the lowest rank that holds it; they may differ in their last bits."""
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    copied = [at for at, shard in enumerate(shards) if any(len(holders) > 1 for holders in shard.holders)]
-    if not copied:
-        return
-    mine = {str(at): masks[at] for at in copied if any(rank in h and len(h) > 1 for h in shards[at].holders)}
-    hashes: list[Any] = [None] * size
-    torch.distributed.all_gather_object(hashes, digest(mine))
-    if all(hashes[h[0]] == hashes[other] for at in copied for h in shards[at].holders for other in h):
-        return
-    told: list[Any] = [None] * size
-    torch.distributed.all_gather_object(told, [(tuple(masks[at].shape), digest({"": masks[at]})) for at in copied])
-    for i, at in enumerate(copied):
-        for owner, *others in shards[at].holders:
-            shape, _ = told[owner][i]
-            if any(told[other][i] != told[owner][i] for other in others):
-                here = rank == owner or rank in others
-                decided = ranks.mask_of(
-                    masks[at] if here else torch.zeros(shape, dtype=torch.bool, device="cpu"), owner
-                )
-                if here:
-                    masks[at].copy_(decided)
-
-
 class _Group(NamedTuple):
     """Tensors that are ranked together."""
 
     names: list[str]
     parts: list[Shard]
+    among: Sequence[Tensor] | None
     order: Order
     stay: int
     total: int
 
     @classmethod
-    def of(cls, shards: Mapping[str, Shard], k: int) -> _Group:
-        names, parts = list(shards), list(shards.values())
-        order = collect([part.local for part in parts], "magnitude", names=names).order
-        return cls(names, parts, order, k, sum(part.numel for part in parts))
+    def of(cls, ranking: Ranking, by: By) -> _Group:
+        names, parts = list(ranking.shards), list(ranking.shards.values())
+        order = collect([part.local for part in parts], by, ranking.among, names=list(map(repr, names))).order
+        return cls(names, parts, ranking.among, order, ranking.k, sum(part.numel for part in parts))
 
     @property
     def rank(self) -> int:
         """Which of all, from the smallest, is the last to stay; the largest where none stays, as NaN is an error."""
         return min(self.total, self.total - self.stay + 1)
 
+    @property
+    def signed(self) -> bool:
+        """Whether keys may be negative."""
+        return self.order.lowest < 0 or self.among is not None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a key."""
+        return self.order.magnitude_bits.bit_length() + self.signed
+
     def keys(self) -> Iterator[Tensor]:
-        return (keys for part in self.parts if part.owned for keys in _keys(part, self.order))
+        """The keys of what this rank counts."""
+        return (keys for at, part in enumerate(self.parts) if part.owned for keys in self.keys_of(at))
+
+    def keys_of(self, at: int) -> Iterator[Tensor]:
+        """The keys of a tensor, piece by piece; what may not stay is below all others."""
+        return (barred for _, barred in self.pieces_of(at))
+
+    def pieces_of(self, at: int, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys of every `step`-th entry of a tensor, by pieces, and with those barred that may not stay."""
+        flat = self.parts[at].local.detach().resolve_neg().reshape(-1)[::step]
+        allowed = None if self.among is None else self.among[at].reshape(-1)[::step].split(PIECE)
+        for i, piece in enumerate(flat.split(PIECE)):
+            if piece.numel():
+                keys = self.order.keys(self.order.compared(piece.contiguous()))
+                keys = keys if self.order.is_float else keys.to(torch.int64)
+                yield keys, keys if allowed is None else keys.masked_fill(~allowed[i], self.order.barred)
+
+    def is_nan(self, keys: Tensor) -> bool:
+        """Whether one of the keys is that of a NaN, which is beyond the infinities, on either side."""
+        order = self.order
+        return order.is_float and (
+            int(keys.max()) > order.highest or (order.by == "value" and int(keys.min()) < order.lowest)
+        )
 
 
 class _Search(NamedTuple):
-    """Which of all ranks' numbers is the k-th smallest? They are below 2**bits, and at most so many."""
+    """Which of all ranks' numbers is the k-th smallest? They have so many bits, the first for the sign if signed."""
 
     numbers: Numbers
     bits: int
     k: int
-    most: int
+    most: int  # how many there are at most
+    signed: bool = False
 
 
 class _Found(NamedTuple):
     number: int
     below: int  # how many are smaller
-
-
-def _keys(shard: Shard, order: Order) -> Iterator[Tensor]:
-    for piece in shard.local.detach().resolve_neg().reshape(-1).split(PIECE):
-        if piece.numel():
-            yield order.keys(order.compared(piece))
 
 
 def _locate(groups: Sequence[_Group], ranks: Ranks) -> list[_Found]:
@@ -148,8 +150,7 @@ def _locate(groups: Sequence[_Group], ranks: Ranks) -> list[_Found]:
                 raise_nan(repr(name))
         below, inside, left = next(told), next(told), next(told)
         if left or not below < group.rank <= below + inside:  # many are equal, or the sample missed
-            bits = group.order.magnitude_bits.bit_length()
-            searches.append(_Search(group.keys, bits, group.rank, group.total))
+            searches.append(_Search(group.keys, group.bits, group.rank, group.total, group.signed))
             offsets.append((0, 0))
         else:
             searches.append(_Search(one.numbers, (high - low).bit_length(), group.rank - below, group.total))
@@ -171,16 +172,18 @@ class _Between(NamedTuple):
 def _between(group: _Group, low: int, high: int) -> _Between:
     found: list[Tensor] = []
     most = sum(part.local.numel() for part in group.parts) * MOST_BETWEEN
-    nan, below, inside, left = [0] * len(group.parts), 0, 0, 0
+    width = (high - low).bit_length()
+    nan, below, inside, left = [0] * len(group.parts), 0, 0, int(width > 63)
     for i, part in enumerate(group.parts):
-        for keys in _keys(part, group.order):
-            nan[i] |= int(keys.max()) > group.order.highest
+        for keys, barred in group.pieces_of(i):
+            nan[i] |= group.is_nan(keys)
             if part.owned:
-                below += count_kept(keys < low)
-                within = (keys >= low).logical_and_(keys <= high)
+                below += count_kept(barred < low)
+                within = (barred >= low).logical_and_(barred <= high)
                 inside += count_kept(within)
-                if inside <= most:
-                    found.append(_where(keys, within) - low)
+                if inside <= most and not left:
+                    some = _where(barred, within)
+                    found.append((some.to(torch.int64) if width >= 8 * some.element_size() else some) - low)
                 else:
                     left = 1
     return _Between(found, [*nan, below, inside, left])
@@ -189,7 +192,7 @@ def _between(group: _Group, low: int, high: int) -> _Between:
 def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
     """Two keys between which the last to stay of each group very likely lies, by the upper bits of a sample."""
     size = max(SAMPLE[0] // len(groups), SAMPLE[1])
-    shifts = [max(0, group.order.magnitude_bits.bit_length() - COARSE) for group in groups]
+    shifts = [max(0, group.bits - group.signed - COARSE) for group in groups]
     samples = [_sample(group, size, shift) for group, shift in zip(groups, shifts, strict=True)]
     sizes = [sum(some.numel() for some in sample) for sample in samples]
     searches = []
@@ -198,7 +201,7 @@ def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
         middle, margin = group.rank / group.total * number, 4 * number**0.5
         for end in (middle - margin, middle + margin):
             k = min(max(1, int(end)), number)
-            searches.append(_Search(partial(iter, sample), COARSE, k, number))
+            searches.append(_Search(partial(iter, sample), COARSE + group.signed, k, number, group.signed))
     ends = [one.number for one in _kth_smallest(searches, ranks)]
     return [
         (low << shift, ((high + 1) << shift) - 1)
@@ -209,8 +212,8 @@ def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
 def _sample(group: _Group, size: int, shift: int) -> list[Tensor]:
     """The upper bits of about so many keys over all ranks."""
     step = -(-group.total // size)
-    flat = (part.local.detach().resolve_neg().reshape(-1)[::step].contiguous() for part in group.parts if part.owned)
-    return [group.order.keys(group.order.compared(some)) >> shift for some in flat]
+    owned = (at for at, part in enumerate(group.parts) if part.owned)
+    return [keys >> shift for at in owned for _, keys in group.pieces_of(at, step)]
 
 
 def _where(keys: Tensor, within: Tensor) -> Tensor:
@@ -235,7 +238,10 @@ def _kth_smallest(searches: Sequence[_Search], ranks: Ranks) -> list[_Found]:
             digits, below = found[i]
             up_to = some.cumsum(0)  # in 64 bits
             digit = int(torch.searchsorted(up_to, searches[i].k - below))
-            found[i] = _Found(digits << bits | digit, below + int(up_to[digit] - some[digit]))
+            upper = digits << bits | digit
+            if searches[i].signed and left[i] == searches[i].bits:
+                upper -= 2 ** (bits - 1)
+            found[i] = _Found(upper, below + int(up_to[digit] - some[digit]))
             left[i] -= bits
         active = [i for i in active if left[i]]
     return found
@@ -245,9 +251,10 @@ def _histogram(search: _Search, digits: int, left: int, bits: int) -> Tensor:
     """How often each value of the next bits occurs among this rank's numbers that begin with the digits found."""
     counts, shift = None, left - bits
     for some in search.numbers():
-        if left < search.bits:
-            some = some[some >> left == digits]
-        here = torch.bincount((some >> shift) & (2**bits - 1), minlength=2**bits)
+        first = left == search.bits
+        some = (some if first else some[some >> left == digits]) >> shift
+        upper = some + 2 ** (bits - 1) if first and search.signed else some & (2**bits - 1)
+        here = torch.bincount(upper, minlength=2**bits)
         counts = here if counts is None else counts.add_(here.to(counts.device))
     return counts if counts is not None else torch.zeros(2**bits, dtype=torch.int64, device="cpu")
 
@@ -260,14 +267,14 @@ def _first_to_stay(groups: Sequence[_Group], found: Sequence[_Found], ranks: Ran
     if not cut:
         return first
     parts = [(at, i, part) for at in cut for i, part in enumerate(groups[at].parts)]
-    own = [_ties(part, groups[at].order, found[at].number) if part.owned else 0 for at, _, part in parts]
+    own = [_ties(groups[at], i, found[at].number) if part.owned else 0 for at, i, part in parts]
     ties = ranks.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
     where, searches = [], []
     for (at, i, part), number in zip(parts, ties, strict=True):
         if going[at] >= number:
             first[at][i] = part.numel
         elif going[at] > 0:
-            places = _places(part, groups[at].order, found[at].number)
+            places = _places(groups[at], i, found[at].number)
             searches.append(_Search(places, part.numel.bit_length(), going[at] + 1, part.numel))
             where.append((at, i))
         going[at] -= min(going[at], number)
@@ -276,15 +283,16 @@ def _first_to_stay(groups: Sequence[_Group], found: Sequence[_Found], ranks: Ran
     return first
 
 
-def _ties(part: Shard, order: Order, key: int) -> int:
-    return sum(count_kept(keys == key) for keys in _keys(part, order))
+def _ties(group: _Group, at: int, key: int) -> int:
+    return sum(count_kept(keys == key) for keys in group.keys_of(at))
 
 
-def _places(part: Shard, order: Order, key: int) -> Numbers:
+def _places(group: _Group, at: int, key: int) -> Numbers:
     """The places in the whole of the values that equal the key."""
+    part = group.parts[at]
 
     def places() -> Iterator[Tensor]:
-        for i, keys in enumerate(_keys(part, order) if part.owned else ()):
+        for i, keys in enumerate(group.keys_of(at) if part.owned else ()):
             yield part.positions((keys == key).nonzero().view(-1) + i * PIECE)
 
     return places
@@ -295,12 +303,13 @@ def _all_of(group: _Group) -> list[Tensor]:
 
 
 def _masks(group: _Group, found: _Found, first: list[int]) -> list[Tensor]:
-    return [_mask(part, group.order, found.number, start) for part, start in zip(group.parts, first, strict=True)]
+    return [_mask(group, at, found.number, start) for at, start in enumerate(first)]
 
 
-def _mask(part: Shard, order: Order, key: int, first: int) -> Tensor:
+def _mask(group: _Group, at: int, key: int, first: int) -> Tensor:
+    part = group.parts[at]
     mask = torch.empty(part.local.shape, dtype=torch.bool, device=part.local.device)
-    for i, (keys, stays) in enumerate(zip(_keys(part, order), mask.view(-1).split(PIECE), strict=False)):
+    for i, (keys, stays) in enumerate(zip(group.keys_of(at), mask.view(-1).split(PIECE), strict=False)):
         (torch.gt if first >= part.numel else torch.ge)(keys, key, out=stays)
         if 0 < first < part.numel:
             ties = (keys == key).nonzero().view(-1)

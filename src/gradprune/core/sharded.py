@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.agree import Group, agree, equal_on_all, meet, require_same
+from gradprune.core.agree import agree, equal_on_all, meet, require_same
 from gradprune.core.checks import is_distributed
 
 T = TypeVar("T")
@@ -71,55 +71,6 @@ class Shard(NamedTuple):
         return found
 
 
-class Ranks(NamedTuple):
-    """Processes, all of them or those of a group, and the device through which they talk."""
-
-    device: torch.device
-    group: Group = None
-
-    def sum(self, numbers: Tensor) -> Tensor:
-        """Return the sum over all ranks, on the CPU."""
-        total = numbers.to(self.device, copy=True)
-        torch.distributed.all_reduce(total, group=self.group)
-        return total.cpu()
-
-    def most(self, numbers: Tensor) -> Tensor:
-        """Return the largest over all ranks, on the CPU; none of the numbers is NaN."""
-        largest = numbers.to(self.device, copy=True)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        return largest.cpu()
-
-    def add(self, number: int) -> int:
-        """Return the sum of one number over all ranks."""
-        return int(self.sum(torch.tensor([number], dtype=torch.int64, device="cpu")))
-
-    def on_any(self, flags: Iterable[bool]) -> list[bool]:
-        """Return which flags are set on any rank."""
-        own = torch.tensor([int(flag) for flag in flags], dtype=torch.int64, device="cpu")
-        return [bool(found) for found in self.most(own).tolist()]
-
-    def first(self, values: Tensor) -> Tensor:
-        """Return what the first rank has, on the CPU."""
-        return self.of(values, self.source)
-
-    @property
-    def source(self) -> int:
-        """The first rank, as all processes number them."""
-        return 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
-
-    def of(self, values: Tensor, rank: int) -> Tensor:
-        """Return what one rank has, on the CPU; the others give tensors like it."""
-        sent = values.to(self.device, copy=True)
-        torch.distributed.broadcast(sent, src=rank, group=self.group)
-        return sent.cpu()
-
-    def mask_of(self, mask: Tensor, rank: int) -> Tensor:
-        """Return what ``of`` does, sent as one bit an entry."""
-        flat = mask.reshape(-1).cpu().numpy()
-        bits = self.of(torch.from_numpy(np.packbits(flat)), rank)
-        return torch.from_numpy(np.unpackbits(bits.numpy(), count=flat.size).view(np.bool_)).view(mask.shape)
-
-
 class Block(NamedTuple):
     """What one rank tells the others of its part of a tensor."""
 
@@ -154,6 +105,14 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
+def layout(tensor: Tensor) -> str:
+    """Return in words how a tensor is spread, the same for those that lie alike."""
+    if not is_distributed(tensor):
+        return "whole"
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    return f"{', '.join(map(str, tensor.placements))} over ranks {mesh.mesh.tolist()}"  # type: ignore[attr-defined]
+
+
 def like(whole: Tensor, block: Tensor) -> Tensor:
     """Return a block as part of a DTensor that lies as `whole` does."""
     if not is_distributed(whole):
@@ -162,12 +121,6 @@ def like(whole: Tensor, block: Tensor) -> Tensor:
     return type(whole).from_local(  # type: ignore[attr-defined, no-any-return]
         block, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
-
-
-def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
-    """Return all processes, with the device on which the tensors are spread."""
-    kind = next(t.device_mesh.device_type for t in tensors if is_distributed(t))  # type: ignore[attr-defined]
-    return Ranks(torch.device(kind, getattr(torch, kind).current_device()) if kind != "cpu" else torch.device("cpu"))
 
 
 def together(

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradprune.core.checks import is_distributed
+from gradprune.core.ranks import ranks_of
+from gradprune.core.sharded import local
 from gradprune.core.uncompiled import uncompiled
 
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -197,7 +200,10 @@ def _is_pretence(optimizer: Optimizer) -> bool:
     if optimizer.state or any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(bool(g.count_nonzero()) for g in gradients if g.layout == torch.strided)
+    moving = any(bool(local(g).count_nonzero()) for g in gradients if g.layout == torch.strided)
+    if any(map(is_distributed, gradients)):  # a block may be zero, or empty, on one rank alone
+        moving = ranks_of(gradients).on_any([moving])[0]
+    return bool(gradients) and not moving
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:

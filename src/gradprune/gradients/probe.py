@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks
+from gradprune.core.replicas import replicas_of
 from gradprune.core.sharded import is_sharded
+from gradprune.gradients.averaged import mean_over_replicas
 from gradprune.gradients.norms import norms_of, read
 from gradprune.gradients.spread import norms_over_ranks
 
@@ -26,7 +28,9 @@ def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, fl
             hybrid sharding, tensor parallel), all ranks call this together, after ``loss.backward()``, and get the
             norms of the whole gradients.
         loss: None, after ``loss.backward()``, to read ``.grad``; or a scalar to differentiate here, which changes no
-            ``.grad`` and keeps the graph, so that ``backward`` can still follow.
+            ``.grad`` and keeps the graph, so that ``backward`` can still follow. Where DistributedDataParallel wraps
+            the model, all ranks call this together with a loss each, and get the norms of the mean gradients, as
+            ``backward`` would leave them.
 
     Returns:
         The norms as floats, in the order of the model's parameters.
@@ -53,7 +57,14 @@ def gradient_norms(model: nn.Module, loss: Tensor | None = None) -> dict[str, fl
         named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
         checks.require(bool(named), _NONE)
     else:
-        named = _gradients_of(loss, model)
+        ranks = replicas_of(model)
+        named = (
+            _gradients_of(loss, model)
+            if ranks is None
+            else mean_over_replicas(
+                "gp.gradient_norms", ranks, dict(model.named_parameters()), partial(_gradients_of, loss, model)
+            )
+        )
     for name, gradient in named.items():
         if gradient.is_meta or type(gradient) is not Tensor:
             checks.require_writable(name, gradient, "gradient of")

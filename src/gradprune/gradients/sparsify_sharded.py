@@ -9,7 +9,8 @@ import torch
 
 from gradprune.core import select_sharded
 from gradprune.core.masked import zero_pruned_
-from gradprune.core.sharded import Ranks, Shard
+from gradprune.core.ranks import Ranks
+from gradprune.core.sharded import Shard
 from gradprune.gradients.nonfinite import NonFinite, known, warn_of_zeroed
 from gradprune.gradients.sparsify import Scope, magnitudes, number_kept, require_finite, require_numbers, zero_below_
 from gradprune.gradients.spread import Read, largest_over_ranks, spread
@@ -47,7 +48,8 @@ def largest_of_all(
 ) -> tuple[list[torch.Tensor], int]:
     """Return this rank's blocks of masks that are True for the largest magnitudes, and how many entries stay."""
     groups = [shards] if scope == "global" else [{name: shard} for name, shard in shards.items()]
-    asked = [(group, number_kept(density, sum(s.numel for s in group.values()))) for group in groups]
+    sizes = [sum(shard.numel for shard in group.values()) for group in groups]
+    asked = [select_sharded.Ranking(g, number_kept(density, size)) for g, size in zip(groups, sizes, strict=True)]
     found = select_sharded.keep_each(asked, ranks)
     return [mask for kept in found for mask in kept.masks], sum(n for kept in found for n in kept.at_least)
 

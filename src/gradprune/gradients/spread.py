@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import is_distributed, require
-from gradprune.core.sharded import GRADIENT, Ranks, Shard, is_sharded, local, ranks_of, reshard_, together
+from gradprune.core.ranks import Ranks, ranks_of
+from gradprune.core.sharded import GRADIENT, Shard, is_sharded, local, reshard_, together
 from gradprune.gradients.cliplog import ClipLog
 from gradprune.gradients.gathered import Gathered, require_clippable, require_log
 from gradprune.gradients.nonfinite import NonFinite, known

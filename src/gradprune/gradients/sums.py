@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradprune.core import select_sharded
+from gradprune.core import copies
 from gradprune.core.masked import count_kept
 from gradprune.gradients.params import with_gradient
 from gradprune.gradients.representable import at_least
@@ -97,13 +97,13 @@ class SumsOverRanks(Sums):
         most = largest_over_ranks(list(shards.values()), self._ranks) if of_mean else []
         means = means_over_ranks(shards, most, self._ranks) if of_mean else [1.0] * len(shards)
         masks = {n: s.abs() >= at_least(cut * m, s.dtype) for (n, s), m in zip(sums.items(), means, strict=True)}
-        select_sharded.let_owners_decide_(list(shards.values()), list(masks.values()), self._ranks)
+        copies.let_owners_decide_(list(shards.values()), list(masks.values()), self._ranks)
         return masks
 
     def share(self, masks: Mapping[str, Tensor]) -> float:
         """The share of the entries of all ranks that is sent."""
         total = sum(shard.numel for shard in self._shards.values())
-        kept = select_sharded.count([self._shards[name] for name in masks], masks.values(), self._ranks)
+        kept = copies.count([self._shards[name] for name in masks], masks.values(), self._ranks)
         return sum(kept) / total if total else 1.0
 
     def _of(self, sums: Gradients) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import is_distributed, require
-from gradprune.core.sharded import Ranks, Shard, local
+from gradprune.core.ranks import Ranks
+from gradprune.core.sharded import Shard, local
 from gradprune.gradients.params import with_gradient
 from gradprune.gradients.unitwise import groups_of_transposed, norms_of_units, room_for_rounding
 

@@ -13,21 +13,23 @@ from torch import Tensor, nn
 from gradprune.core.batches import described, items
 from gradprune.core.checks import function, module, require, require_values
 from gradprune.core.evaluate import arguments, as_written, evaluated, tensors_in
+from gradprune.core.sharded import local
 
 Batches = Iterable[tuple[Any, Any]]
 Loss = Callable[[Any, Any], Tensor]
 
 
-def floating(model: nn.Module) -> dict[str, nn.Parameter]:
+def floating(model: nn.Module, *, sharded: bool = False) -> dict[str, nn.Parameter]:
     """The floating and complex parameters by name, a tied one once.
 
-    Raises where a trainable one cannot be read; a frozen one of that kind is left out.
+    Raises where a trainable one cannot be read; a frozen one of that kind is left out. A DTensor can be, if `sharded`
+    says that the caller knows of them.
     """
     found = {}
     for name, p in module(model).named_parameters():
         if p.is_floating_point() or p.is_complex():
             try:
-                require_values(name, p)
+                require_values(name, local(p) if sharded else p)
             except TypeError:
                 if p.requires_grad:
                     raise
@@ -43,9 +45,9 @@ def entries(p: Tensor) -> Tensor:
 
 
 @contextmanager
-def trainable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+def trainable(model: nn.Module, *, sharded: bool = False) -> Iterator[dict[str, nn.Parameter]]:
     """The trainable parameters, while the model is in eval mode and gradients are on."""
-    parameters = {name: p for name, p in floating(model).items() if p.requires_grad}
+    parameters = {name: p for name, p in floating(model, sharded=sharded).items() if p.requires_grad}
     require(bool(parameters), "no parameter of the model is trainable: requires_grad is False for all of them")
     with evaluated(model), as_written(), torch.enable_grad(), _checkpoints_differentiable():
         yield parameters

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradprune.core import checks
 from gradprune.core.checks import require
@@ -16,6 +16,7 @@ from gradprune.core.layers import Axes, Weight
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By
 from gradprune.core.select import keep_and_count
+from gradprune.core.sharded import local
 
 Granularity = Literal["weight", "channel"] | str | tuple[int, ...]
 
@@ -54,16 +55,39 @@ def require_no_nan(scores: Mapping[str, Tensor]) -> None:
         require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
 
 
-class Pick(NamedTuple):
-    """How the largest are chosen by name, how many of masks' entries stay, and that no score is NaN.
+def nearest(
+    values: Mapping[str, Tensor], costs: Mapping[str, int], wanted: int, *, by: By, among: Sequence[Tensor] | None
+) -> int:
+    """Return how many of the highest units hold the number of weights nearest to `wanted`; the fewer among equals."""
+    assert by == "value"
+    flat = torch.cat([v.reshape(-1).cpu() for v in values.values()])
+    cost = torch.cat([torch.full((v.numel(),), costs[name], device="cpu") for name, v in values.items()])
+    if among is not None:
+        allowed = torch.cat([a.reshape(-1).cpu() for a in among])
+        flat, cost = flat[allowed], cost[allowed]
+    held = cost[flat.sort(stable=True).indices.flip(0)].cumsum(0)
+    distances = (torch.cat([torch.zeros(1, dtype=held.dtype, device="cpu"), held]) - wanted).abs()
+    return int(distances.argmin())
 
-    In one process, or over several.
+
+def least_of(numbers: Tensor) -> int:
+    """Return the smallest number; 0 where there is none."""
+    return int(numbers.min()) if numbers.numel() else 0
+
+
+class Pick(NamedTuple):
+    """How the largest are chosen by name, and what is counted for it: in one process, or over several.
+
+    How many entries of masks stay, that no score is NaN, how many units are nearest to a number of weights, and which
+    number of all is the smallest.
     """
 
     keep: Callable[..., Kept] = keep_and_count
     each: Callable[..., dict[str, Tensor]] = keep_each
     stay: Callable[[Mapping[str, Tensor]], dict[str, int]] = stay_each
     check: Callable[[Mapping[str, Tensor]], None] = require_no_nan
+    nearest: Callable[..., int] = nearest
+    least: Callable[[Tensor], int] = least_of
 
 
 ONE_PROCESS = Pick()
@@ -73,6 +97,7 @@ class Units(NamedTuple):
     """What goes or stays together: single weights, or the tiles of a block shape (a channel is the tile (1,)).
 
     A block lies over the output axis, the input axis and the further ones, in this order, whatever the storage's.
+    Where weights are spread over several processes, scores and masks are those of what is held here.
     """
 
     layers: Mapping[str, Weight]
@@ -80,11 +105,16 @@ class Units(NamedTuple):
     within: Mapping[str, Tensor] | None
     pick: Pick = ONE_PROCESS
 
+    def held(self, name: str) -> Weight:
+        """The weight, with what this process has of it."""
+        weight = self.layers[name]
+        return weight._replace(parameter=cast(nn.Parameter, local(weight.parameter)))
+
     def cost(self, name: str) -> int:
         """Weights in one unit."""
         if self.block is None:
             return 1
-        shape, tile = self._shape(name), self._tile(name)
+        shape, tile = shape_of(self.layers[name]), self.tile(name)
         return math.prod(tile) * math.prod(shape[len(tile) :])
 
     def number(self, name: str) -> int:
@@ -96,12 +126,12 @@ class Units(NamedTuple):
         """Which units may stay; None where all may."""
         if self.within is None or self.block is None:
             return None if self.within is None else self.within[name]
-        return _over_tiles(canonical(self.layers[name], self.within[name]), self._tile(name)).any(dim=-1)
+        return _over_tiles(canonical(self.layers[name], self.within[name]), self.tile(name)).any(dim=-1)
 
     def available(self, name: str) -> int:
         """Units that may stay."""
         allowed = self.allowed(name)
-        return self.number(name) if allowed is None else count_kept(allowed)
+        return self.number(name) if allowed is None else self.pick.stay({name: allowed})[name]
 
     def rank(self, ranked: Ranked) -> Ranked:
         """The units' own scores: the mean over their weights'."""
@@ -109,7 +139,7 @@ class Units(NamedTuple):
             return ranked
         means = {}
         for name, values in ranked.values.items():
-            tiles = _over_tiles(canonical(self.layers[name], values), self._tile(name))
+            tiles = _over_tiles(canonical(self.layers[name], values), self.tile(name))
             tiles = tiles.abs() if ranked.by == "magnitude" else tiles
             wide = torch.promote_types(tiles.dtype, torch.float32)
             means[name] = tiles.mean(dim=-1, dtype=wide) if tiles.numel() else tiles.sum(dim=-1, dtype=wide)
@@ -121,21 +151,25 @@ class Units(NamedTuple):
             return dict(masks)
         found = {}
         for name, mask in masks.items():
-            found[name] = as_stored(self.layers[name], _repeat_tiles(mask, self._tile(name), self._shape(name)))
+            held = self.held(name)
+            found[name] = as_stored(held, _repeat_tiles(mask, self.tile(name), shape_of(held)))
             if self.within is not None:  # a unit may stay of which a part is gone
                 found[name] &= self.within[name]
         return found
 
-    def _shape(self, name: str) -> torch.Size:
-        return canonical(self.layers[name], self.layers[name].parameter).shape
-
-    def _tile(self, name: str) -> tuple[int, ...]:
+    def tile(self, name: str) -> tuple[int, ...]:
+        """The sizes of a unit along the first axes of the canonical order; along the others it has all."""
         return (1,) * _axes(self.layers[name]).depth + (self.block or ())
 
 
 def canonical(weight: Weight, tensor: Tensor) -> Tensor:
     """Return a view of a tensor of the weight's shape as (stack..., output, input, rest...)."""
     return _axes(weight).canonical(tensor.detach())
+
+
+def shape_of(weight: Weight) -> torch.Size:
+    """Return the weight's shape in the canonical order."""
+    return canonical(weight, torch.empty(weight.parameter.shape, device="meta")).shape
 
 
 def as_stored(weight: Weight, mask: Tensor) -> Tensor:
@@ -216,7 +250,7 @@ def check_fits(layers: Mapping[str, Weight], n_of_m: tuple[int, int] | None, blo
     sizes = (1, n_of_m[1]) if n_of_m is not None else block or ()
     for name, weight in layers.items():
         axes, shape = _axes(weight), tuple(weight.parameter.shape)
-        within = canonical(weight, weight.parameter).shape[axes.depth :]
+        within = shape_of(weight)[axes.depth :]
         require(len(sizes) <= len(within), f"a block of shape {sizes} does not fit {name!r}, which has shape {shape}")
         for at, (size, b) in enumerate(zip(within, sizes, strict=False)):
             dim = (axes.output, axes.input)[at] if at < 2 else at + len(axes.stack)

@@ -164,11 +164,14 @@ class _Keeper:
 _KEEPERS: weakref.WeakKeyDictionary[Optimizer, _Keeper] = weakref.WeakKeyDictionary()
 
 
-def held_mask(parameter: nn.Parameter) -> Tensor | None:
-    """Return the mask by which an optimizer holds the parameter; None where none does."""
+def held_mask(parameter: nn.Parameter, *, whole: bool = False) -> Tensor | None:
+    """Return the mask by which an optimizer holds the parameter; None where none does.
+
+    Nor does one that prunes nothing, unless `whole`: of a parameter that is spread, it may prune on other ranks.
+    """
     for keeper in list(_KEEPERS.values()):
         held = keeper.held.get(parameter)
-        if held is not None and held.prunes:
+        if held is not None and (held.prunes or whole):
             return held.mask_on(parameter.device)
     return None
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gradprune.core import files
 from gradprune.core.checks import is_distributed, require, require_readable, require_writable
 from gradprune.core.masked import count_alive, count_kept, zero_pruned_
+from gradprune.core.ranks import Ranks
 from gradprune.core.replicas import alike, by_hash, replicas_of
-from gradprune.core.sharded import Ranks
 from gradprune.core.steps import Optimizers, as_list, not_owned, ridden
 from gradprune.weights import bits
 from gradprune.weights.hold import Hold, warn_of_unowned
@@ -74,7 +74,8 @@ class Masks(Mapping[str, Tensor]):
     __hash__ = None  # type: ignore[assignment]  # as for any mapping: it is equal to others by what it holds
 
     def __repr__(self) -> str:
-        return f"Masks({in_all(self)}){by_layer(self)}"
+        kept = self._counts()
+        return f"Masks({in_all(self, kept)}){by_layer(self, kept)}"
 
     def __copy__(self) -> Masks:
         twin = Masks(self._masks)
@@ -97,10 +98,9 @@ class Masks(Mapping[str, Tensor]):
         The masks' own, as is what they show when printed: whether the weights of a model are zero there is what
         ``masks.holds(model)`` says.
         """
-        counted = weights_among(self)
+        counted, kept = weights_among(self), self._counts()
         total = sum(m.numel() for m in counted.values())
-        kept = sum(count_kept(m) for m in counted.values())
-        return 1 - kept / total if total else 0.0
+        return 1 - sum(kept[name] for name in counted) / total if total else 0.0
 
     def apply_(self, model: nn.Module) -> Masks:
         """Set the pruned weights of `model` to zero, and remember its parameters for ``hold``.
@@ -119,7 +119,7 @@ class Masks(Mapping[str, Tensor]):
         Chapter 4.
         """
         ranks = replicas_of(model)
-        parameters = alike("Masks.apply_", ranks, lambda: by_hash(self), lambda: self._writable(model))
+        parameters = alike("Masks.apply_", ranks, self._told, lambda: self._writable(model))
         zero_pruned_([(parameter, self._beside(parameter, name)) for name, parameter in parameters.items()])
         return self._belonging_to(parameters, ranks)
 
@@ -225,7 +225,7 @@ class Masks(Mapping[str, Tensor]):
             return optimizers, parameters, held
 
         ranks = self._ranks if model is None else replicas_of(model)
-        optimizers, parameters, held = alike("Masks.hold", ranks, lambda: by_hash(self), checked)
+        optimizers, parameters, held = alike("Masks.hold", ranks, self._told, checked)
         warn_of_unowned(parameters, optimizers)
         zero_pruned_(held.items())
         return Hold(optimizers, held)
@@ -237,6 +237,14 @@ class Masks(Mapping[str, Tensor]):
         return self
 
     # What masks of parameters that are spread over several processes do otherwise.
+
+    def _counts(self) -> dict[str, int]:
+        """How many entries of each mask are True."""
+        return {name: count_kept(mask) for name, mask in self.items()}
+
+    def _told(self) -> dict[str, object]:
+        """The masks as what all ranks must have alike."""
+        return by_hash(self)
 
     def _held(self, tensor: Tensor) -> Tensor:
         """What this process has of a tensor."""
@@ -281,16 +289,18 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Mapping[str, Any]]) -> Masks:
-        """Return the masks that ``state_dict`` described, on the CPU.
+        """Return the masks that ``state_dict`` described, on the CPU; bool tensors by name are masks already.
 
         Raises:
             TypeError: where `state` or an entry of it is no dict.
             ValueError: where an entry lacks bits or shape, or they disagree.
         """
         if isinstance(state, Mapping) and any(isinstance(v, Tensor) and is_distributed(v) for v in state.values()):
-            from gradprune.weights.sharded import ShardedMasks
+            from gradprune.weights.mask_sharded import ShardedMasks
 
             return ShardedMasks.from_state_dict(state)
+        if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+            return cls(state)  # type: ignore[arg-type]  # as those of DTensors are saved, and loaded in one process
         return cls(bits.unpacked(state))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from gradprune.core.order import By
 from gradprune.core.select import keep_n_of_m
 from gradprune.weights import allocate
 from gradprune.weights.directions import rows_of
-from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
+from gradprune.weights.granularity import Ranked, Units, as_stored, canonical, shape_of
 
 Scope = Literal["global", "layer", "row", "erk", "lamp"] | Mapping[str, float]
 Choose = Callable[[Ranked], dict[str, Tensor]]
@@ -122,7 +122,8 @@ def _whole_units(units: Units, weights: Mapping[str, int]) -> dict[str, int]:
 
 def _keep_n_of_m(units: Units, n: int, m: int, ranked: Ranked) -> dict[str, Tensor]:
     masks = {}
-    for name, weight in units.layers.items():
+    for name in units.layers:
+        weight = units.held(name)
         values, allowed = canonical(weight, ranked.values[name]), units.allowed(name)
         dim = weight.axes.depth + 1 if weight.axes is not None else 1
         if allowed is None:
@@ -201,7 +202,9 @@ def _keep_over_all(
         free = [name for name in units.layers if name not in at_floor]
         values = {name: ranked.values[name] for name in free}
         among = None if units.within is None else [_known(units.allowed(name)) for name in free]
-        count = _units_nearest(units, values, among, left)
+        count = left
+        if units.block is not None:
+            count = units.pick.nearest(values, {n: units.cost(n) for n in free}, left, by=ranked.by, among=among)
         kept = units.pick.keep(values, count, by=ranked.by, among=among)
         masks = dict(zip(free, kept.masks, strict=True))
         doubtful = [n for n, least in zip(free, kept.at_least, strict=True) if least < floors[n] + (noticed > 0)]
@@ -234,20 +237,6 @@ def _largest(units: Units, ranked: Ranked, counts: Mapping[str, int]) -> dict[st
     return units.pick.each(ranked.values, counts, by=ranked.by, among=among)
 
 
-def _units_nearest(units: Units, values: Mapping[str, Tensor], among: Sequence[Tensor] | None, weights: int) -> int:
-    """How many of the highest units hold the number of weights nearest to `weights`; the fewer among equals."""
-    if units.block is None:
-        return weights
-    flat = torch.cat([v.reshape(-1).cpu() for v in values.values()])
-    costs = torch.cat([torch.full((v.numel(),), units.cost(name), device="cpu") for name, v in values.items()])
-    if among is not None:
-        allowed = torch.cat([a.reshape(-1).cpu() for a in among])
-        flat, costs = flat[allowed], costs[allowed]
-    held = costs[flat.sort(stable=True).indices.flip(0)].cumsum(0)
-    distances = (torch.cat([torch.zeros(1, dtype=held.dtype, device="cpu"), held]) - weights).abs()
-    return int(distances.argmin())
-
-
 def _known(allowed: Tensor | None) -> Tensor:
     assert allowed is not None
     return allowed
@@ -261,14 +250,14 @@ def _plan_rows(units: Units, sparsity: float, min_keep: int | None) -> Choose:
     counts = {}
     empty = []
     for name, weight in units.layers.items():
-        rows = rows_in(weight, weight.parameter)
-        counts[name] = kept_of(rows.shape[1], sparsity)
-        most = rows.shape[1] if units.within is None else _least(rows_in(units.layers[name], units.within[name]).sum(1))
+        number, length = _rows(weight, shape_of(weight))
+        counts[name] = kept_of(length, sparsity)
+        most = length if units.within is None else units.pick.least(rows_in(weight, units.within[name]).sum(1))
         require(
             counts[name] <= most,
             f"each row of {name!r} is to keep {counts[name]} weights, but `within` allows only {most} in one",
         )
-        kept = counts[name] * rows.shape[0]
+        kept = counts[name] * number
         require(
             min_keep is None or kept >= min(min_keep, weight.parameter.numel()),
             f"{name!r} keeps {kept} weights, {counts[name]} a row, fewer than min_keep={min_keep}",
@@ -285,9 +274,9 @@ def _keep_per_row(units: Units, counts: Mapping[str, int], warning: str, ranked:
     masks = {}
     for name, count in counts.items():
         allowed = None if units.within is None else rows_in(units.layers[name], units.within[name])
-        mask = keep_in_rows(name, rows_in(units.layers[name], ranked.values[name]), count, ranked.by, allowed)
-        weight = units.layers[name]
-        masks[name] = as_stored(weight, mask.view(canonical(weight, weight.parameter).shape))
+        held = units.held(name)
+        mask = keep_in_rows(name, rows_in(held, ranked.values[name]), count, ranked.by, allowed)
+        masks[name] = as_stored(held, mask.view(shape_of(held)))
     return masks
 
 
@@ -309,9 +298,10 @@ def keep_in_rows(name: str, values: Tensor, count: int, by: By, allowed: Tensor 
 def rows_in(weight: Weight, tensor: Tensor) -> Tensor:
     """Return a tensor of the weight's shape with one row an output unit."""
     seen = canonical(weight, tensor)
+    return seen.reshape(_rows(weight, seen.shape))
+
+
+def _rows(weight: Weight, shape: Sequence[int]) -> tuple[int, int]:
+    """How many rows a weight of some canonical shape has, and how long they are."""
     depth = weight.axes.depth + 1 if weight.axes is not None else 1
-    return seen.reshape(math.prod(seen.shape[:depth]), math.prod(seen.shape[depth:]))
-
-
-def _least(numbers: Tensor) -> int:
-    return int(numbers.min()) if numbers.numel() else 0
+    return math.prod(shape[:depth]), math.prod(shape[depth:])

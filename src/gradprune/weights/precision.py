@@ -19,11 +19,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def product(name: str, w: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
+def product(name: str, w: Tensor, g: Tensor, scale: float = 1.0, *, exact_at_once: bool = False) -> Tensor:
     """w g times a power of two, entry by entry; of complex numbers what their parts' products add up to."""
     w, g = w.to(wide(w.dtype)), g.to(wide(g.dtype))
     result = (w.conj() * g).real if w.is_complex() else w * g
-    if _in_range(result, w, g):
+    if not exact_at_once and _in_range(result, w, g):
         result = result if scale == 1.0 else result.mul_(scale)
         if scale == 1.0 or _in_range(result, w, g):
             return result

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, Unpack
 
 from torch import Tensor, nn
 
-from gradprune.core.agree import meet
 from gradprune.core.checks import choice, fraction, function, module, number, require, state, warn, whole
-from gradprune.core.masked import count_kept, zero_pruned_
-from gradprune.core.replicas import alike, by_hash, replicas_of
-from gradprune.core.select import keep_largest
+from gradprune.core.masked import zero_pruned_
+from gradprune.core.sharded import local
 from gradprune.core.steps import Optimizers, Steps, as_list, not_owned, parameters_of
+from gradprune.weights.deciding import deciding_of
 from gradprune.weights.hold import Hold, warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.named import some
 from gradprune.weights.prune import AsPrune, check_for_schedule
 from gradprune.weights.regrow import Regrow, checked_regrow
-from gradprune.weights.replicated import decided, over_ranks
-from gradprune.weights.request import Request, Score, checked_score, ranked_by
+from gradprune.weights.request import Score, checked_score
 from gradprune.weights.schedule import values_of
 from gradprune.weights.score import magnitude
 from gradprune.weights.shown import by_layer, in_all
-from gradprune.weights.start import masks_before
 
 Schedule = Callable[[int], float]
-_EVENT = "an event of gp.Pruner"
 WRITES_BEFORE_STEPS = 2  # that are no sign of another optimizer: initialising, loading
 WRITES_BETWEEN_STEPS = 10  # likewise: an average put in and taken out again
 
@@ -54,8 +50,9 @@ class Pruner:
     scaler skips is no step. Before the climb of a step in two halves (SAM), ``masks.mask_gradients_(model)`` keeps
     pruned weights out of it. Save ``state_dict()`` beside the model's and the optimizer's own: a run resumed from them
     goes on bit for bit. The masks are those of the parameters that were eligible when it was made, also where a layer
-    is frozen later. Where DistributedDataParallel wraps the model, all ranks make it alike and decide each event
-    together, as ``prune`` does. ``copy.deepcopy`` of model, optimizer and pruner together gives a pruner of the copies.
+    is frozen later. Where DistributedDataParallel wraps the model, or its parameters are DTensors (FSDP2, tensor
+    parallel), all ranks make it alike and decide each event together, as ``prune`` does. ``copy.deepcopy`` of model,
+    optimizer and pruner together gives a pruner of the copies.
 
     It sees the steps of the optimizer it was given, not of one made later: then ``remove()`` it, and load its state
     into a new one. Weights that are written while no step is seen are warned of where `step`, `masks`, ``repr`` or the
@@ -102,7 +99,7 @@ class Pruner:
         within: Mapping[str, Tensor] | None = None,
         **as_prune: Unpack[AsPrune],
     ) -> None:
-        self._ranks = replicas_of(model)
+        self._deciding = deciding_of(model)
 
         def checked() -> float:
             self.model, self._optimizers = module(model), as_list(optimizer)
@@ -114,13 +111,13 @@ class Pruner:
             choice("amount", amount, ("sparsity", "threshold"))
             self._kind = amount
             check_for_schedule("Pruner", as_prune, own=("score", "regrow", "within"))
-            self._request = Request.of(self.model, **as_prune)
+            self._request = self._deciding.request(self.model, **as_prune)
             self._layers = self._request.parameters
             first = self._wanted(0)
             self._request.check_amounts(_amounts_of(schedule, first), self._kind)
             _require_owned(self._layers, self._optimizers)
             _require_no_other_pruner(self._layers)
-            self._masks = masks_before(self._layers, within)
+            self._masks = self._deciding.before(self._layers, within)
             return first
 
         def asked() -> dict[str, object]:
@@ -129,10 +126,10 @@ class Pruner:
                 "schedule": _amounts_of(schedule, self._wanted(0)),
                 "regrow": swaps,
                 **as_prune,
-                **by_hash(self._masks),
+                **self._masks._told(),
             }
 
-        first = alike("gp.Pruner", self._ranks, asked, checked)
+        first = self._deciding.alike("gp.Pruner", asked, checked)
         self._step, self.amount = 0, 0.0
         self.events: list[Event] = []
         self._growth: Mapping[str, Tensor] | None = None
@@ -155,7 +152,8 @@ class Pruner:
     def __repr__(self) -> str:
         self._look_around()
         events = f"{len(self.events)} event{'' if len(self.events) == 1 else 's'}"
-        return f"Pruner(step {self._step}, {events}, {in_all(self._masks)}){by_layer(self._masks)}"
+        kept = self._masks._counts()
+        return f"Pruner(step {self._step}, {events}, {in_all(self._masks, kept)}){by_layer(self._masks, kept)}"
 
     def remove(self) -> None:
         """Stop pruning and holding; masks, events and weights stay as they are."""
@@ -164,14 +162,18 @@ class Pruner:
         _PRUNERS.discard(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, amount, events and bit-packed masks: what ``load_state_dict`` needs to go on from here."""
+        """Step, amount, events (as JSON) and bit-packed masks: what ``load_state_dict`` needs to go on from here.
+
+        Of parameters that are DTensors the masks are DTensors too, copies, which torch.distributed.checkpoint saves and
+        loads on any number of ranks: load into the ``state_dict()`` of a new pruner, and that by ``load_state_dict``.
+        """
         self._look_around()
         warn_of_revived(self._layers)
         return {
             "step": self._step,
             "amount": self.amount,
             "masks": self._masks.state_dict(),
-            "events": [event._asdict() for event in self.events],
+            "events": json.dumps([event._asdict() for event in self.events]),  # a list would be saved in pieces
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -186,18 +188,19 @@ class Pruner:
         """
 
         def checked() -> tuple[int, float, list[Event], Masks]:
-            state(state_dict, {"step": int, "amount": (int, float), "masks": Mapping, "events": list}, "Pruner")
+            state(state_dict, {"step": int, "amount": (int, float), "masks": Mapping, "events": (str, list)}, "Pruner")
             step = whole("the state's step", state_dict["step"], least=0)
             amount = number("the state's amount", state_dict["amount"], finite=False)
-            events = [_event(entry) for entry in state_dict["events"]]
-            masks = Masks.from_state_dict(state_dict["masks"])
+            events = [_event(entry) for entry in _listed(state_dict["events"])]
+            masks = self._deciding.restored(state_dict["masks"], self._layers)
             if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in self._masks.items()}:
                 raise ValueError(f"the state has masks for {list(masks)}, this pruner prunes {list(self._masks)}")
-            masks = Masks({name: mask.to(self._layers[name].device) for name, mask in masks.items()})
+            told.update(step=step, **masks._told())
             self._require_not_beyond(step, amount)
             return step, amount, events, masks
 
-        step, amount, events, masks = alike("load_state_dict", self._ranks, lambda: _told(state_dict), checked)
+        told: dict[str, object] = {}
+        step, amount, events, masks = self._deciding.alike("load_state_dict", lambda: told, checked)
         self._step, self.amount, self.events = step, amount, events
         self._hold_from_now(masks)
 
@@ -220,7 +223,7 @@ class Pruner:
         twin._request = replace(self._request, layers=layers)
         twin._layers = twin._request.parameters
         twin.events, twin._growth = list(self.events), None
-        twin._masks = Masks({name: mask.clone() for name, mask in self._masks.items()})
+        twin._masks = copy.deepcopy(self._masks)
         twin._ride(twin._masks)
         return twin
 
@@ -247,11 +250,7 @@ class Pruner:
     def _score_growth(self) -> None:
         self._growth = None
         if self.regrow is not None and self.regrow.share(self._step + 1) > 0 and self._masks.sparsity > 0:
-            by = self.regrow.by
-            if self._ranks is not None:
-                meet(_EVENT, self._ranks.group)
-                by = over_ranks(by, self._ranks, _EVENT)
-            self._growth = ranked_by(by, self.model, self._layers).scores()
+            self._growth = self._deciding.growth(self.regrow.by, self.model, self._layers)
 
     def _after_step(self) -> None:
         self._step += 1
@@ -262,7 +261,8 @@ class Pruner:
             self._hold_from_now(masks)
         if self._growth is not None and self.regrow is not None:
             growth, self._growth = self._growth, None
-            masks = self._decided(partial(self._swapped, growth, self.regrow.share(self._step)))
+            share = self.regrow.share(self._step)
+            masks = self._deciding.swap(self._request, self.model, self.score, self._masks, self._step, growth, share)
             self._log(masks, self.amount)
             self._hold_from_now(masks)
         self._written = {name: p._version for name, p in self._layers.items()}
@@ -284,40 +284,14 @@ class Pruner:
                 )
             if before.sparsity >= amount:
                 return before
-        within = before if before.sparsity else None
         amounts: dict[str, Any] = self._request.amount(amount, self._kind)
-
-        def choose(score: Score) -> Masks:
-            masks = self._request.masks(self.model, score, within=within, **amounts)
-            return Masks({name: mask & before[name] for name, mask in masks.items()})
-
-        return self._decided(choose)
-
-    def _decided(self, choose: Callable[[Score], Masks]) -> Masks:
-        """What `choose` returns for the score; the same on all ranks that have a copy of the model."""
-        if self._ranks is None:
-            return choose(self.score)
-        return decided(_EVENT, self._ranks, self.score, choose, lambda: {"step": self._step, **by_hash(self._masks)})
-
-    def _swapped(self, growth: Mapping[str, Tensor], share: float, score: Score) -> Masks:
-        ranked = ranked_by(score, self.model, self._layers)
-        masks = {}
-        for name, active in self._masks.items():
-            kept = count_kept(active)
-            count = min(int(share * kept), active.numel() - kept)
-            own = {name: ranked.values[name]}
-            (stay,) = keep_largest(own, kept - count, by=ranked.by, among=[active])
-            (come,) = keep_largest({name: growth[name].detach()}, count, among=[~active])
-            masks[name] = stay | come
-        return Masks(self._request.with_directions(masks, ranked, None, in_place_of_others=True))
+        return self._deciding.choose(self._request, self.model, self.score, before, self._step, amounts)
 
     def _log(self, masks: Masks, amount: float) -> None:
         changed = masks is not self._masks
         self.amount = amount
         if changed:
-            removed = {name: count_kept(self._masks[name] & ~mask) for name, mask in masks.items()}
-            regrown = {name: count_kept(mask & ~self._masks[name]) for name, mask in masks.items()}
-            self.events.append(Event(self._step, self.amount, removed, regrown))
+            self.events.append(Event(self._step, self.amount, *self._deciding.changes(self._masks, masks)))
 
     def _hold_from_now(self, masks: Masks) -> None:
         self._hold._replace(self._by_parameter(masks))
@@ -326,12 +300,12 @@ class Pruner:
     def _begin_from(self, masks: Masks) -> None:
         """Set to zero what the masks prune, which are held already."""
         zero_pruned_(self._by_parameter(masks).items())
-        self._masks = masks._belonging_to(self._layers, self._ranks)
+        self._masks = masks._belonging_to(self._layers, self._deciding.ranks)
         self._written = {name: p._version for name, p in self._layers.items()}
         self._seen_step = False
 
     def _by_parameter(self, masks: Masks) -> dict[nn.Parameter, Tensor]:
-        return {parameter: masks[name] for name, parameter in self._layers.items()}
+        return {parameter: local(masks[name]) for name, parameter in self._layers.items()}
 
     # ---------------------------------------------------------------------------------------------------- warnings
 
@@ -341,6 +315,7 @@ class Pruner:
         self._warn_of_another_optimizer()
 
     def _warn_of_replaced(self) -> None:
+        self._deciding.look_around(self.model)
         for name, parameter in self._layers.items():
             try:
                 same = self.model.get_parameter(name) is parameter
@@ -405,8 +380,15 @@ def _require_no_other_pruner(layers: Mapping[str, nn.Parameter]) -> None:
     require(not both, f"{both} have a pruner already: call its remove() before you make another")
 
 
-def _told(state_dict: Mapping[str, Any]) -> dict[str, object]:
-    return {"step": state_dict["step"], **by_hash(Masks.from_state_dict(state_dict["masks"]))}
+def _listed(events: str | list[Any]) -> list[Any]:
+    """The events of a state, which are a list in those saved by earlier versions."""
+    try:
+        found = json.loads(events) if isinstance(events, str) else events
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise ValueError(f"'events' in the state of Pruner must be a list in JSON, got {events!r:.60}")
+    return found
 
 
 def _event(entry: Any) -> Event:

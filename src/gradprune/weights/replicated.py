@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.agree import agree, equal_on_all, meet
-from gradprune.core.sharded import Ranks, digest
+from gradprune.core.ranks import Ranks
+from gradprune.core.sharded import digest
 from gradprune.weights.mask import Masks
 from gradprune.weights.request import Score, checked_score
 from gradprune.weights.score import magnitude, random

@@ -14,6 +14,7 @@ from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Weight, last_of
 from gradprune.core.masked import count_kept, pieces
+from gradprune.core.sharded import layout, local
 from gradprune.weights.directions import with_no_row_empty
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
 from gradprune.weights.granularity import (
@@ -115,11 +116,8 @@ class Request:
         choose = self.plan(sparsity=sparsity, threshold=threshold, within=within)
         ranked = ranked_by(score, model, self.parameters)
         keep = self._kept(choose, ranked, within, in_place_of_others=threshold is None)
-        if self.outputs and count_kept(keep[self.outputs]) < keep[self.outputs].numel():
-            checks.warn(
-                f"outputs of {self.outputs!r}, the model's last layer, are pruned: if they are its classes, "
-                f"exclude={self.outputs!r} keeps them"
-            )
+        if self.outputs:
+            warn_of_unnamed_outputs(self.outputs, count_kept(keep[self.outputs]), keep[self.outputs].numel())
         if within is None:
             _look_for_zeros(self.parameters, keep)
         return Masks(keep)
@@ -164,7 +162,7 @@ class Request:
         if threshold is not None:
             shared = self.scope in ("global", "layer")
             require(shared, f"scope={self.scope!r} shares out a sparsity; it does not go with a threshold")
-        units = Units(self.layers, self.block, _checked_within(within, self.parameters), self.pick)
+        units = Units(self.layers, self.block, checked_within(within, self.parameters), self.pick)
         return plan(units, sparsity, threshold, self.scope, self.n_of_m, self.min_keep)
 
     def amount(self, value: float, kind: Literal["sparsity", "threshold"] = "sparsity") -> dict[str, float]:
@@ -224,6 +222,15 @@ def _unnamed_outputs(model: nn.Module, layers: Mapping[str, Weight], include: li
     return "" if any(matches(pattern, last) for pattern in include or []) else last.name
 
 
+def warn_of_unnamed_outputs(name: str, kept: int, weights: int) -> None:
+    """Warn where not all weights of the last layer stay."""
+    if kept < weights:
+        checks.warn(
+            f"outputs of {name!r}, the model's last layer, are pruned: if they are its classes, exclude={name!r} keeps "
+            "them"
+        )
+
+
 def checked_amount(sparsity: float | None, threshold: float | None) -> tuple[float | None, float | None]:
     """Return a sparsity and a threshold as numbers, where they are given; errors as of ``prune``."""
     if sparsity is not None:
@@ -258,9 +265,12 @@ def checked_score(score: Any) -> Score:
 
 
 def ranked_by(score: Score, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Ranked:
-    """Return the scores of the parameters, checked; raise where one is missing, misshapen or complex."""
+    """Return the scores of the parameters, checked; raise where one is missing, misshapen or complex.
+
+    Of scores that are spread over several processes, as their parameters are, what is held here.
+    """
     if score is magnitude:
-        return Ranked({name: p.detach() for name, p in parameters.items()}, "magnitude")
+        return Ranked({name: local(p).detach() for name, p in parameters.items()}, "magnitude")
     scores = score(model)
     called = getattr(score, "__name__", type(score).__name__)
     if not isinstance(scores, Mapping):
@@ -285,7 +295,8 @@ def ranked_by(score: Score, model: nn.Module, parameters: Mapping[str, nn.Parame
             raise TypeError(
                 f"the score of {name!r} must be a dense tensor with values, got {value.layout} on {value.device}"
             )
-        found[name] = value.detach()
+        _check_lies_as("the score of", name, value, p)
+        found[name] = local(value).detach()
     return Ranked(found)
 
 
@@ -319,9 +330,10 @@ def _check_made_for(scope: Any, granularity: Granularity) -> None:
     )
 
 
-def _checked_within(
+def checked_within(
     within: Mapping[str, Tensor] | None, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor] | None:
+    """Return what this process has of the masks that say what may stay; raise where they do not fit."""
     if within is None:
         return None
     if not isinstance(within, Mapping):
@@ -337,7 +349,14 @@ def _checked_within(
         )
         if mask.dtype != torch.bool:
             raise TypeError(f"`within` must hold bool tensors; that of {name!r} is {mask.dtype}")
-    return {name: within[name].to(p.device) for name, p in parameters.items()}
+        _check_lies_as("`within` of", name, mask, p)
+    return {name: local(within[name]).to(p.device) for name, p in parameters.items()}
+
+
+def _check_lies_as(what: str, name: str, value: Tensor, parameter: Tensor) -> None:
+    """Raise ValueError where a tensor is not spread over processes as its parameter is."""
+    own, wanted = layout(value), layout(parameter)
+    require(own == wanted, f"{what} {name!r} lies as {own}, the parameter as {wanted}: it must lie as that does")
 
 
 def _look_for_torchs_masks(layers: Mapping[str, Weight]) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import number
+from gradprune.core.sharded import is_sharded, like, local
 from gradprune.weights.differentiate import entries, floating
+from gradprune.weights.score_sharded import random_over_ranks
 
 
 def magnitude(model: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +38,7 @@ def magnitude(model: nn.Module) -> dict[str, Tensor]:
 
     Han et al. (2015), section 3; chapter 4.
     """
-    return {name: entries(p).abs() for name, p in floating(model).items()}
+    return {name: like(p, entries(local(p)).abs()) for name, p in floating(model, sharded=True).items()}
 
 
 def rotation(model: nn.Module, period: float = 2 * math.pi) -> dict[str, Tensor]:
@@ -66,8 +68,12 @@ def rotation(model: nn.Module, period: float = 2 * math.pi) -> dict[str, Tensor]
     Wang et al. (2022) for dropping gates of small angles, Hu et al. (2022) for other angles that save one; chapter 7.
     """
     period = number("period", period, above=0.0)
-    angles = {name: entries(p) for name, p in floating(model).items() if not p.is_complex()}
-    return {name: (w - period * (w / period).round()).abs() for name, w in angles.items()}
+    angles = {name: p for name, p in floating(model, sharded=True).items() if not p.is_complex()}
+    return {name: like(p, _from_multiple(entries(local(p)), period)) for name, p in angles.items()}
+
+
+def _from_multiple(w: Tensor, period: float) -> Tensor:
+    return (w - period * (w / period).round()).abs()
 
 
 def random(model: nn.Module, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -75,7 +81,9 @@ def random(model: nn.Module, generator: torch.Generator | None = None) -> dict[s
 
     Args:
         model: Any module.
-        generator: Where to draw from; by default torch's own generator of the parameter's device.
+        generator: Where to draw from; by default torch's own generator of the parameter's device. Where parameters are
+            DTensors, all ranks call this together, and the lots are those of rank 0's generator in one process; not on
+            the CPU, each rank draws those of one whole parameter at a time, four bytes an entry.
 
     Returns:
         The scores, in float32.
@@ -92,6 +100,9 @@ def random(model: nn.Module, generator: torch.Generator | None = None) -> dict[s
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+    if is_sharded(model):
+        return random_over_ranks(model, generator)
 
     def draw(p: Tensor) -> Tensor:
         device = p.device if generator is None else generator.device

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gradprune.core.checks import module, number, require
 from gradprune.core.evaluate import plain_attention
+from gradprune.core.sharded import is_sharded, local, reshard_
 from gradprune.weights.differentiate import (
     Batches,
     Loss,
@@ -33,6 +34,7 @@ from gradprune.weights.differentiate import (
     trainable,
 )
 from gradprune.weights.precision import add_products_, narrowed, product, require_finite, wide
+from gradprune.weights.score_sharded import mean_gradients, settled, stored_gradients, sum_over_ranks
 
 
 def gradient(model: nn.Module, batches: Batches | None = None, loss: Loss | None = None) -> dict[str, Tensor]:
@@ -41,7 +43,8 @@ def gradient(model: nn.Module, batches: Batches | None = None, loss: Loss | None
     Args:
         model: Any module with trainable parameters, which are scored.
         batches: Pairs (inputs, targets), over which g is the mean; without them g is what the last backward pass left
-            in ``.grad``.
+            in ``.grad``. Where parameters are DTensors (FSDP2), all ranks call this together, each with as many batches
+            of its own, and the scores are DTensors.
         loss: A function (outputs, targets) to a real scalar; goes with `batches`.
 
     Returns:
@@ -59,6 +62,9 @@ def gradient(model: nn.Module, batches: Batches | None = None, loss: Loss | None
 
     As growth score: Evci et al. (2020), section 3(4). Chapter 4.
     """
+    if is_sharded(model):
+        found = _sharded_gradients(model, batches, loss)
+        return settled(lambda _: {name: _finite(name, g).abs() for name, g in found.items()}, _spread(model))
     return {name: g.abs() for name, g in _gradients(model, batches, loss).items()}
 
 
@@ -114,6 +120,8 @@ def snip(model: nn.Module, batches: Batches | None = None, loss: Loss | None = N
     Lee et al. (2019), equations 5 and 6; chapter 4.
     """
     sensitivity = _weight_times_gradient(model, batches, loss)
+    if is_sharded(model):
+        return _shares_over_ranks(model, {name: local(score) for name, score in sensitivity.items()})
     whole = sum(s.double().sum().item() for s in sensitivity.values())
     if not whole > 0:
         return sensitivity
@@ -280,6 +288,39 @@ def _gradients(model: nn.Module, batches: Batches | None, loss: Loss | None) -> 
     return found
 
 
+def _sharded_gradients(model: nn.Module, batches: Batches | None, loss: Loss | None) -> dict[str, Tensor]:
+    """What is held here of the gradients."""
+    reshard_(model)
+    if batches is None:
+        require(loss is None, "a loss needs batches as well; without both, the gradients in .grad are taken")
+        return stored_gradients({name: p for name, p in _spread(model).items() if p.requires_grad})
+    if loss is None:
+        raise ValueError("batches need a loss(outputs, targets) as well")
+    return mean_gradients(model, batches, loss)
+
+
+def _shares_over_ranks(model: nn.Module, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    spread = _spread(model)
+    whole = sum_over_ranks(held, {name: spread[name] for name in held})
+
+    def work(exact: frozenset[str]) -> dict[str, Tensor]:
+        if not whole > 0:
+            return held
+        shares = {name: s.double() / whole for name, s in held.items()}
+        return {n: s if n in exact else narrowed(n, s, held[n].dtype) for n, s in shares.items()}
+
+    return settled(work, spread)
+
+
+def _spread(model: nn.Module) -> dict[str, nn.Parameter]:
+    return floating(model, sharded=True)
+
+
+def _finite(name: str, gradient: Tensor) -> Tensor:
+    require_finite(name, gradient)
+    return gradient
+
+
 def _stored_gradients(model: nn.Module) -> dict[str, Tensor]:
     parameters = {name: p for name, p in floating(model).items() if p.requires_grad}
     found = {name: entries(p.grad) for name, p in parameters.items() if p.grad is not None}
@@ -297,6 +338,14 @@ def _mean_gradient(model: nn.Module, kept: list[Any], loss: Loss, weights: list[
 
 
 def _weight_times_gradient(model: nn.Module, batches: Batches | None, loss: Loss | None) -> dict[str, Tensor]:
+    if is_sharded(model):
+        held, spread = _sharded_gradients(model, batches, loss), _spread(model)
+
+        def work(exact: frozenset[str]) -> dict[str, Tensor]:
+            of = {name: (local(spread[name]).detach(), _finite(name, g), name in exact) for name, g in held.items()}
+            return {name: product(name, w, g, exact_at_once=wider).abs_() for name, (w, g, wider) in of.items()}
+
+        return settled(work, spread)
     parameters = floating(model)
     found = _gradients(model, batches, loss)
     return {name: product(name, parameters[name].detach(), g).abs_() for name, g in found.items()}
