@@ -6,7 +6,10 @@ was.
 The trained networks of `residual_pruning`, five seeds, pruned by magnitude. "Budget": FLOPs or bytes are bounded, and a
 rule shares them out: the same sparsity for each layer, ERK, LAMP, all layers ranked together, or the allocation that
 `gp.fit_budget` takes from a scan of the layers, of the cross-entropy or of the accuracy. The first four are given the
-largest sparsity at which they keep the budget. All are read recalibrated, some are trained on for `residual_pruning`'s
+largest sparsity at which they keep the budget. "learned" gives each layer a soft threshold with a number of its own and
+trains both for `residual_pruning`'s further steps (Kusupati et al. 2020), at each of STRENGTHS; the shares of weights
+that this leaves, all multiplied by one factor, keep the budget on the trained network, those of the strength whose
+factor is nearest to 1. All are read recalibrated, some are trained on for `residual_pruning`'s
 further steps. "Search": the largest sparsity, all layers ranked together, whose validation accuracy is at most MARGIN
 below the dense network's, looked for in several ways; "on" says which part of the data the search read. "Strategy":
 the same over four scopes and three scores. "Jittered": CANDIDATES allocations near LAMP's at one sparsity. What is read
@@ -17,6 +20,8 @@ while a search runs has its norms recalibrated on LOOKED_AT training examples; t
 from __future__ import annotations
 
 import copy
+import math
+import operator
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -24,15 +29,18 @@ from typing import Any
 
 import residual_pruning as base
 import torch
+from regularisation import SoftThreshold
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 import gradprune as gp
 from gradprune import lab
 from gradprune.weights.allocate import share_out
 
 SEEDS = list(range(5))
-RULES = ["layer", "erk", "lamp", "global", "fitted"]
+RULES = ["layer", "erk", "lamp", "global", "fitted", "learned"]
+STRENGTHS = [1.0, 2.0, 3.0, 4.0, 5.0]  # the decay that pulls a threshold's number towards 0, and so the threshold up
 BUDGETS = {"flops": [0.4, 0.2], "bytes": [0.5, 0.25]}
 TRAINED = {"flops": [0.2], "bytes": [0.25]}
 MARGIN, LOOKED_AT, TRIALS = 0.02, 512, 20
@@ -83,6 +91,41 @@ def scanned(seed: int, loss: bool) -> gp.Sensitivity:
     return gp.sensitivity(base.dense(seed), reads(seed, loss=loss))
 
 
+@cache
+def thresholded(seed: int, strength: float) -> dict[str, float]:
+    """Return the share of each layer's weights that are left when soft thresholds are trained with the network."""
+    model = base.dense(seed)
+    for name in base.layers():
+        layer, weight = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        parametrize.register_parametrization(layer, weight, SoftThreshold())
+    numbers = [m.s for m in model.modules() if isinstance(m, SoftThreshold)]
+    others = [p for p in model.parameters() if not any(p is s for s in numbers)]
+    groups = [{"params": others}, {"params": numbers, "weight_decay": strength}]
+    optimizer = torch.optim.AdamW(groups, lr=base.RATE, weight_decay=base.DECAY)
+    rate, steps = lab.train.cosine(base.FURTHER), base.FURTHER
+    lab.train.fit(model, base.data(seed), steps=steps, optimizer=optimizer, seed=seed, watch=False, rate=rate)
+    left = {name: operator.attrgetter(name)(model) for name in base.layers()}
+    return {name: float((weight != 0).double().mean()) for name, weight in left.items()}
+
+
+def by_thresholds(seed: int, of: str, limit: float) -> tuple[nn.Module, gp.Masks]:
+    """Return the network pruned to the shares that trained thresholds leave, scaled to the budget."""
+    found = {}
+    for strength in STRENGTHS:
+        shares, low, high = thresholded(seed, strength), 0.0, 1e3  # the upper end costs too much
+        for _ in range(30):
+            factor = (low * high) ** 0.5 if low else high / 10
+            model = base.dense(seed)
+            gone = {name: 1 - min(1.0, factor * share) for name, share in shares.items()}
+            masks = gp.prune(model, scope=gone, min_keep=1)
+            if cost(model, of) <= limit:
+                low, found[strength] = factor, (factor, model, masks)
+            else:
+                high = factor
+    _, model, masks = min(found.values(), key=lambda kept: abs(math.log(kept[0])))
+    return model, masks
+
+
 def within(seed: int, rule: str, of: str, share: float) -> tuple[nn.Module, gp.Masks]:
     """Return a copy of the trained network that keeps a budget by a rule, and its masks."""
     limit = share * whole(of)
@@ -90,6 +133,8 @@ def within(seed: int, rule: str, of: str, share: float) -> tuple[nn.Module, gp.M
         model = base.dense(seed)
         plan = gp.fit_budget(model, example(), **{of: limit}, sensitivities=scanned(seed, rule == "fitted"))
         return model, plan.apply_(model)
+    if rule == "learned":
+        return by_thresholds(seed, of, limit)
     low, high = 0.0, 1.0  # the lower end costs too much
     for _ in range(16):
         middle = (low + high) / 2
