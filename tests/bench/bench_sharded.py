@@ -1,7 +1,8 @@
 """Masks over shards: time and bytes sent a rank, beside one process on the whole and beside the slowest shard alone.
 
-Each number of ranks starts so many processes, of one thread each, which prune a model under FSDP2 and, in turn, their
-own blocks without a word to each other. From what was measured a model on paper says what more ranks would take.
+Each number of ranks starts so many processes, of one thread each. In turn, the first prunes the whole model while the
+others wait, all prune it under FSDP2, and each prunes its own blocks without a word to the others. From what was
+measured a model on paper says what more ranks would take.
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import time
 import warnings
@@ -79,11 +81,11 @@ def seconds(call, model, start):
     return time.perf_counter() - begun
 
 
-def run(rank, ranks, weights, tensors, rounds, folder):
+def run(rank, ranks, weights, tensors, rounds, folder, port):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     from torch.distributed.fsdp import fully_shard
 
     model = model_of(weights, tensors)
@@ -91,20 +93,22 @@ def run(rank, ranks, weights, tensors, rounds, folder):
         for layer in model:
             fully_shard(layer)
     prune = lambda model: gp.prune(model, sparsity=SPARSITY)  # noqa: E731
-    sides = {"ranks": model, "blocks alone": blocks_of(model)} if ranks > 1 else {"whole": model}
+    whole = model_of(weights, tensors) if rank == 0 else nn.Module()  # the others wait
+    sides = {"whole": whole} | ({"ranks": model, "blocks alone": blocks_of(model)} if ranks > 1 else {})
     start = {name: [p.detach().clone() for p in side.parameters()] for name, side in sides.items()}
     if ranks > 1:
         start["ranks"] = [p.to_local() for p in start["ranks"]]
     taken = {name: [] for name in sides}
     for at in range(rounds + 1):
         for name, side in sides.items():
-            once = seconds(prune, side, start[name])
+            once = seconds(prune if rank == 0 or name != "whole" else id, side, start[name])
             slowest = torch.tensor([once], dtype=torch.float64)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             if at:  # the first warms up
                 taken[name].append(float(slowest))
+    name = "ranks" if ranks > 1 else "whole"
     with Sent() as sent:
-        seconds(prune, next(iter(sides.values())), next(iter(start.values())))
+        seconds(prune, sides[name], start[name])
     waits = []
     for _ in range(50):
         small = torch.zeros(2048)
@@ -121,7 +125,9 @@ def run(rank, ranks, weights, tensors, rounds, folder):
 def measured(ranks, *settings):
     spawning = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
-        processes = [spawning.Process(target=run, args=(r, ranks, *settings, Path(name))) for r in range(ranks)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        processes = [spawning.Process(target=run, args=(r, ranks, *settings, Path(name), port)) for r in range(ranks)]
         for process in processes:
             process.start()
         for process in processes:
@@ -159,14 +165,14 @@ if __name__ == "__main__":
     settle(arguments)
     weights = round(arguments.millions * 1e6)
     every = {n: measured(n, weights, arguments.tensors, arguments.rounds) for n in sorted({1, *arguments.ranks})}
-    whole, rows = every[1]["seconds"]["whole"], []
+    rows = []
     for ranks, found in every.items():
-        side = found["seconds"]["whole" if ranks == 1 else "ranks"]
+        whole, side = found["seconds"]["whole"], found["seconds"]["whole" if ranks == 1 else "ranks"]
         alone = found["seconds"].get("blocks alone", side)
         rows.append(
             {"ranks": ranks, "weights": weights, **summary(side), "own bytes": found["bytes"], "calls": found["calls"],
              "over the whole by one": ratios(side, whole), "over the slowest block alone": ratios(side, alone)}
         )  # fmt: skip
-    paper = on_paper(whole, weights)
+    paper = on_paper(every[1]["seconds"]["whole"], weights)
     print(paper)
     write("bench_sharded", rows, seeds=[0], paper=paper)

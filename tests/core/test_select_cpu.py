@@ -90,7 +90,7 @@ def test_ties_at_an_end_of_all_ranks_are_found_in_three_passes(k, value):
     values[::50] = 1.0
     with (
         mock.patch.multiple(select_cpu, CHUNK=9_999, GATHER_ALL=100, SAMPLE=1000),
-        mock.patch.object(select_cpu, "_count", wraps=select_cpu._count) as count,
+        mock.patch.object(select_cpu, "count_between", wraps=select_cpu.count_between) as count,
     ):
         assert kth_smallest(values, k, by="magnitude") == values.sort().values[k - 1]
     assert count.call_count <= 3
@@ -104,7 +104,7 @@ def test_a_rank_among_values_of_many_sizes_is_found_in_one_pass_and_few_are_gath
     k = round(share * values.numel())
     with (
         mock.patch.object(select_cpu, "GATHER_ALL", 100),
-        mock.patch.object(select_cpu, "_count", wraps=select_cpu._count) as count,
+        mock.patch.object(select_cpu, "count_between", wraps=select_cpu.count_between) as count,
         mock.patch.object(select_cpu, "_kth_inside", wraps=select_cpu._kth_inside) as gathered,
     ):
         assert kth_smallest(values, k) == values.sort().values[k - 1]

@@ -35,7 +35,7 @@ class _Piece(NamedTuple):
     where: slice
 
 
-class _Inside(NamedTuple):
+class Inside(NamedTuple):
     """What of a piece lies inside the bracket."""
 
     piece: _Piece
@@ -49,7 +49,7 @@ class Located(NamedTuple):
     key: int
     below: int
     equal: int
-    inside: list[_Inside] | None = None  # where the masks mark all above a bracket: what lies in it, ties and all
+    inside: list[Inside] | None = None  # where the masks mark all above a bracket: what lies in it, ties and all
     above: Sequence[int] = ()  # and how many they mark in each tensor
 
 
@@ -58,7 +58,7 @@ def locate(values: Values, k: int, masks: list[Array] | None = None) -> Located:
 
     What lies above the last bracket is True in `masks`, and the rest False.
     """
-    chunks, order = _Chunks(values), values.order
+    chunks, order = Chunks(values), values.order
     floor = order.lowest if values.among is None else order.barred
     below, up_to_below = floor - 1, 0
     above, under_above = order.highest + 1, values.total
@@ -74,7 +74,9 @@ def locate(values: Values, k: int, masks: list[Array] | None = None) -> Located:
             if (low, high) == (below, above):  # no help from the sample: halve, which ends in at most 64 passes
                 low = (below + above) // 2
                 high = low + 1
-        seen = _count(chunks, low, high, few if high - low > 2 else 0, masks, check=attempt == 0)
+        seen = count_between(chunks, low, high, few if high - low > 2 else 0, masks, check=attempt == 0)
+        if seen.first_nan is not None:
+            raise_nan(values.names[seen.first_nan])
         attempt += 1
         if k <= seen.up_to_low:
             above, under_above = low + 1, seen.up_to_low
@@ -110,7 +112,7 @@ def keep(values: Values, k: int) -> Kept:
     return Kept(shaped, counts)
 
 
-def _stay_inside(inside: list[_Inside], key: int, surplus: int) -> Iterator[tuple[_Inside, Array]]:
+def _stay_inside(inside: list[Inside], key: int, surplus: int) -> Iterator[tuple[Inside, Array]]:
     """Which of those inside the bracket stay: what is above the key, and its ties but for the first `surplus`."""
     for part in inside:
         stays = part.keys >= key
@@ -123,7 +125,7 @@ def _stay_inside(inside: list[_Inside], key: int, surplus: int) -> Iterator[tupl
 
 def _mark(values: Values, masks: list[Array], found: Located, stay: int) -> None:
     """Let all keys above the one found stay, and the last of its ties, in a pass over all values."""
-    chunks = _Chunks(values)
+    chunks = Chunks(values)
     # Whatever the ties are at first, the fewer of them are then set right one by one.
     surplus = found.equal - stay
     mark = np.greater if stay < surplus else np.greater_equal
@@ -149,7 +151,7 @@ class _Buffers:
         self.low, self.high = np.empty(size, np.bool_), np.empty(size, np.bool_)
 
 
-class _Chunks:
+class Chunks:
     """The values, chunk by chunk, as NumPy keys; NumPy releases the interpreter's lock, so threads share the work."""
 
     def __init__(self, values: Values) -> None:
@@ -204,9 +206,11 @@ class _Chunks:
         return keys
 
     def barred_keys(self, piece: _Piece, buffers: _Buffers) -> Array:
+        """Keys of a piece, those of entries that may not stay below all others."""
         return self.bar(self.keys(piece.tensor, piece.where, buffers), piece.tensor, piece.where)
 
     def has_nan(self, keys: Array) -> bool:
+        """Whether one of the keys is that of a NaN."""
         if not self.order.is_float:
             return False
         return bool(keys.max() > self.order.highest or (self.order.by == "value" and keys.min() < self.order.lowest))
@@ -228,17 +232,17 @@ class _Chunks:
 
 
 @dataclass
-class _Count:
+class Count:
     """What a pass over the values saw of the bracket (low, high)."""
 
     above: list[int]  # keys >= high, of each tensor
     up_to_low: int = 0
     below_high: int = 0
     first_nan: int | None = None
-    inside: list[_Inside] | None = None
+    inside: list[Inside] | None = None
 
 
-def _sample(chunks: _Chunks, rng: np.random.Generator) -> Array:
+def _sample(chunks: Chunks, rng: np.random.Generator) -> Array:
     """Sorted keys at random positions, one in each of `SAMPLE` equal strata."""
     sizes = [t.numel() for t in chunks.values.tensors]
     strata = np.arange(SAMPLE) + rng.random(SAMPLE)
@@ -269,15 +273,17 @@ def _bracket(sample: Array, below: int, above: int, rank: float) -> tuple[int, i
     return low, high
 
 
-def _count(chunks: _Chunks, low: int, high: int, few: int, masks: list[Array] | None = None, *, check: bool) -> _Count:
-    """One pass: how many keys are <= low and < high, and those strictly between while they are at most `few`.
+def count_between(
+    chunks: Chunks, low: int, high: int, few: int, masks: list[Array] | None = None, *, check: bool
+) -> Count:
+    """Return of one pass how many keys are <= low and < high, and those strictly between while they are at most `few`.
 
-    The masks become True for keys >= high, and False for others.
+    The masks become True for keys >= high, and False for others. Where `check` finds a NaN nothing else is true.
     """
     found, lock = [0], Lock()  # keys inside the bracket so far, over all threads
 
-    def work(pieces: Sequence[_Piece], buffers: _Buffers) -> _Count:
-        seen, inside = _Count([0] * len(chunks.bits)), []
+    def work(pieces: Sequence[_Piece], buffers: _Buffers) -> Count:
+        seen, inside = Count([0] * len(chunks.bits)), []
         for piece in pieces:
             keys = chunks.keys(piece.tensor, piece.where, buffers)
             if check and chunks.has_nan(keys):
@@ -299,19 +305,18 @@ def _count(chunks: _Chunks, low: int, high: int, few: int, masks: list[Array] | 
                     between = np.equal(up_to_low, above, out=up_to_low)  # neither
                     where = np.flatnonzero(between)
                     wanted = where.astype(np.int32) if masks is not None else where[:0]
-                    inside.append(_Inside(piece, keys[where], wanted))
+                    inside.append(Inside(piece, keys[where], wanted))
         seen.inside = inside
         return seen
 
     counts = chunks.each(work)
     nans = [c.first_nan for c in counts if c.first_nan is not None]
-    if nans:
-        raise_nan(chunks.values.names[min(nans)])
     complete = few > 0 and found[0] <= few
-    return _Count(
+    return Count(
         [sum(each) for each in zip(*(c.above for c in counts), strict=True)],
         sum(c.up_to_low for c in counts),
         sum(c.below_high for c in counts),
+        min(nans, default=None),
         inside=[part for c in counts for part in c.inside or []] if complete else None,
     )
 
@@ -333,9 +338,7 @@ def _kth_inside(inside: list[Array], k: int, below: int) -> Located:
     return Located(int(key), below + int(np.count_nonzero(candidates < key)), int(np.count_nonzero(candidates == key)))
 
 
-def _set_ties(
-    chunks: _Chunks, masks: list[Array], key: int, left: int, pieces: Iterable[_Piece], *, kept: bool
-) -> None:
+def _set_ties(chunks: Chunks, masks: list[Array], key: int, left: int, pieces: Iterable[_Piece], *, kept: bool) -> None:
     """Let the first `left` ties of these pieces go, or, from their end, the last stay."""
     buffers = _Buffers(chunks.order.integer, CHUNK)
     for piece in pieces:

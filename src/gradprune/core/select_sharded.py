@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradprune.core.collect import Kept, collect, raise_nan
+from gradprune.core.collect import Kept, Values, collect, raise_nan
 from gradprune.core.copies import count, let_owners_decide_
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By, Order
 from gradprune.core.ranks import Ranks
+from gradprune.core.select_cpu import Chunks, count_between
 from gradprune.core.sharded import Shard
 from gradprune.core.uncompiled import uncompiled
 
@@ -32,6 +33,7 @@ COUNTS = 2**18  # that are sent at a time: 128 groups have digits of 11 bits, mo
 COARSE = 15  # upper bits of a key by which a sample is looked at
 PIECE = 2**17  # entries at a time, which a cache holds
 SAMPLE = 2**16, 2**14  # entries of all ranks: of all groups together, but at least so many of each
+DEVIATIONS = 8  # of the place in a sample, to either side
 MOST_BETWEEN = 0.25  # of a rank's entries of a group that are copied
 Numbers = Callable[[], Iterator[Tensor]]
 
@@ -56,8 +58,8 @@ def keep_each(rankings: Iterable[Ranking], ranks: Ranks, by: By = "magnitude") -
     ranked = [group for group in every if group.total]
     if not ranked:
         return [Kept(_all_of(group), [0] * len(group.parts)) for group in every]
-    found = _locate(ranked, ranks)
-    answers = iter(zip(found, _first_to_stay(ranked, found, ranks), strict=True))
+    found, near = _locate(ranked, ranks)
+    answers = iter(zip(found, _first_to_stay(ranked, found, near, ranks), near, strict=True))
     masks = [_masks(group, *next(answers)) if group.total else _all_of(group) for group in every]
     parts, flat = [part for group in every for part in group.parts], [mask for some in masks for mask in some]
     let_owners_decide_(parts, flat, ranks)
@@ -70,16 +72,25 @@ class _Group(NamedTuple):
 
     names: list[str]
     parts: list[Shard]
-    among: Sequence[Tensor] | None
-    order: Order
+    values: Values
     stay: int
     total: int
 
     @classmethod
     def of(cls, ranking: Ranking, by: By) -> _Group:
         names, parts = list(ranking.shards), list(ranking.shards.values())
-        order = collect([part.local for part in parts], by, ranking.among, names=list(map(repr, names))).order
-        return cls(names, parts, ranking.among, order, ranking.k, sum(part.numel for part in parts))
+        values = collect([part.local for part in parts], by, ranking.among, names=list(map(repr, names)))
+        return cls(names, parts, values, ranking.k, sum(part.numel for part in parts))
+
+    @property
+    def among(self) -> Sequence[Tensor] | None:
+        """Which of them may stay."""
+        return self.values.among
+
+    @property
+    def order(self) -> Order:
+        """In which all of them stand."""
+        return self.values.order
 
     @property
     def rank(self) -> int:
@@ -137,13 +148,13 @@ class _Found(NamedTuple):
     below: int  # how many are smaller
 
 
-def _locate(groups: Sequence[_Group], ranks: Ranks) -> list[_Found]:
-    """The key of the last to stay of each group."""
+def _locate(groups: Sequence[_Group], ranks: Ranks) -> tuple[list[_Found], list[_Near | None]]:
+    """The key of the last to stay of each group, and what of it was seen beside that key."""
     brackets = _brackets(groups, ranks)
     taken = [_between(group, *ends) for group, ends in zip(groups, brackets, strict=True)]
     numbers = [number for one in taken for number in one.told]
     told = iter(ranks.sum(torch.tensor(numbers, dtype=torch.int64, device="cpu")).tolist())
-    searches, offsets = [], []
+    searches, offsets, near = [], [], []
     for group, (low, high), one in zip(groups, brackets, taken, strict=True):
         for name in group.names:
             if next(told):
@@ -152,11 +163,21 @@ def _locate(groups: Sequence[_Group], ranks: Ranks) -> list[_Found]:
         if left or not below < group.rank <= below + inside:  # many are equal, or the sample missed
             searches.append(_Search(group.keys, group.bits, group.rank, group.total, group.signed))
             offsets.append((0, 0))
+            near.append(None)
         else:
             searches.append(_Search(one.numbers, (high - low).bit_length(), group.rank - below, group.total))
             offsets.append((low, below))
+            near.append(one.near)
     found = _kth_smallest(searches, ranks)
-    return [_Found(one.number + low, one.below + below) for one, (low, below) in zip(found, offsets, strict=True)]
+    return [_Found(one.number + low, one.below + below) for one, (low, below) in zip(found, offsets, strict=True)], near
+
+
+class _Near(NamedTuple):
+    """Of tensors that this rank counts, by their place in a group: what lies above two keys, and what between."""
+
+    above: dict[int, Tensor]  # masks
+    keys: dict[int, Tensor]
+    places: dict[int, Tensor]  # of these keys, in the block held here
 
 
 class _Between(NamedTuple):
@@ -164,12 +185,15 @@ class _Between(NamedTuple):
     told: list[
         int
     ]  # of each tensor whether it holds a NaN; how many keys are below; how many between; if some are left
+    near: _Near | None = None
 
     def numbers(self) -> Iterator[Tensor]:
         return iter(self.keys)
 
 
 def _between(group: _Group, low: int, high: int) -> _Between:
+    if group.values.on_cpu:
+        return _between_on_cpu(group, low, high)
     found: list[Tensor] = []
     most = sum(part.local.numel() for part in group.parts) * MOST_BETWEEN
     width = (high - low).bit_length()
@@ -182,11 +206,46 @@ def _between(group: _Group, low: int, high: int) -> _Between:
                 within = (barred >= low).logical_and_(barred <= high)
                 inside += count_kept(within)
                 if inside <= most and not left:
-                    some = _where(barred, within)
-                    found.append((some.to(torch.int64) if width >= 8 * some.element_size() else some) - low)
+                    found.append(_less(barred[within], low, width))
                 else:
                     left = 1
     return _Between(found, [*nan, below, inside, left])
+
+
+def _between_on_cpu(group: _Group, low: int, high: int) -> _Between:
+    """The same in one pass, which also marks what lies above."""
+    owned = [at for at, part in enumerate(group.parts) if part.owned]
+    nan = [0] * len(group.parts)
+    for at in set(range(len(group.parts))).difference(owned):
+        nan[at] = int(any(group.is_nan(keys) for keys, _ in group.pieces_of(at)))
+    width, values = (high - low).bit_length(), group.values
+    counted = values._replace(
+        names=[values.names[at] for at in owned],
+        tensors=[values.tensors[at] for at in owned],
+        among=None if values.among is None else [values.among[at] for at in owned],
+        total=sum(values.tensors[at].numel() for at in owned),
+    )
+    masks = [np.empty(tensor.numel(), np.bool_) for tensor in counted.tensors]
+    few = int(counted.total * MOST_BETWEEN) if width <= 63 else 0
+    seen = count_between(Chunks(counted), low - 1, high + 1, few, masks, check=True)
+    if seen.first_nan is not None:
+        nan[owned[seen.first_nan]] = 1
+    inside = seen.below_high - seen.up_to_low
+    told = [*nan, seen.up_to_low, inside, int(seen.inside is None and inside > 0)]
+    near = _Near({}, {}, {})
+    for at, (i, mask) in enumerate(zip(owned, masks, strict=True)):
+        parts = [part for part in seen.inside or () if part.piece.tensor == at]
+        near.above[i] = torch.from_numpy(mask).view(group.parts[i].local.shape)
+        if parts:
+            near.keys[i] = torch.from_numpy(np.concatenate([part.keys for part in parts]))
+            places = np.concatenate([part.positions.astype(np.int64) + part.piece.where.start for part in parts])
+            near.places[i] = torch.from_numpy(places)
+    return _Between([_less(keys, low, width) for keys in near.keys.values()], told, near)
+
+
+def _less(keys: Tensor, low: int, width: int) -> Tensor:
+    """Keys less the lower end, in a dtype that holds as many bits."""
+    return (keys.to(torch.int64) if width >= 8 * keys.element_size() else keys) - low
 
 
 def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
@@ -198,7 +257,8 @@ def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
     searches = []
     numbers = ranks.sum(torch.tensor(sizes, dtype=torch.int64, device="cpu")).tolist()
     for group, sample, number in zip(groups, samples, numbers, strict=True):
-        middle, margin = group.rank / group.total * number, 4 * number**0.5
+        share = group.rank / group.total
+        middle, margin = share * number, DEVIATIONS * (number * share * (1 - share)) ** 0.5 + 2
         for end in (middle - margin, middle + margin):
             k = min(max(1, int(end)), number)
             searches.append(_Search(partial(iter, sample), COARSE + group.signed, k, number, group.signed))
@@ -214,13 +274,6 @@ def _sample(group: _Group, size: int, shift: int) -> list[Tensor]:
     step = -(-group.total // size)
     owned = (at for at, part in enumerate(group.parts) if part.owned)
     return [keys >> shift for at in owned for _, keys in group.pieces_of(at, step)]
-
-
-def _where(keys: Tensor, within: Tensor) -> Tensor:
-    """The keys where a mask is True, faster than by the mask where that is seldom and the keys are on the CPU."""
-    if keys.device.type != "cpu":
-        return keys[within]
-    return torch.from_numpy(keys.numpy()[np.flatnonzero(within.numpy())])
 
 
 def _kth_smallest(searches: Sequence[_Search], ranks: Ranks) -> list[_Found]:
@@ -259,7 +312,9 @@ def _histogram(search: _Search, digits: int, left: int, bits: int) -> Tensor:
     return counts if counts is not None else torch.zeros(2**bits, dtype=torch.int64, device="cpu")
 
 
-def _first_to_stay(groups: Sequence[_Group], found: Sequence[_Found], ranks: Ranks) -> list[list[int]]:
+def _first_to_stay(
+    groups: Sequence[_Group], found: Sequence[_Found], near: Sequence[_Near | None], ranks: Ranks
+) -> list[list[int]]:
     """For each tensor the place from which on values equal to the key stay, so that the first of all of them go."""
     first = [[0] * len(group.parts) for group in groups]
     going = [group.total - one.below - group.stay for group, one in zip(groups, found, strict=True)]
@@ -267,14 +322,14 @@ def _first_to_stay(groups: Sequence[_Group], found: Sequence[_Found], ranks: Ran
     if not cut:
         return first
     parts = [(at, i, part) for at in cut for i, part in enumerate(groups[at].parts)]
-    own = [_ties(groups[at], i, found[at].number) if part.owned else 0 for at, i, part in parts]
+    own = [_ties(groups[at], i, found[at].number, near[at]) if part.owned else 0 for at, i, part in parts]
     ties = ranks.sum(torch.tensor(own, dtype=torch.int64, device="cpu")).tolist()
     where, searches = [], []
     for (at, i, part), number in zip(parts, ties, strict=True):
         if going[at] >= number:
             first[at][i] = part.numel
         elif going[at] > 0:
-            places = _places(groups[at], i, found[at].number)
+            places = _places(groups[at], i, found[at].number, near[at])
             searches.append(_Search(places, part.numel.bit_length(), going[at] + 1, part.numel))
             where.append((at, i))
         going[at] -= min(going[at], number)
@@ -283,35 +338,55 @@ def _first_to_stay(groups: Sequence[_Group], found: Sequence[_Found], ranks: Ran
     return first
 
 
-def _ties(group: _Group, at: int, key: int) -> int:
-    return sum(count_kept(keys == key) for keys in group.keys_of(at))
+def _ties(group: _Group, at: int, key: int, near: _Near | None) -> int:
+    return sum(count_kept(keys == key) for keys, _ in _seen(group, at, near))
 
 
-def _places(group: _Group, at: int, key: int) -> Numbers:
+def _places(group: _Group, at: int, key: int, near: _Near | None) -> Numbers:
     """The places in the whole of the values that equal the key."""
     part = group.parts[at]
 
     def places() -> Iterator[Tensor]:
-        for i, keys in enumerate(group.keys_of(at) if part.owned else ()):
-            yield part.positions((keys == key).nonzero().view(-1) + i * PIECE)
+        for keys, where in _seen(group, at, near) if part.owned else ():
+            yield part.positions(where((keys == key).nonzero().view(-1)))
 
     return places
+
+
+def _seen(group: _Group, at: int, near: _Near | None) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """Keys of a tensor among which all ties are, and where in its block they lie."""
+    if near is None:
+        for i, keys in enumerate(group.keys_of(at)):
+            yield keys, partial(torch.add, i * PIECE)
+    elif at in near.keys:
+        yield near.keys[at], near.places[at].__getitem__
 
 
 def _all_of(group: _Group) -> list[Tensor]:
     return [torch.ones_like(part.local, dtype=torch.bool) for part in group.parts]
 
 
-def _masks(group: _Group, found: _Found, first: list[int]) -> list[Tensor]:
-    return [_mask(group, at, found.number, start) for at, start in enumerate(first)]
+def _masks(group: _Group, found: _Found, first: list[int], near: _Near | None) -> list[Tensor]:
+    return [_mask(group, at, found.number, start, near) for at, start in enumerate(first)]
 
 
-def _mask(group: _Group, at: int, key: int, first: int) -> Tensor:
+def _mask(group: _Group, at: int, key: int, first: int, near: _Near | None) -> Tensor:
     part = group.parts[at]
-    mask = torch.empty(part.local.shape, dtype=torch.bool, device=part.local.device)
-    for i, (keys, stays) in enumerate(zip(group.keys_of(at), mask.view(-1).split(PIECE), strict=False)):
-        (torch.gt if first >= part.numel else torch.ge)(keys, key, out=stays)
+
+    def stay(keys: Tensor, out: Tensor, where: Callable[[Tensor], Tensor]) -> None:
+        (torch.gt if first >= part.numel else torch.ge)(keys, key, out=out)
         if 0 < first < part.numel:
             ties = (keys == key).nonzero().view(-1)
-            stays[ties] = part.positions(ties + i * PIECE) >= first
+            out[ties] = part.positions(where(ties)) >= first
+
+    if near is not None and at in near.above:
+        mask = near.above[at]
+        if at in near.keys:
+            stays = torch.empty(near.keys[at].shape, dtype=torch.bool, device="cpu")
+            stay(near.keys[at], stays, near.places[at].__getitem__)
+            mask.view(-1)[near.places[at]] = stays
+        return mask
+    mask = torch.empty(part.local.shape, dtype=torch.bool, device=part.local.device)
+    for i, (keys, stays) in enumerate(zip(group.keys_of(at), mask.view(-1).split(PIECE), strict=False)):
+        stay(keys, stays, partial(torch.add, i * PIECE))
     return mask
