@@ -154,7 +154,8 @@ def _locate(groups: Sequence[_Group], ranks: Ranks) -> tuple[list[_Found], list[
     taken = [_between(group, *ends) for group, ends in zip(groups, brackets, strict=True)]
     numbers = [number for one in taken for number in one.told]
     told = iter(ranks.sum(torch.tensor(numbers, dtype=torch.int64, device="cpu")).tolist())
-    searches, offsets, near = [], [], []
+    near: list[_Near | None] = []
+    searches, offsets = [], []
     for group, (low, high), one in zip(groups, brackets, taken, strict=True):
         for name in group.names:
             if next(told):
