@@ -20,10 +20,14 @@ WRONG_STATES = {
     "a model": (nn.Linear(2, 2), TypeError, "a state of Masks must be a dict"),
     "a model's state": (
         nn.Linear(2, 2).state_dict(),
-        TypeError,
-        "mask of 'weight' must be a dict of bits and shape, got Tensor",
+        ValueError,
+        "the mask of 'weight' must be a bool tensor, got torch.float32",
     ),
-    "masks": ({"a": torch.ones(2, dtype=torch.bool)}, TypeError, "mask of 'a' must be a dict of bits and shape"),
+    "masks and bits": (
+        {"a": torch.ones(2, dtype=torch.bool), "b": {"bits": byte(), "shape": (8,)}},
+        TypeError,
+        "mask of 'a' must be a dict of bits and shape",
+    ),
     "an empty entry": ({"a": {}}, ValueError, "lacks 'bits', 'shape'"),
     "no shape": ({"a": {"bits": byte()}}, ValueError, "lacks 'shape'"),
     "no tensor": ({"a": {"bits": [1], "shape": (1,)}}, ValueError, "'bits' in the state of Masks must be Tensor"),
@@ -45,6 +49,11 @@ def test_a_state_of_something_else_is_refused_by_what_it_lacks(kind):
     state, error, says = WRONG_STATES[kind]
     with pytest.raises(error, match=says):
         gp.Masks.from_state_dict(state)
+
+
+def test_bool_tensors_by_name_are_masks_already():
+    masks = {"a": torch.tensor([True, False])}
+    assert gp.Masks.from_state_dict(masks) == gp.Masks(masks)
 
 
 @pytest.mark.parametrize(
