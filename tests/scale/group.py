@@ -15,6 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -51,6 +52,23 @@ def run(cases: Sequence[Case], ranks: int, timeout: float = 60, *, killed: int =
         if len(answers) < ranks or not all(answers.values()):
             stop()
         return {case.__name__: _found(folder, case.__name__, ranks - killed) for case in cases}
+
+
+def tested(cases: Sequence[Case]) -> tuple:
+    """Return a fixture that runs the cases on 2 ranks and on 3, and a test of each case, for pytest to find by name:
+
+    ``found, test_over_several_processes = group.tested(CASES)``
+    """
+
+    @pytest.fixture(scope="module", params=[2, 3])
+    def found(request):
+        return run(cases, request.param)
+
+    @pytest.mark.parametrize("case", [case.__name__ for case in cases])
+    def test(found, case):
+        assert not found[case], found[case]
+
+    return found, test
 
 
 def stop() -> None:

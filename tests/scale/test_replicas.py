@@ -224,14 +224,7 @@ def _store():
     return dist.distributed_c10d._get_default_store()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def found(request):
-    return group.run(CASES, request.param)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_over_several_processes(found, case):
-    assert not found[case], found[case]
+found, test_over_several_processes = group.tested(CASES)
 
 
 def test_who_stays_away_is_named_on_all_others_and_on_itself_when_it_comes():

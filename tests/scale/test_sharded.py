@@ -252,12 +252,4 @@ CASES = (
     a_transformer_keeps_its_zeros_while_it_trains,
 )
 
-
-@pytest.fixture(scope="module", params=[2, 3])
-def found(request):
-    return group.run(CASES, request.param)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_over_several_processes(found, case):
-    assert not found[case], found[case]
+found, test_over_several_processes = group.tested(CASES)

@@ -341,12 +341,4 @@ CASES = (
     what_is_not_supported_yet_is_one_error_on_all,
 )
 
-
-@pytest.fixture(scope="module", params=[2, 3])
-def found(request):
-    return group.run(CASES, request.param)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_over_several_processes(found, case):
-    assert not found[case], found[case]
+found, test_over_several_processes = group.tested(CASES)

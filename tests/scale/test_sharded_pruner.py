@@ -223,14 +223,7 @@ def goes_on_in_one_process(folder, rank, ranks):
     assert other.events == wanted.events
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def found(request):
-    return group.run(CASES, request.param)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_over_several_processes(found, case):
-    assert not found[case], found[case]
+found, test_over_several_processes = group.tested(CASES)
 
 
 class _In:

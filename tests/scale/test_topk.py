@@ -336,15 +336,7 @@ CASES = (
     what_ranks_do_not_agree_on_is_refused_on_all,
 )
 
-
-@pytest.fixture(scope="module", params=[2, 3])
-def found(request):
-    return group.run(CASES, request.param)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_over_several_processes(found, case):
-    assert not found[case], found[case]
+found, test_over_several_processes = group.tested(CASES)
 
 
 LINEAR = nn.Linear(2, 2)

@@ -183,9 +183,7 @@ class _Near(NamedTuple):
 
 class _Between(NamedTuple):
     keys: list[Tensor]  # those between two keys, less the lower
-    told: list[
-        int
-    ]  # of each tensor whether it holds a NaN; how many keys are below; how many between; if some are left
+    told: list[int]  # of each tensor if it holds a NaN; how many keys are below and between; if some are left
     near: _Near | None = None
 
     def numbers(self) -> Iterator[Tensor]:
