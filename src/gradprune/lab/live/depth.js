@@ -12,6 +12,7 @@ import {
   createWorkspace,
   flatten,
   forward,
+  parameterCount,
 } from "./network.js";
 import { createReader, percent } from "./reading.js";
 import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
@@ -74,6 +75,7 @@ export function render({ model, el }) {
   let broken = false; // the loss is no number any more
   let work = null; // for the gradient of what is shown
   let norms = []; // of that gradient, layer by layer
+  let seen = -1; // after how many steps it was
   let predicted = []; // the same by formula, for the fresh network
   let foretold = Number.NaN; // first over last of these
 
@@ -87,10 +89,16 @@ export function render({ model, el }) {
     });
     [losses, broken, accuracy] = [[], false, Number.NaN];
     work = createWorkspace(net, ROWS);
-    norms = gradientNorms();
+    seen = -1;
+    look();
     predicted = predictedNorms(chosen(), norms, square);
     foretold = predicted[0] / norms.at(-1);
     request();
+  }
+
+  function look() {
+    if (seen !== training.steps) norms = gradientNorms();
+    seen = training.steps;
   }
 
   // The norm of the loss gradient at the input of each layer's activation, and at the output, first layer first.
@@ -158,7 +166,7 @@ export function render({ model, el }) {
     const setting = chosen();
     // Of a running training every fourth frame looks at all gradients: that costs as much as a step. Not the last one,
     // which reads the test digits.
-    if (!walk.isRunning() || training.steps % 4 === 2) norms = gradientNorms();
+    if (!walk.isRunning() || training.steps % 4 === 2) look();
     const moved = net.weights.map((weights, l) => movement(weights, fresh.weights[l]));
     const at = norms.map((_, l) => l + 1);
     const drawable = norms.map((value) =>
@@ -263,18 +271,18 @@ export function render({ model, el }) {
 // shallower one. Twin: Depth.network in depth.py.
 function networkOf({ depth, activation, scale }, draws, pixels, width, classes) {
   const sizes = [pixels, ...new Array(depth).fill(width), classes];
-  const numbers = [];
-  let from = 0;
+  const numbers = new Float32Array(parameterCount(sizes)); // no biases
+  let [from, at] = [0, 0];
   for (let layer = 0; layer <= depth; layer++) {
     const [inputs, outputs] = [sizes[layer], sizes[layer + 1]];
     const count = inputs * outputs;
     if (layer === depth) from = draws.length - count;
     const deviation = scale / Math.sqrt(inputs);
-    for (let i = from; i < from + count; i++) numbers.push(draws[i] * deviation);
-    for (let i = 0; i < outputs; i++) numbers.push(0);
+    for (let i = 0; i < count; i++) numbers[at + i] = draws[from + i] * deviation;
     from += count;
+    at += count + outputs;
   }
-  return createNetwork(sizes, activation, Float32Array.from(numbers));
+  return createNetwork(sizes, activation, numbers);
 }
 
 // From the last hidden layer down, by the factors of wide random layers.
