@@ -1,7 +1,7 @@
 """Chapter 8: the residual network pruned, shrunk, corrected, quantized and exported: what it reads, weighs and takes.
 
 `python chapters/experiments/deploy_residual.py` writes chapters/results/deploy_residual.json; a run that was stopped
-goes on where it was. It needs the extra "deploy".
+goes on where it was. It needs the extras "deploy" and "executorch".
 
 The trained networks of `residual_pruning`, five seeds. "Stage": masked by single weights (WEIGHTS of them gone, shared
 as LAMP does), or by coupled channels (GROUPS of the filters' weights, the same share of every group, which leaves a
@@ -33,6 +33,8 @@ import numpy as np
 import onnxruntime
 import residual_pruning as base
 import torch
+from executorch.extension.pybindings import portable_lib
+from executorch.runtime import Runtime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -62,7 +64,6 @@ STAGES = [
 LEVELS = [None, 16, 8, 4]
 CODES = ["plain", "bits", "book", "entropy"]
 ROUNDS = 41
-SIDES = ["dense", "masked weights", "shrunk", "quantized", "ONNX dense", "ONNX masked", "ONNX shrunk", "ONNX int8"]
 
 Read = Callable[[Tensor], Tensor]
 
@@ -172,6 +173,14 @@ def in_onnx(model: nn.Module, folder: Path, *, eight_bits: bool = False) -> tupl
         path = folder / "int8.onnx"
     running = session(path)
     return path, lambda x: torch.from_numpy(running.run(None, {done.inputs[0]: x.numpy()})[0])
+
+
+def in_executorch(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], object]:
+    """Return a function that runs a network on inputs by ExecuTorch, on one thread."""
+    done = gp.export(model, x, folder / "network.pte", runtime="executorch")
+    portable_lib._unsafe_reset_threadpool(1)
+    method = Runtime.get().load_program(done.path).load_method("forward")
+    return partial(method.execute, [x])
 
 
 def accuracies(read: Read, seed: int) -> dict[str, float]:
@@ -298,6 +307,8 @@ def latency(width: int, batch: int) -> dict[str, Any]:
             running, given = session(path), x.numpy()
             key = running.get_inputs()[0].name
             sides[f"ONNX {name}"] = partial(running.run, None, {key: given})
+            if name != "int8":
+                sides[f"ExecuTorch {name}"] = in_executorch(models[of], x, folder)
         with torch.inference_mode():
             return {"times": told(in_turn(sides, ROUNDS)), "FLOPs": flops, "rounds": ROUNDS}
 

@@ -1,4 +1,4 @@
-"""What is exported is the same function in ONNX Runtime, or there is no file."""
+"""What is exported is the same function in the other runtime, or there is no file."""
 
 import subprocess
 import sys
@@ -160,7 +160,7 @@ def test_what_cannot_be_exported_is_refused_in_words(tmp_path, monkeypatch):
         gp.export(digits(), (), tmp_path / "model.onnx")
     with pytest.raises(ValueError, match="folder that does not exist"):
         gp.export(digits(), X, tmp_path / "nowhere" / "model.onnx")
-    monkeypatch.setattr(exporting, "LARGEST", 1000)
+    monkeypatch.setitem(exporting.RUNTIMES, "onnx", exporting.RUNTIMES["onnx"]._replace(largest=1000))
     with pytest.raises(ValueError, match=r"the network has 14\.\d kB, and an ONNX file holds at most 2 GB"):
         gp.export(digits(), X, tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
