@@ -177,7 +177,7 @@ def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Loca
 def test_the_sentence_says_what_is_shown(root: Locator) -> None:
     words = root.locator(".gp-live-words")
     seen = choose(root, "recurrent", 0.9, "smallest", "global")
-    assert words.inner_text().startswith("317 of the recurrent network's 3168 weights are left, 2851 are zero.")
+    assert words.inner_text().startswith("317 of the recurrent network's 3,168 weights are left, 2,851 are zero.")
     assert f"and {100 * float(seen['pruned']):.1f} % pruned. Of its" in words.inner_text()
     seen = train(root)
     assert f"after 300 of 300 steps of training it reads {100 * float(seen['corrected']):.1f} %" in words.inner_text()

@@ -63,7 +63,7 @@ def test_every_setting_is_reached_by_keyboard_and_reset_restores_the_first(root:
 def test_the_sentence_says_what_is_left(root: Locator) -> None:
     seen = set_slider(root, "weights removed", 90)
     words = root.locator(".gp-live-words").inner_text()
-    assert f"{seen['kept']} of 3552 weights are left" in words
+    assert f"{int(seen['kept']):,} of 3,552 weights are left" in words
     assert f"{100 * float(seen['accuracy']):.1f} % of the test digits" in words
 
 

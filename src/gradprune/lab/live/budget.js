@@ -4,7 +4,7 @@ import { button, choice, slider } from "./controls.js";
 import { readNetwork, readSplit } from "./examples.js";
 import { copyNetwork } from "./network.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
-import { countAll, countKept, createReader, percent } from "./reading.js";
+import { countAll, countKept, createReader, percent, whole } from "./reading.js";
 import { closing, createStage, drawer, listen, publish, say } from "./stage.js";
 
 const BOUNDED = [
@@ -211,6 +211,6 @@ function sentence(facts, dense, total) {
       : `It may cost ${percent(limit)} of the dense network's ${bounded === "flops" ? "FLOPs" : "bytes"}`;
   if (!facts.met) return `${what}: no sparsity meets that; an empty one costs ${percent(bytes)}.`;
   const after = `after ${looks} looks the answer lies between ${percent(low)} and ${percent(high)} removed`;
-  const left = `With ${percent(sparsity)} removed, ${kept} of ${total} weights stay, ${percent(flops)} of the FLOPs and ${percent(bytes)} of the bytes`;
+  const left = `With ${percent(sparsity)} removed, ${whole(kept)} of ${whole(total)} weights stay, ${percent(flops)} of the FLOPs and ${percent(bytes)} of the bytes`;
   return `${what}: ${after}. ${left}; it reads ${percent(validation)} of the validation digits and ${percent(test)} of the test digits.`;
 }

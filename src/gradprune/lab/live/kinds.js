@@ -7,7 +7,7 @@ import { layersNamed } from "./kit.js";
 import { copyLayered, createLayered, flattenLayered, LAYERED } from "./layered.js";
 import { generator } from "./random.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
-import { countAll, countKept, createReader, percent } from "./reading.js";
+import { countAll, countKept, createReader, percent, whole } from "./reading.js";
 import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
 import { createTraces } from "./trace.js";
 import { createTraining, trainSteps } from "./training.js";
@@ -240,7 +240,7 @@ function drawShares(chart, shares, mean) {
 }
 
 function sentence({ kind, kept, weights, zeros, dense, pruned, corrected, steps, of, shares }) {
-  const counts = `${kept} of the ${kind} network's ${weights} weights are left, ${zeros} are zero.`;
+  const counts = `${whole(kept)} of the ${kind} network's ${whole(weights)} weights are left, ${whole(zeros)} are zero.`;
   const read = `It read ${percent(dense)} of the test digits before, and ${percent(pruned)} pruned`;
   const after = steps > 0 ? `; after ${steps} of ${of.steps} steps of training it reads ` : "";
   const names = Object.keys(shares).sort((a, b) => shares[a] - shares[b]);

@@ -5,6 +5,7 @@ import { readFloats, readNetwork, readSplit } from "./examples.js";
 import { copyNetwork, createWorkspace, forward, predictions } from "./network.js";
 import { createPixels } from "./pixels.js";
 import { applyMasks, largestScores, magnitudeScores, pruneMasks } from "./rank.js";
+import { percent, whole } from "./reading.js";
 import { closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
 import { createTraces } from "./trace.js";
 
@@ -27,7 +28,6 @@ const colourOf = (key) => {
   const [ranking, scope] = key.split(" ");
   return scope === "layer" ? `${COLOUR[ranking]} gp-live-dashed` : COLOUR[ranking];
 };
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 export function render({ model, el }) {
   const dense = readNetwork(model.get("_network"));
@@ -203,7 +203,9 @@ function sentence({ sparsity }, { kept, accuracy, byDigit }, total) {
   const best = byDigit.indexOf(Math.max(...byDigit));
   const least = `It reads digit ${worst} worst (${percent(byDigit[worst])}) and digit ${best} best (${percent(byDigit[best])}).`;
   const gone =
-    sparsity === 0 ? `All ${total} weights are there` : `${kept} of ${total} weights are left`;
+    sparsity === 0
+      ? `All ${whole(total)} weights are there`
+      : `${whole(kept)} of ${whole(total)} weights are left`;
   return `${gone}: ${percent(accuracy)} of the test digits are read correctly. ${least}`;
 }
 

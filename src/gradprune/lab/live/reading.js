@@ -21,6 +21,9 @@ export const countKept = (masks) =>
 
 export const countAll = (arrays) => arrays.reduce((sum, { length }) => sum + length, 0);
 
+// A count, its thousands set apart.
+export const whole = (count) => count.toLocaleString("en");
+
 export const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 // One mask after the other, as bytes.

@@ -6,7 +6,7 @@ import { copyNetwork, flatten } from "./network.js";
 import { createSgd } from "./optimizer.js";
 import { createPicture } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
-import { countAll, countKept, createReader, joinBytes, percent } from "./reading.js";
+import { countAll, countKept, createReader, joinBytes, percent, whole } from "./reading.js";
 import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
@@ -176,7 +176,7 @@ export function render({ model, el }) {
 
 function sentence({ steps, of, rounds, round, once, many, keptOnce, keptMany, total }) {
   const so = steps < of ? `After ${steps} of ${of} steps` : `After all ${of} steps`;
-  const first = `the network pruned at once, with ${keptOnce} of ${total} weights, reads ${percent(once)}`;
+  const first = `the network pruned at once, with ${whole(keptOnce)} of ${whole(total)} weights, reads ${percent(once)}`;
   const second = `the one in round ${round} of ${rounds}, with ${keptMany}, reads ${percent(many)}`;
   return `${so}, ${first} of the test digits; ${second}.`;
 }

@@ -6,6 +6,7 @@ import { copyNetwork, createWorkspace, flatten, forward, predictions } from "./n
 import { createPad } from "./pad.js";
 import { createPixels } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
+import { percent, whole } from "./reading.js";
 import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
 import { createTraces } from "./trace.js";
 import { createTraining, epochSteps, trainSteps } from "./training.js";
@@ -14,7 +15,6 @@ const EPOCHS = 5;
 const OPTIMIZER = { rate: 0.1, momentum: 0.9, decay: 1e-4 };
 const BATCH = 64;
 const FIRST = 8; // is lost when nine tenths of the weights go, and comes back
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 export function render({ model, el }) {
   const dense = readNetwork(model.get("_network"));
@@ -89,7 +89,7 @@ export function render({ model, el }) {
   const caption = element(
     "figcaption",
     {},
-    `The weights from the pixels to ${dense.sizes[1]} units: blue is positive, orange negative, blank is gone`,
+    `Weights from an 8 × 8 picture, a square for each of ${dense.sizes[1]} units: blue positive, orange negative, blank gone`,
   );
   const picture = element("figure", { class: "gp-live-chart" }, caption, pixels.root);
   stage.panels.append(curve.root, pad.root, bars.root, picture);
@@ -176,7 +176,10 @@ export function render({ model, el }) {
 }
 
 function state({ rows, accuracy, kept, total, before, trainedAt, sparsity }) {
-  const weights = kept === total ? `all its ${total} weights` : `${kept} of its ${total} weights`;
+  const weights =
+    kept === total
+      ? `all its ${whole(total)} weights`
+      : `${whole(kept)} of its ${whole(total)} weights`;
   const has = `With ${weights} the network reads ${percent(accuracy)} of ${rows} digits that it has not seen before`;
   if (before === null) return `${has}.`;
   if (trainedAt > 0 && sparsity > trainedAt)

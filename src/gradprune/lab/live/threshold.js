@@ -4,7 +4,7 @@ import { button, slider } from "./controls.js";
 import { readNetwork, readSplit } from "./examples.js";
 import { createFeedback, norm, topFraction } from "./gradients.js";
 import { copyNetwork, flatten, parameterCount } from "./network.js";
-import { createReader, percent } from "./reading.js";
+import { createReader, percent, whole } from "./reading.js";
 import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
@@ -199,7 +199,7 @@ function sentence(facts) {
   const { density, steps, all, lost, kept, allSent, keptSent, lostWaiting, keptWaiting } = facts;
   if (steps === 0)
     return `${written(density)} of each gradient's entries will be sent. Press Train.`;
-  const saved = `${keptSent.toLocaleString("en")} entries sent instead of ${allSent.toLocaleString("en")}`;
+  const saved = `${whole(keptSent)} entries sent instead of ${whole(allSent)}`;
   const results = `the network reads ${percent(lost)} of the test digits if the rest is lost, ${percent(kept)} if it waits`;
   const rest = `What was lost has a sum of norm ${lostWaiting.toFixed(1)}, what waits ${keptWaiting.toFixed(1)}`;
   return `After ${steps} steps, with ${saved}, ${results}, and ${percent(all)} if all is sent. ${rest}.`;

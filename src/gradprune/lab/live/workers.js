@@ -16,7 +16,7 @@ import { differing, keepers, WAYS, WORKERS } from "./crew.js";
 import { readNetwork, readSplit } from "./examples.js";
 import { flatten } from "./network.js";
 import { createPicture } from "./pixels.js";
-import { countAll, createReader, joinBytes, percent } from "./reading.js";
+import { countAll, createReader, joinBytes, percent, whole } from "./reading.js";
 import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
 
 const OPTIMIZER = { rate: 0.05, momentum: 0.9, decay: 0 };
@@ -235,7 +235,7 @@ function zeroMarks({ zeros, length }, every, sparsity, total) {
 function sentence(facts, { averaged, length }, total) {
   const { steps, pruned, accuracy, late, decides, sparsity, differ, zeros, bytes, alive } = facts;
   if (steps === 0) return "Four workers have the same network, not trained yet. Press Train.";
-  const sent = `each has sent ${Math.round(bytes).toLocaleString("en")} bytes a step`;
+  const sent = `each has sent ${whole(Math.round(bytes))} bytes a step`;
   const reads = `the workers read ${percent(accuracy)} of the test digits; ${sent}`;
   const gone = `the ${Number((100 * sparsity).toFixed(1))} % of its weights that are smallest`;
   if (!pruned) {
@@ -243,8 +243,8 @@ function sentence(facts, { averaged, length }, total) {
     const then = decides === "each" ? `each removes ${gone}` : `worker 1 removes ${gone}, for all`;
     return `After ${steps} of ${length} steps ${reads}.${steps < length ? "" : ` Press Prune: ${next}, ${then}.`}`;
   }
-  const masks = `The masks differ in ${differ} of ${total.toLocaleString("en")} weights`;
+  const masks = `The masks differ in ${differ} of ${whole(total)} weights`;
   const since = averaged ? "after the latest average" : "after a step of each";
-  const back = `${alive} pruned weights are alive again ${since}`;
+  const back = `${whole(alive)} pruned weights are alive again ${since}`;
   return `${masks}; ${back}: ${percent(zeros / total)} are zero. After ${steps} steps ${reads}.`;
 }
