@@ -7,7 +7,7 @@ import pytest
 from bs4 import BeautifulSoup
 from budgets import WINDOW, measures, over_budget
 from playwright.sync_api import Browser, Page
-from reading_time import WORKING, minutes, sentence
+from reading_time import minutes, sentence
 
 from conftest import CHAPTERS, HTML, is_deeper, soup
 
@@ -107,16 +107,31 @@ def test_a_deeper_page_may_show_its_first_figure_half_a_screen_later(window: Pag
     assert [is_deeper(Path(f"{stem}.ipynb")) for stem in ("04b_one_weight", "04_magnitude_pruning")] == [True, False]
 
 
+ON_TOP = "and the exercises come on top"
+
+
 @pytest.mark.parametrize(
     ("reading", "running", "said"),
     [
-        (37.6, 91.0, f"Reading takes about 38 minutes, {WORKING}; all code on the page runs in about 2 minutes."),
-        (0.2, 3.0, f"Reading takes about 1 minute, {WORKING}; all code on the page runs in about 10 seconds."),
-        (20.0, 62.0, f"Reading takes about 20 minutes, {WORKING}; all code on the page runs in about 1 minute."),
-        (20.0, None, f"Reading takes about 20 minutes, {WORKING}."),
+        (
+            37.6,
+            91.0,
+            f"about 38 minutes, with each step followed 94, {ON_TOP}; all code on the page runs in about 2 minutes.",
+        ),
+        (
+            0.2,
+            3.0,
+            f"about 1 minute, with each step followed 1, {ON_TOP}; all code on the page runs in about 10 seconds.",
+        ),
+        (
+            20.0,
+            62.0,
+            f"about 20 minutes, with each step followed 50, {ON_TOP}; all code on the page runs in about 1 minute.",
+        ),
+        (20.0, None, f"about 20 minutes, with each step followed 50, {ON_TOP}."),
     ],
 )
 def test_the_line_under_a_title_says_both_times_where_both_are_known(
     reading: float, running: float | None, said: str
 ) -> None:
-    assert sentence(reading, running) == said
+    assert sentence(reading, running) == f"Reading takes {said}"
