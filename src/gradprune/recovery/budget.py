@@ -74,11 +74,12 @@ class Plan(Table, Mapping[str, float]):
     def __len__(self) -> int:
         return len(self.sparsities)
 
-    def apply_(self, model: nn.Module) -> Masks:
+    def apply_(self, model: nn.Module, example: Any = None) -> Masks:
         """Prune a model by this plan: ``prune`` with its sparsities, score and granularity.
 
         Args:
             model: the network that was planned for; its weights are changed in place.
+            example: its input, as for ``prune``, where the granularity is ``"group"``.
 
         Returns:
             The masks.
@@ -87,7 +88,8 @@ class Plan(Table, Mapping[str, float]):
             TypeError: as ``prune``.
             ValueError: as ``prune``, before anything is changed.
         """
-        return prune(model, self.score, scope=self, granularity=self.granularity, **self.eligible)
+        as_planned = {"scope": self, "granularity": self.granularity, "example": example} | dict(self.eligible)
+        return prune(model, self.score, **as_planned)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat row a layer: its weights, how many stay, its cost before and after, its predicted loss."""
@@ -151,14 +153,18 @@ def fit_budget(
             pruned channel saves in the next layer, once it is cut out, is not counted.
         bytes: the most bytes with one bit a weight and the nonzeros (``bytes_bitmask`` of a report).
         latency: the most seconds of a forward pass on `example`, with the pruned channels cut out; only for
-            ``granularity="channel"``, as zeros alone save no time. What a layer saves in the next is not counted.
+            ``granularity="channel"`` and ``"group"``, as zeros alone save no time.
         evaluate: as for ``sensitivity``, which is then called.
         sensitivities: what ``sensitivity`` returned, or losses, layer -> {sparsity: loss}; give either this or
             `evaluate`. Layers that are not in it stay as they are.
-        seconds: for `latency` on another machine: a function from a layer's name and the share of its channels that
-            stay to its seconds. Else linear layers and plain convolutions are timed here, at the sparsities tried.
+        seconds: for `latency`: a function from a layer's name and the share of its channels that stay to the seconds of
+            the whole network with that layer alone so narrow, as cut by ``shrink``; what the layers save is taken to
+            add up. Unless given, which only ``"channel"`` allows, linear layers and plain convolutions are timed here
+            by themselves, at the sparsities tried: what is saved elsewhere (in the next layer, in a norm) is not
+            counted, and layers whose channels cannot be cut out, as of one side of a residual sum, must be excluded.
         score: as for ``prune``; what `sensitivities` says, else ``magnitude``.
-        granularity: as for ``prune``, but not n of m; what `sensitivities` says, else ``"weight"``.
+        granularity: as for ``prune``, but not n of m; what `sensitivities` says, else ``"weight"``. ``"group"`` goes
+            with `latency` and `seconds`, and each group has the name of the first weight of its filters.
         include: as for ``prune``; what `sensitivities` says, else None.
         exclude: as for ``prune``; what `sensitivities` says, else None.
         axes: as for ``prune``; what `sensitivities` says, else None.
@@ -187,18 +193,28 @@ def fit_budget(
     cost, limit = _one_cost(parameters, flops, bytes, latency)
     given = {"include": include, "exclude": exclude, "axes": axes}
     way = _way(sensitivities, score, granularity, given)
-    request = Request.of(model, granularity=way.granularity, **way.eligible)
+    coupled = way.granularity == "group"
+    request = Request.of(model, granularity="channel" if coupled else way.granularity, **way.eligible)
     require(request.n_of_m is None, f"granularity={way.granularity!r} is itself a sparsity: there is nothing to share")
     if seconds is not None:
         function("seconds", seconds)
     if cost == "latency":
-        require(way.granularity == "channel", 'zeros alone save no time: latency needs granularity="channel"')
+        require(
+            coupled or way.granularity == "channel",
+            'zeros alone save no time: latency needs granularity="channel" or "group"',
+        )
+    require(
+        not coupled or (cost == "latency" and seconds is not None),
+        'granularity="group" goes with latency and seconds: what coupled channels cost is measured, not counted',
+    )
     require(cost not in ("flops", "latency") or example is not None, f"{cost} needs an example: the model's input")
     if sensitivities is None:
         require(evaluate is not None, "give evaluate, or the sensitivities that gp.sensitivity returned")
         assert evaluate is not None
         function("evaluate", evaluate)
-        sensitivities = sensitivity(model, evaluate, score=way.score, granularity=way.granularity, **way.eligible)
+        traced = {"example": example} if coupled else {}
+        as_planned = {"score": way.score, "granularity": way.granularity} | dict(way.eligible) | traced
+        sensitivities = sensitivity(model, evaluate, **as_planned)
     else:
         require(evaluate is None, "give either evaluate or sensitivities, not both")
     losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import nn
 from gradprune.core.checks import number, require_values
 from gradprune.core.encoded import bitmask_bytes
 from gradprune.core.flops import count_flops, nonzeros
-from gradprune.recovery.seconds import layer_seconds, model_seconds
+from gradprune.recovery.seconds import falling, seconds_here
 from gradprune.weights.granularity import Units
 from gradprune.weights.request import Request
 
@@ -67,15 +68,18 @@ def _seconds_of(
     units = Units(request.layers, request.block, None)
     counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
     if seconds is None:
-        times = layer_seconds(model, example, {name: request.layers[name] for name in losses}, counts)
+        whole, times = seconds_here(model, example, {name: request.layers[name] for name in losses}, counts)
     else:
-        times = {
+        asked = {
             name: {
-                n: number(f"the seconds of {name!r}", seconds(name, n / units.number(name)), least=0.0) for n in wanted
+                n: number(f"the seconds with {name!r}", seconds(name, n / units.number(name)), least=0.0)
+                for n in wanted
             }
             for name, wanted in counts.items()
         }
-    fixed = model_seconds(model, example) - sum(row[max(row)] for row in times.values()) if seconds is None else 0.0
+        whole = statistics.median(row[max(row)] for row in asked.values())
+        times = {name: {n: t - min(row.values()) for n, t in falling(row).items()} for name, row in asked.items()}
+    fixed = whole - sum(row[max(row)] for row in times.values())
     return Price(fixed, lambda name, kept: _between(times[name], kept))
 
 
