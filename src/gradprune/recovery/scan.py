@@ -288,7 +288,7 @@ class _Notes:
                 "sparsities": levels,
                 "score": name_of(score),
                 "granularity": str(granularity),
-                "weights": _digest(model),
+                "weights": digest(model),
             }
             if self._path.exists():
                 self._read(self._path)
@@ -344,8 +344,8 @@ def _parsed(path: Path) -> tuple[dict[str, Any], float | None, dict[str, list[fl
     return call, dense, values
 
 
-def _digest(model: nn.Module) -> int:
-    """A number that tells these weights from those of another training, by a sample of each."""
+def digest(model: nn.Module) -> int:
+    """Return a number that tells these weights from those of another training, by a sample of each."""
     found = 0
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
