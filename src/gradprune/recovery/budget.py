@@ -193,7 +193,7 @@ def fit_budget(
     cost, limit = _one_cost(parameters, flops, bytes, latency)
     given = {"include": include, "exclude": exclude, "axes": axes}
     way = _way(sensitivities, score, granularity, given)
-    coupled = way.granularity == "group"
+    coupled = isinstance(way.granularity, str) and way.granularity == "group"
     request = Request.of(model, granularity="channel" if coupled else way.granularity, **way.eligible)
     require(request.n_of_m is None, f"granularity={way.granularity!r} is itself a sparsity: there is nothing to share")
     if seconds is not None:

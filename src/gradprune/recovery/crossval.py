@@ -208,10 +208,11 @@ def cross_validate(
     examples = _length(data)
     require(examples >= folds, f"data has {examples} examples, fewer than folds={folds}")
     parts = _parts(examples, folds, seed)
-    call = {"settings": list(named), "folds": folds, "seed": seed, "examples": examples, "data": _digest(data)}
-    path, values = None if file is None else files.place("file", file), {name: [] for name in named}
-    if path is not None and path.exists():
-        values = _read(path, call)
+    values: dict[str, list[float]] = {name: [] for name in named}
+    path, call = None if file is None else files.place("file", file), {}
+    if path is not None:
+        call = {"settings": list(named), "folds": folds, "seed": seed, "examples": examples, "data": _digest(data)}
+        values = _read(path, call) if path.exists() else values
     done = sum(map(len, values.values()))
     with torch.random.fork_rng(), bar(folds * len(named), "folds", done) as progress:
         for fold, part in enumerate(parts):
@@ -261,7 +262,7 @@ def _digest(data: Any) -> int:
     """A number that tells tensors and arrays from others; of a data set only its length is known."""
     found = 0
     for part in data if isinstance(data, tuple) else (data,):
-        if isinstance(part, Tensor) and part.layout == torch.strided:
+        if isinstance(part, Tensor) and part.layout == torch.strided and not part.is_meta:
             found = zlib.crc32(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), found)
         elif isinstance(part, np.ndarray) and not part.dtype.hasobject:
             found = zlib.crc32(part.tobytes(), found)
