@@ -226,6 +226,34 @@ def test_coupled_channels_are_planned_by_what_the_cut_network_takes_and_the_cut_
         gp.prune(model, scope=of_weights, granularity="group", example=X)
 
 
+def test_heads_are_planned_whole_and_as_many_go_as_planned():
+    pytest.importorskip("torch_pruning")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=11)).eval()
+    x, query = {"input_ids": torch.tensor([[1, 2, 3]])}, "encoder.layer.0.attention.self.query.weight"
+    asked = []
+
+    def seconds(name, stays):
+        asked.append(stays)
+        return 0.2 + 0.8 * stays
+
+    table = {query: {0.25: 0.1, 0.5: 0.2, 0.75: 0.6, 0.9: 0.8}}
+    for limit, heads in ((0.85, 3), (0.7, 2), (0.5, 1)):
+        plan = gp.fit_budget(model, x, latency=limit, sensitivities=table, granularity="group", seconds=seconds)
+        assert plan[query] == 1 - heads / 4
+        assert plan.predicted == pytest.approx(0.2 + 0.2 * heads)
+        assert plan.rows()[0]["stay"] == 3 * 16 * 16 * heads // 4
+        pruned = copy.deepcopy(model)
+        plan.apply_(pruned, x)
+        assert int(pruned.get_parameter(query).view(4, -1).any(1).sum()) == heads
+    assert set(asked) == {1.0, 0.75, 0.5, 0.25}
+    other = {query.replace("query", "value"): {0.5: 0.1}}
+    with pytest.raises(ValueError, match=r"value\.weight', which is not eligible"):
+        gp.fit_budget(model, x, latency=0.5, sensitivities=other, granularity="group", seconds=seconds)
+
+
 def test_what_cannot_be_met_is_said_with_the_least_that_can():
     model = layers([10, 10])
     with pytest.raises(ValueError, match=r"parameters=3 cannot be met: .* the least is 10"):

@@ -17,6 +17,7 @@ from gradprune.recovery.prices import Cost, Losses, Price, priced, stay
 from gradprune.recovery.scan import Sensitivity, sensitivity
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Units
+from gradprune.weights.groups import Groups
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 from gradprune.weights.request import Request, Score, checked_score
@@ -217,8 +218,13 @@ def fit_budget(
         sensitivities = sensitivity(model, evaluate, **as_planned)
     else:
         require(evaluate is None, "give either evaluate or sensitivities, not both")
-    losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, request)
-    return _planned(cost, limit, _layers(losses, request), way, priced(cost, model, example, request, losses, seconds))
+    units: Units | Groups = Units(request.layers, request.block, None)
+    if coupled:
+        units = Groups.of(model, example, **way.eligible)
+    known = units.numbers if isinstance(units, Groups) else request.layers
+    losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, list(known))
+    price = priced(cost, model, example, request, losses, seconds, units)
+    return _planned(cost, limit, _layers(losses, units), way, price)
 
 
 @dataclass(frozen=True)
@@ -232,15 +238,15 @@ class _Way:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer: how many units it has, of how many weights each, and what it loses with fewer."""
+    """One layer: how many units and weights it has, and what it loses with fewer."""
 
     units: int
-    unit: int
+    all_weights: int
     losses: dict[int, float]  # units that stay -> loss
 
     def weights(self, units: int) -> int:
-        """Weights in so many units."""
-        return units * self.unit
+        """Weights in so many units; nearly where those of a group are of several sizes."""
+        return round(units * self.all_weights / max(1, self.units))
 
 
 def _one_cost(parameters: Any, flops: Any, bytes: Any, latency: Any) -> tuple[Cost, float]:
@@ -266,12 +272,12 @@ def _way(sensitivities: Any, score: Any, granularity: Any, given: dict[str, Any]
     return _Way(sensitivities.score, sensitivities.granularity, sensitivities.eligible)
 
 
-def _checked(losses: Mapping[str, Any], request: Request) -> dict[str, dict[float, float]]:
+def _checked(losses: Mapping[str, Any], known: list[str]) -> dict[str, dict[float, float]]:
     """The losses by name, as plain numbers."""
     require(bool(losses), "sensitivities is empty")
     found = {}
     for name, row in losses.items():
-        require(name in request.layers, f"sensitivities names {name!r}, which is not eligible: {list(request.layers)}")
+        require(name in known, f"sensitivities names {name!r}, which is not eligible: {known}")
         if not isinstance(row, Mapping):
             raise TypeError(
                 f"the sensitivities of {name!r} must be a dict {{sparsity: loss}}, got {type(row).__name__}"
@@ -283,13 +289,12 @@ def _checked(losses: Mapping[str, Any], request: Request) -> dict[str, dict[floa
     return found
 
 
-def _layers(losses: Losses, request: Request) -> dict[str, _Layer]:
+def _layers(losses: Losses, units: Units | Groups) -> dict[str, _Layer]:
     """The layers in units; a gain counts as no loss, and whole it loses nothing."""
-    units = Units(request.layers, request.block, None)
     return {
         name: _Layer(
             units.number(name),
-            units.cost(name),
+            units.weights(name) if isinstance(units, Groups) else units.number(name) * units.cost(name),
             {stay(units, name, s): max(loss, 0.0) for s, loss in row.items()} | {units.number(name): 0.0},
         )
         for name, row in losses.items()

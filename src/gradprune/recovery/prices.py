@@ -14,6 +14,7 @@ from gradprune.core.encoded import bitmask_bytes
 from gradprune.core.flops import count_flops, nonzeros
 from gradprune.recovery.seconds import falling, seconds_here
 from gradprune.weights.granularity import Units
+from gradprune.weights.groups import Groups
 from gradprune.weights.request import Request
 
 Cost = Literal["parameters", "flops", "bytes", "latency"]
@@ -35,12 +36,13 @@ def priced(
     request: Request,
     losses: Losses,
     seconds: Callable[[str, float], float] | None,
+    units: Units | Groups,
 ) -> Price:
     """Return the price of a network of which the layers of `losses` are planned, in units of `cost`."""
-    units = Units(request.layers, request.block, None)
-    planned = {name: request.layers[name].parameter for name in losses}
     if cost == "latency":
-        return _seconds_of(model, example, request, losses, seconds)
+        return _seconds_of(model, example, request, losses, seconds, units)
+    assert isinstance(units, Units)
+    planned = {name: request.layers[name].parameter for name in losses}
     if cost == "flops":
         count = count_flops(model, example)
         all_of = {name: count.by_weight.get(p, 0) for name, p in planned.items()}
@@ -63,9 +65,9 @@ def _seconds_of(
     request: Request,
     losses: Losses,
     seconds: Callable[[str, float], float] | None,
+    units: Units | Groups,
 ) -> Price:
     """Seconds of a layer by the number of its channels, in proportion between those that were timed."""
-    units = Units(request.layers, request.block, None)
     counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
     if seconds is None:
         whole, times = seconds_here(model, example, {name: request.layers[name] for name in losses}, counts)
@@ -91,7 +93,9 @@ def _between(times: Mapping[int, float], count: int) -> float:
     return times[below] + (times[above] - times[below]) * (count - below) / (above - below)
 
 
-def stay(units: Units, name: str, sparsity: float) -> int:
+def stay(units: Units | Groups, name: str, sparsity: float) -> int:
     """Return how many units ``prune`` leaves."""
+    if isinstance(units, Groups):
+        return units.stay(name, sparsity)
     weights = units.layers[name].parameter.numel()
     return round((weights - round(sparsity * weights)) / max(units.cost(name), 1))

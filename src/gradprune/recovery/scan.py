@@ -168,7 +168,7 @@ def sensitivity(
     if isinstance(granularity, str) and granularity == "group":
         groups = Groups.of(model, example, include, exclude, axes)
         levels = _levels(sparsities, None)
-        weights = {name: groups.weights(number) for name, number in groups.numbers.items()}
+        weights = {name: groups.weights(name) for name in groups.numbers}
         notes = _Notes(file, model, weights, levels, score, granularity)
         steps = _coupled(groups, ranked_by(score, model, groups.parameters), levels)
     else:

@@ -8,9 +8,11 @@ filters' weights are ranked and counted.
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -110,7 +112,7 @@ class Groups:
         """The weights that are ranked, by name."""
         return {name: weight.parameter for name, weight in self.layers.items()}
 
-    @property
+    @cached_property
     def numbers(self) -> dict[str, int]:
         """The number of each group by the name of the first weight of its filters."""
         of = {name: channel.group for channel in self.channels for name, _ in channel.counted}
@@ -120,8 +122,22 @@ class Groups:
                 first.setdefault(of[name], name)
         return {name: number for number, name in first.items()}
 
-    def weights(self, number: int) -> int:
+    def number(self, name: str) -> int:
+        """Return how many channels, or heads, a group has that go one by one; one always stays."""
+        return len(self._together[self.numbers[name]])
+
+    def stay(self, name: str, sparsity: float) -> int:
+        """Return how many of them ``prune`` leaves."""
+        number = self.number(name)
+        return max(1, number - math.floor(sparsity * number + 0.5))
+
+    @cached_property
+    def _together(self) -> dict[int, list[_Channel]]:
+        return _together(self.channels)
+
+    def weights(self, name: str) -> int:
         """Return how many weights the filters of a group have."""
+        number = self.numbers[name]
         names = {name for channel in self.channels if channel.group == number for name, _ in channel.counted}
         return sum(self.layers[name].parameter.numel() for name in names)
 
