@@ -159,10 +159,11 @@ def fit_budget(
         sensitivities: what ``sensitivity`` returned, or losses, layer -> {sparsity: loss}; give either this or
             `evaluate`. Layers that are not in it stay as they are.
         seconds: for `latency`: a function from a layer's name and the share of its channels that stay to the seconds of
-            the whole network with that layer alone so narrow, as cut by ``shrink``; what the layers save is taken to
-            add up. Unless given, which only ``"channel"`` allows, linear layers and plain convolutions are timed here
-            by themselves, at the sparsities tried: what is saved elsewhere (in the next layer, in a norm) is not
-            counted, and layers whose channels cannot be cut out, as of one side of a residual sum, must be excluded.
+            the whole network with that layer alone so narrow, as cut by ``shrink``. The shares of the time that are
+            left are then taken to multiply, since what one layer loses its neighbour no longer reads. Unless given,
+            which only ``"channel"`` allows, linear layers and plain convolutions are timed here by themselves, at the
+            sparsities tried: what is saved elsewhere (in the next layer, in a norm) is not counted, and layers whose
+            channels cannot be cut out, as of one side of a residual sum, must be excluded.
         score: as for ``prune``; what `sensitivities` says, else ``magnitude``.
         granularity: as for ``prune``, but not n of m; what `sensitivities` says, else ``"weight"``. ``"group"`` goes
             with `latency` and `seconds`, and each group has the name of the first weight of its filters.
@@ -307,40 +308,43 @@ def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, 
         name: lower_hull([Point(units, price.of(name, units), loss) for units, loss in layer.losses.items()])
         for name, layer in layers.items()
     }
-    least = price.fixed + sum(hull[-1].cost for hull in hulls.values())
+    least = price.cost(price.fixed + sum(hull[-1].cost for hull in hulls.values()))
     require(
         least <= limit,
         f"{cost}={limit:,.10g} cannot be met: at the highest sparsities that were tried the least is {least:,.10g}",
     )
+    most = price.summed(limit) - price.fixed
     kept = {name: hull[0].units for name, hull in hulls.items()}
-    taken = steps_to(hulls, limit - price.fixed)
+    taken = steps_to(hulls, most)
     for step in taken:
         kept[step.name] = step.end.units
-    left = limit - price.fixed - sum(price.of(name, units) for name, units in kept.items())
+    left = most - sum(price.of(name, units) for name, units in kept.items())
     for step in reversed(taken):
         if kept[step.name] == step.end.units:  # the last step of its layer
             kept[step.name], left = _raised(step.name, step.start.units, kept[step.name], left, price)
-    dense = price.fixed + sum(price.of(name, layer.units) for name, layer in layers.items())
+    dense = price.cost(price.fixed + sum(price.of(name, layer.units) for name, layer in layers.items()))
+    predicted = price.cost(price.fixed + sum(price.of(name, units) for name, units in kept.items()))
     rows: tuple[dict[str, Any], ...] = tuple(
         {
             "layer": name,
             "weights": layer.weights(layer.units),
             "stay": layer.weights(kept[name]),
             "sparsity": 1 - kept[name] / layer.units if layer.units else 0.0,
-            f"{_UNIT[cost]} dense": price.of(name, layer.units),
-            f"{_UNIT[cost]} planned": price.of(name, kept[name]),
+            f"{_UNIT[cost]} dense": price.cost(price.of(name, layer.units)),
+            f"{_UNIT[cost]} planned": price.cost(price.of(name, kept[name])),
             "loss": loss_at(hulls[name], kept[name]),
         }
         for name, layer in layers.items()
     )
+    slope = taken[-1].slope if taken else 0.0
     return Plan(
         {row["layer"]: row["sparsity"] for row in rows},
         cost,
         limit,
-        price.fixed + sum(price.of(name, units) for name, units in kept.items()),
+        predicted,
         dense,
         sum(row["loss"] for row in rows),
-        taken[-1].slope if taken else 0.0,
+        slope if price.whole is None else slope / predicted,
         rows,
         way.granularity,
         way.score,

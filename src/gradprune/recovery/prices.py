@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,10 +24,22 @@ Losses = Mapping[str, Mapping[float, float]]
 
 @dataclass(frozen=True)
 class Price:
-    """What all but the layers costs, and what a layer costs with some of its units."""
+    """What all but the layers costs, and what a layer costs with some of its units, in what adds up.
+
+    That is the cost itself, or with `whole`, the dense network's cost, the logarithm of the share of it that is left.
+    """
 
     fixed: float
     of: Callable[[str, int], float]
+    whole: float | None = None
+
+    def cost(self, summed: float) -> float:
+        """Return the cost of what adds up to this."""
+        return summed if self.whole is None else self.whole * math.exp(summed)
+
+    def summed(self, cost: float) -> float:
+        """Return what has to add up to this for the cost."""
+        return cost if self.whole is None else math.log(cost / self.whole)
 
 
 def priced(
@@ -71,18 +84,20 @@ def _seconds_of(
     counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
     if seconds is None:
         whole, times = seconds_here(model, example, {name: request.layers[name] for name in losses}, counts)
-    else:
-        asked = {
-            name: {
-                n: number(f"the seconds with {name!r}", seconds(name, n / units.number(name)), least=0.0)
-                for n in wanted
-            }
-            for name, wanted in counts.items()
-        }
-        whole = statistics.median(row[max(row)] for row in asked.values())
-        times = {name: {n: t - min(row.values()) for n, t in falling(row).items()} for name, row in asked.items()}
-    fixed = whole - sum(row[max(row)] for row in times.values())
-    return Price(fixed, lambda name, kept: _between(times[name], kept))
+        fixed = whole - sum(row[max(row)] for row in times.values())
+        return Price(fixed, lambda name, kept: _between(times[name], kept))
+    asked = {
+        name: falling(
+            {n: number(f"the seconds with {name!r}", seconds(name, n / units.number(name)), above=0.0) for n in wanted}
+        )
+        for name, wanted in counts.items()
+    }
+    whole = statistics.median(row[max(row)] for row in asked.values())
+
+    def share(name: str, kept: int) -> float:
+        return math.log(_between(asked[name], kept) / asked[name][max(asked[name])])
+
+    return Price(0.0, share, whole)
 
 
 def _between(times: Mapping[int, float], count: int) -> float:
