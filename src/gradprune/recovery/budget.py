@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import nn
 from gradprune.core.checks import fraction, function, module, number, require
 from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
-from gradprune.recovery.hull import Point, loss_at, lower_hull, steps_to
+from gradprune.recovery.hull import Point, Segment, loss_at, lower_hull, steps_to
 from gradprune.recovery.outcome import Measure
 from gradprune.recovery.prices import Cost, Losses, Price, priced, stay
 from gradprune.recovery.scan import Sensitivity, sensitivity
@@ -160,10 +160,11 @@ def fit_budget(
             `evaluate`. Layers that are not in it stay as they are.
         seconds: for `latency`: a function from a layer's name and the share of its channels that stay to the seconds of
             the whole network with that layer alone so narrow, as cut by ``shrink``. The shares of the time that are
-            left are then taken to multiply, since what one layer loses its neighbour no longer reads. Unless given,
-            which only ``"channel"`` allows, linear layers and plain convolutions are timed here by themselves, at the
-            sparsities tried: what is saved elsewhere (in the next layer, in a norm) is not counted, and layers whose
-            channels cannot be cut out, as of one side of a residual sum, must be excluded.
+            left are then taken to multiply, since what one layer loses its neighbour no longer reads; and only what
+            was asked for is planned, as the time of a width says little about the next. Unless given, which only
+            ``"channel"`` allows, linear layers and plain convolutions are timed here by themselves, at the sparsities
+            tried: what is saved elsewhere (in the next layer, in a norm) is not counted, and layers whose channels
+            cannot be cut out, as of one side of a residual sum, must be excluded.
         score: as for ``prune``; what `sensitivities` says, else ``magnitude``.
         granularity: as for ``prune``, but not n of m; what `sensitivities` says, else ``"weight"``. ``"group"`` goes
             with `latency` and `seconds`, and each group has the name of the first weight of its filters.
@@ -320,8 +321,12 @@ def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, 
         kept[step.name] = step.end.units
     left = most - sum(price.of(name, units) for name, units in kept.items())
     for step in reversed(taken):
-        if kept[step.name] == step.end.units:  # the last step of its layer
+        if kept[step.name] != step.end.units:  # not the last step of its layer
+            continue
+        if price.tried is None:
             kept[step.name], left = _raised(step.name, step.start.units, kept[step.name], left, price)
+        else:
+            kept[step.name], left = _tried(step, layers[step.name].losses, price.tried[step.name], left, price)
     dense = price.cost(price.fixed + sum(price.of(name, layer.units) for name, layer in layers.items()))
     predicted = price.cost(price.fixed + sum(price.of(name, units) for name, units in kept.items()))
     rows: tuple[dict[str, Any], ...] = tuple(
@@ -332,7 +337,7 @@ def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, 
             "sparsity": 1 - kept[name] / layer.units if layer.units else 0.0,
             f"{_UNIT[cost]} dense": price.cost(price.of(name, layer.units)),
             f"{_UNIT[cost]} planned": price.cost(price.of(name, kept[name])),
-            "loss": loss_at(hulls[name], kept[name]),
+            "loss": loss_at(hulls[name], kept[name]) if price.tried is None else layer.losses[kept[name]],
         }
         for name, layer in layers.items()
     )
@@ -350,6 +355,19 @@ def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, 
         way.score,
         way.eligible,
     )
+
+
+def _tried(
+    step: Segment, losses: Mapping[int, float], tried: Collection[int], left: float, price: Price
+) -> tuple[int, float]:
+    """The units of least loss along a step, among those whose cost is known and within what is left; what is left."""
+    within = {
+        units: price.of(step.name, units) - step.end.cost
+        for units in tried
+        if step.end.units <= units <= step.start.units and price.of(step.name, units) - step.end.cost <= left
+    }
+    best = min(within, key=lambda units: (losses[units], -units))
+    return best, left - within[best]
 
 
 def _raised(name: str, most: int, least: int, left: float, price: Price) -> tuple[int, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ class Price:
     fixed: float
     of: Callable[[str, int], float]
     whole: float | None = None
+    tried: Mapping[str, Collection[int]] | None = None  # the numbers of units that alone may be planned
 
     def cost(self, summed: float) -> float:
         """Return the cost of what adds up to this."""
@@ -97,7 +98,7 @@ def _seconds_of(
     def share(name: str, kept: int) -> float:
         return math.log(_between(asked[name], kept) / asked[name][max(asked[name])])
 
-    return Price(0.0, share, whole)
+    return Price(0.0, share, whole, counts)
 
 
 def _between(times: Mapping[int, float], count: int) -> float:
