@@ -86,7 +86,7 @@ class Groups:
 
     layers: Mapping[str, Weight]
     channels: list[_Channel]
-    others: Mapping[str, Tensor]  # all parameters by name: what goes beside the filters is among them
+    others: Mapping[str, nn.Parameter]  # all parameters by name: what goes beside the filters is among them
 
     @classmethod
     def of(
