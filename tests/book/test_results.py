@@ -186,6 +186,16 @@ def test_the_stored_network_pruned_to_a_budget_costs_and_reads_what_its_row_says
     assert found["test"] == pytest.approx(row["test"], abs=0.03)
 
 
+def test_the_network_with_one_group_of_channels_cut_counts_what_its_row_says():
+    pytest.importorskip("torch_pruning")
+    script = lab.experiment.script("milliseconds")
+    dense = lab.models.residual().eval()
+    for group, level in (("stem.weight", 0.875), ("block2.project.weight", 0.5)):
+        row = stored("milliseconds", what="time", group=group, level=level)
+        narrow = script.cut(dense, scope={group: level})
+        assert script.flops(narrow) / script.flops(dense) == pytest.approx(row["FLOPs"], abs=1e-4)
+
+
 def test_a_sparsity_chosen_again_with_few_examples_claims_what_is_stored():
     experiment = lab.experiment.script("few_examples")
     cell = {"data": "wine", "seed": 0}

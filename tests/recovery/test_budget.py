@@ -130,15 +130,16 @@ def test_a_granularity_saves_what_it_can():
     assert max(flops["0.weight"], flops["3.weight"]) > 0.5
 
 
-def test_latency_takes_seconds_that_are_given_and_only_channels():
+def test_latency_takes_seconds_of_the_whole_network_that_are_given_and_only_channels():
     model = network()
     table = {"3.weight": {0.5: 0.1, 0.75: 0.3}, "0.weight": {0.5: 0.4}}
     plan = gp.fit_budget(
-        model, X, latency=0.9, sensitivities=table, granularity="channel", seconds=lambda name, share: share / 2
+        model, X, latency=0.9, sensitivities=table, granularity="channel", seconds=lambda name, share: 0.5 + share / 2
     )
-    assert plan["3.weight"] == 0.25
+    assert plan["3.weight"] == 0.5  # of what was asked for; 0.25 would do if times were in proportion
     assert plan["0.weight"] == 0
-    assert plan.predicted == pytest.approx(0.875)
+    assert plan.dense == pytest.approx(1.0)
+    assert plan.predicted == pytest.approx(0.75)
     with pytest.raises(ValueError, match="zeros alone save no time"):
         gp.fit_budget(model, X, latency=0.9, sensitivities=table, seconds=lambda name, share: share)
 
@@ -154,6 +155,108 @@ def test_latency_is_measured_here_where_no_seconds_are_given():
     depthwise = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3))
     with pytest.raises(ValueError, match="give seconds="):
         gp.fit_budget(depthwise, X, latency=1.0, sensitivities={"0.weight": {0.5: 0.1}}, granularity="channel")
+
+
+class Residual(nn.Module):
+    """A sum of two convolutions, whose channels go together, and one inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.inner, self.inner_norm = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.outer, self.outer_norm = nn.Conv2d(32, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        return self.head((x + self.outer_norm(self.outer(self.inner_norm(self.inner(x)).relu()))).mean((2, 3)))
+
+
+def test_coupled_channels_are_planned_by_what_the_cut_network_takes_and_the_cut_network_is_the_planned_one():
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model = Residual().eval()
+    for norm in (model.norm, model.inner_norm, model.outer_norm):
+        nn.init.uniform_(norm.bias, 0.1, 0.5)  # a channel without weights still comes out
+    right = model(X).argmax(1)
+    scan = gp.sensitivity(model, lambda m: m(X).argmax(1) == right, [0.25, 0.5, 0.75], granularity="group", example=X)
+    assert list(scan.values) == ["stem.weight", "inner.weight"]
+    assert scan.weights == {"inner.weight": 32 * 16 * 9, "stem.weight": 16 * 3 * 9 + 16 * 32 * 9}
+
+    def cut(scope):
+        pruned = copy.deepcopy(model)
+        gp.prune(pruned, granularity="group", scope=scope, example=X)
+        return gp.report(gp.shrink(pruned, X), X[:1]).total.flops
+
+    whole = gp.report(model, X[:1]).total.flops
+
+    def count(name, stays):  # FLOPs for seconds: they are the same each time
+        return cut({name: 1 - stays}) / whole
+
+    plan = gp.fit_budget(model, X, latency=0.2, sensitivities=scan, seconds=count)
+    assert plan.dense == 1
+    assert 0.05 < plan.predicted <= 0.2
+    assert set(plan.values()) <= {0.0, 0.25, 0.5, 0.75}
+    assert min(plan.values()) > 0
+    pruned = copy.deepcopy(model)
+    masks = plan.apply_(pruned, X)
+    out = gp.shrink(pruned, X)
+    assert gp.report(out, X[:1]).total.flops / whole == pytest.approx(plan.predicted, rel=0.02)
+    alone = {row["layer"]: row["seconds planned"] for row in plan.rows()}
+    assert plan.predicted == pytest.approx(alone["stem.weight"] * alone["inner.weight"])
+    assert (out.stem.out_channels, out.inner.out_channels) == (
+        round(16 * (1 - plan["stem.weight"])),
+        round(32 * (1 - plan["inner.weight"])),
+    )
+    assert torch.allclose(out(X), pruned(X), atol=1e-5)
+    assert not bool(pruned.norm.bias[~masks["norm.bias"]].any())
+    by_both = gp.fit_budget(
+        model,
+        X,
+        latency=0.6,
+        evaluate=lambda m: m(X).argmax(1) == right,
+        granularity="group",
+        seconds=count,
+    )
+    assert by_both.predicted <= 0.6
+    with pytest.raises(ValueError, match="goes with latency and seconds"):
+        gp.fit_budget(model, X, flops=0.5 * whole, sensitivities=scan)
+    with pytest.raises(ValueError, match="goes with latency and seconds"):
+        gp.fit_budget(model, X, latency=0.5, sensitivities=scan)
+    with pytest.raises(ValueError, match="a plan for granularity='group'"):
+        gp.prune(model, scope=plan, granularity="channel")
+    table = {name: {0.9: 0.1} for name in ("stem.weight", "inner.weight", "outer.weight")}
+    of_weights = gp.fit_budget(model, parameters=5000, sensitivities=table)
+    with pytest.raises(ValueError, match="a plan for granularity='weight'"):
+        gp.prune(model, scope=of_weights, granularity="group", example=X)
+
+
+def test_heads_are_planned_whole_and_as_many_go_as_planned():
+    pytest.importorskip("torch_pruning")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=11)).eval()
+    x, query = {"input_ids": torch.tensor([[1, 2, 3]])}, "encoder.layer.0.attention.self.query.weight"
+    asked = []
+
+    def seconds(name, stays):
+        asked.append(stays)
+        return 0.2 + 0.8 * stays
+
+    table = {query: {0.25: 0.1, 0.5: 0.2, 0.75: 0.6, 0.9: 0.8}}
+    for limit, heads in ((0.85, 3), (0.7, 2), (0.5, 1)):
+        plan = gp.fit_budget(model, x, latency=limit, sensitivities=table, granularity="group", seconds=seconds)
+        assert plan[query] == 1 - heads / 4
+        assert plan.predicted == pytest.approx(0.2 + 0.2 * heads)
+        assert plan.rows()[0]["stay"] == 3 * 16 * 16 * heads // 4
+        pruned = copy.deepcopy(model)
+        plan.apply_(pruned, x)
+        assert int(pruned.get_parameter(query).view(4, -1).any(1).sum()) == heads
+    assert set(asked) == {1.0, 0.75, 0.5, 0.25}
+    other = {query.replace("query", "value"): {0.5: 0.1}}
+    with pytest.raises(ValueError, match=r"value\.weight', which is not eligible"):
+        gp.fit_budget(model, x, latency=0.5, sensitivities=other, granularity="group", seconds=seconds)
 
 
 def test_what_cannot_be_met_is_said_with_the_least_that_can():

@@ -70,6 +70,58 @@ def validated(values):
     return gp.cross_validate(build, train, evaluate, X, folds=4, settings=list(values))
 
 
+def test_it_goes_on_from_the_file_and_ends_as_if_it_had_not_stopped(tmp_path):
+    path, calls = tmp_path / "folds.json", []
+
+    def train(model, data, setting):
+        calls.append(setting)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        model.weight.data.add_(setting * torch.rand(1, 4))
+
+    def evaluate(model, data):
+        return -model(data[0]).square().mean()
+
+    def call(file, train=train, **how):
+        given = {"folds": 4, "settings": {"a": 0.0, "b": 1.0}} | how
+        return gp.cross_validate(build, train, evaluate, (X, Y), file=file, **given)
+
+    with pytest.raises(KeyboardInterrupt):
+        call(path)
+    found = call(path)
+    assert calls == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    assert found.values == call(tmp_path / "other.json").values == call(None).values
+    assert call(path, train=lambda model, data, setting: 1 / 0).values == found.values
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folds.json", "other.json"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"folds": 3}, "other folds"),
+        ({"seed": 1}, "other seed"),
+        ({"settings": ["a", "c"]}, "other settings"),
+        ({"data": X + 1}, "other data"),
+        ({"data": X[:40]}, "other examples"),
+        ({"text": "[]"}, "is no file of gp.cross_validate, or damaged"),
+        ({"text": "{"}, "or damaged"),
+        ({"text": lambda t: t.replace("0.0", '"0"')}, "or damaged"),
+        ({"text": lambda t: t.replace("0.0, 0.0, ", "", 1).replace('"b": [0.0', '"b": [NaN')}, "or damaged"),
+        ({"text": lambda t: t.replace("[0.0, ", "[", 1).replace("[0.0, ", "[", 1)}, "or damaged"),
+    ],
+)
+def test_a_file_of_another_call_is_refused_before_anything_is_trained(tmp_path, how, said):
+    path = tmp_path / "folds.json"
+    call = {"folds": 4, "settings": ["a", "b"], "data": X}
+    run = lambda train, data, **how: gp.cross_validate(build, train, lambda m, d: 0.0, data, file=path, **how)  # noqa: E731
+    run(untrained, **call)
+    text = how.pop("text", None) if "text" in how else None
+    if text is not None:
+        path.write_text(text(path.read_text()) if callable(text) else text)
+    with pytest.raises(ValueError, match=said):
+        run(lambda model, data, setting: 1 / 0, **call | how)
+
+
 def test_differences_are_paired_and_their_intervals_know_that_folds_share_examples():
     table = validated(VALUES)
     gaps = np.subtract(VALUES["half"], VALUES["sparse"])

@@ -241,6 +241,100 @@ def test_training_between_prunes_further_and_its_cost_is_said_before(capfd, monk
     assert float(correct(model).float().mean()) >= 0.85
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("stopped_at", [1, 2, 4, 6])
+def test_it_goes_on_from_the_file_and_ends_as_if_it_had_not_stopped(tmp_path, trained, stopped_at):
+    path, calls, trainings = tmp_path / "looks", [], []
+
+    def counted(model, work):
+        trainings.append(1)
+        train(model, work)
+
+    def evaluate(pruned):
+        calls.append(1)
+        if len(calls) == stopped_at:
+            raise KeyboardInterrupt
+        return correct(pruned)
+
+    how = {"margin": 0.15, "confidence": 0.9, "tolerance": 0.05}
+    how |= {"train": counted, "steps": 20} if trained else {}
+    with pytest.raises(KeyboardInterrupt):
+        gp.largest_sparsity(network(), evaluate, file=path, **how)
+    found = gp.largest_sparsity(network(), evaluate, file=path, **how)
+    whole = gp.largest_sparsity(network(), correct, **how)
+    assert len(calls) == whole.evaluations + 1  # the one that was broken off
+    assert found.evaluations == whole.evaluations
+    assert (found.curve, found.masks, found.dense, found.sparsity) == (
+        whole.curve,
+        whole.masks,
+        whole.dense,
+        whole.sparsity,
+    )
+    again = gp.largest_sparsity(network(), lambda model: 1 / 0, file=path, **how)
+    assert again.curve == whole.curve
+    if trained:
+        assert all(torch.equal(again.state[name], value) for name, value in whole.state.items())
+        model = network()
+        model.load_state_dict(again.state)
+        assert again.masks.holds(model)
+    assert [p.name for p in tmp_path.iterdir()] == ["looks"]
+
+
+def test_a_complex_network_that_was_trained_comes_back_from_the_file(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Linear(8, 8, dtype=torch.complex64)
+
+    def correct(model):
+        with torch.no_grad():
+            model.bias.mul_(2)
+
+    how = {"at_least": 0.5, "tolerance": 0.2, "train": lambda model, work: correct(model), "steps": 1}
+    found = gp.largest_sparsity(build(), alive, file=tmp_path / "looks", **how)
+    again = gp.largest_sparsity(build(), lambda model: 1 / 0, file=tmp_path / "looks", **how)
+    assert again.state["weight"].is_complex()
+    assert all(torch.equal(again.state[name], value) for name, value in found.state.items())
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"at_least": 0.4}, "other wish"),
+        ({"tolerance": 0.1}, "other ends"),
+        ({"score": gp.random}, "other score"),
+        ({"scope": "layer"}, "other scope"),
+        ({"granularity": "channel"}, "other granularity"),
+        ({"min_keep": 2}, "other min_keep"),
+        ({"model": plain(2000)}, "other weights"),
+        ({"train": train, "steps": 1}, "other steps"),
+    ],
+)
+def test_a_file_of_another_search_is_refused_before_anything_is_evaluated(tmp_path, how, said):
+    path, call = tmp_path / "looks", {"model": plain(), "at_least": 0.5, "tolerance": 0.2}
+    gp.largest_sparsity(**call, evaluate=alive, file=path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=said):
+        gp.largest_sparsity(**call | how, evaluate=lambda model: 1 / 0, file=path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_something_else_is_refused(tmp_path):
+    path, call = tmp_path / "looks", {"at_least": 0.5, "tolerance": 0.2}
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"is no file of gp\.largest_sparsity"):
+        gp.largest_sparsity(plain(), alive, file=path, **call)
+    path.unlink()
+    gp.largest_sparsity(plain(), alive, file=path, **call)
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], whole.replace(b'\\"passed\\": true', b'\\"passed\\": null')):
+        assert broken != whole
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="damaged"):
+            gp.largest_sparsity(plain(), lambda model: 1 / 0, file=path, **call)
+    with pytest.raises(ValueError, match="a folder"):
+        gp.largest_sparsity(plain(), alive, file=tmp_path, **call)
+
+
 def test_training_that_revives_pruned_weights_is_an_error():
     model = network()
     before = {n: t.clone() for n, t in model.state_dict().items()}

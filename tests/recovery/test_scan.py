@@ -63,6 +63,38 @@ def test_each_layer_alone_is_pruned_as_prune_does_and_nothing_else_is_evaluated(
             assert all(torch.equal(a, b) for a, b in zip(next(states), wanted.parameters(), strict=True))
 
 
+def test_a_group_of_coupled_channels_is_pruned_alone_with_its_norms_and_goes_on_from_the_file(tmp_path):
+    pytest.importorskip("torch_pruning")
+    model, seen = network(), []
+    model[1].bias.data.fill_(0.5)
+    before = everything(model)
+
+    def evaluate(pruned):
+        seen.append({name: p.detach().clone() for name, p in pruned.named_parameters()})
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return float(len(seen))
+
+    how = {"granularity": "group", "example": X, "file": tmp_path / "scan.json"}
+    with pytest.raises(KeyboardInterrupt):
+        gp.sensitivity(model, evaluate, LEVELS, **how)
+    assert same(before, everything(model))
+    found = gp.sensitivity(model, evaluate, LEVELS, **how)
+    assert same(before, everything(model))
+    assert list(found.values) == ["0.weight"]  # the others are the network's outputs
+    assert found.weights == {"0.weight": 96}
+    assert len(seen) == 1 + len(LEVELS) + 1  # one was broken off
+    for sparsity, state in zip([0.25, 0.5, 0.5, 0.9], seen[1:], strict=True):
+        wanted = copy.deepcopy(model)
+        gp.prune(wanted, scope={"0.weight": sparsity}, granularity="group", example=X)
+        assert all(torch.equal(state[name], p) for name, p in wanted.named_parameters())
+        assert int((state["1.bias"] == 0).sum()) == round(12 * sparsity)
+    with pytest.raises(ValueError, match="example is for granularity='group'"):
+        gp.sensitivity(model, evaluate, LEVELS, example=X)
+    with pytest.raises(ValueError, match="needs example="):
+        gp.sensitivity(model, evaluate, LEVELS, granularity="group")
+
+
 def test_the_masks_of_a_layer_lie_within_each_other():
     zeros = []
     gp.sensitivity(network(), lambda m: zeros.append(m[0].weight.detach() == 0) or 0.0, LEVELS, include="0.*")

@@ -82,6 +82,20 @@ def test_layer_takes_the_share_of_each_group():
     assert [int(masks[name].any(1).sum()) for name in ("0.weight", "2.weight")] == [10, 4]
 
 
+def test_a_group_is_named_by_any_weight_of_it_and_the_others_stay_unless_a_sparsity_is_given():
+    model = trained(Residual)
+    sizes = {"stem.0.weight": 0.5, "body.3.weight": 0.5, "body.0.weight": 0.25}
+    alone = pruned(copy.deepcopy(model), scope={"body.3.weight": 0.5})
+    assert torch.equal(alone["stem.0.weight"].any(dim=(1, 2, 3)), alone["body.3.weight"].any(dim=(1, 2, 3)))
+    assert bool(alone["body.0.weight"].all())
+    both = pruned(copy.deepcopy(model), scope={"body.3.*": 0.5}, sparsity=0.25)
+    for name, sparsity in sizes.items():
+        assert 1 - both[name].any(dim=(1, 2, 3)).double().mean() == pytest.approx(sparsity, abs=0.05)
+    assert torch.equal(both["body.3.weight"], alone["body.3.weight"])
+    pruned(model, scope={"head.weight": 0.0, "body.3.weight": 0.5})  # what stays needs no group
+    assert torch.equal(model.stem[1].bias == 0, ~alone["stem.1.bias"])
+
+
 def test_a_threshold_takes_what_scores_less_but_leaves_a_channel_of_each_group():
     model = nn.Sequential(nn.Linear(10, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
@@ -126,7 +140,11 @@ def test_another_score_and_holding_work_as_for_weights():
     ("how", "said"),
     [
         ({"sparsity": 0.5, "example": None}, "needs example="),
-        ({"sparsity": 0.5, "scope": "erk"}, "scope 'global' or 'layer'"),
+        ({"sparsity": 0.5, "scope": "erk"}, "scope 'global', 'layer' or sparsities by name"),
+        ({"scope": {"body.0.weight": 0.5}, "threshold": 0.1}, "does not go with a threshold"),
+        ({"scope": {"head.weight": 0.5}}, "'head.weight', whose channels cannot go"),
+        ({"scope": {"nothing": 0.5}}, "'nothing', which is not eligible"),
+        ({"scope": {"stem.0.weight": 0.5, "body.3.weight": 0.25}}, "whose channels go together, different sparsities"),
         ({"sparsity": 0.5, "min_keep": 2}, "takes no min_keep"),
         ({}, "exactly one of sparsity and threshold; got neither"),
         ({"sparsity": 0.5, "threshold": 0.1}, "got both"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,12 +11,13 @@ from torch import nn
 from gradprune.core.checks import fraction, function, module, number, require
 from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
-from gradprune.recovery.hull import Point, loss_at, lower_hull, steps_to
+from gradprune.recovery.hull import Point, Segment, loss_at, lower_hull, steps_to
 from gradprune.recovery.outcome import Measure
 from gradprune.recovery.prices import Cost, Losses, Price, priced, stay
 from gradprune.recovery.scan import Sensitivity, sensitivity
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Units
+from gradprune.weights.groups import Groups
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 from gradprune.weights.request import Request, Score, checked_score
@@ -74,11 +75,12 @@ class Plan(Table, Mapping[str, float]):
     def __len__(self) -> int:
         return len(self.sparsities)
 
-    def apply_(self, model: nn.Module) -> Masks:
+    def apply_(self, model: nn.Module, example: Any = None) -> Masks:
         """Prune a model by this plan: ``prune`` with its sparsities, score and granularity.
 
         Args:
             model: the network that was planned for; its weights are changed in place.
+            example: its input, as for ``prune``, where the granularity is ``"group"``.
 
         Returns:
             The masks.
@@ -87,7 +89,8 @@ class Plan(Table, Mapping[str, float]):
             TypeError: as ``prune``.
             ValueError: as ``prune``, before anything is changed.
         """
-        return prune(model, self.score, scope=self, granularity=self.granularity, **self.eligible)
+        as_planned = {"scope": self, "granularity": self.granularity, "example": example} | dict(self.eligible)
+        return prune(model, self.score, **as_planned)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat row a layer: its weights, how many stay, its cost before and after, its predicted loss."""
@@ -151,14 +154,20 @@ def fit_budget(
             pruned channel saves in the next layer, once it is cut out, is not counted.
         bytes: the most bytes with one bit a weight and the nonzeros (``bytes_bitmask`` of a report).
         latency: the most seconds of a forward pass on `example`, with the pruned channels cut out; only for
-            ``granularity="channel"``, as zeros alone save no time. What a layer saves in the next is not counted.
+            ``granularity="channel"`` and ``"group"``, as zeros alone save no time.
         evaluate: as for ``sensitivity``, which is then called.
         sensitivities: what ``sensitivity`` returned, or losses, layer -> {sparsity: loss}; give either this or
             `evaluate`. Layers that are not in it stay as they are.
-        seconds: for `latency` on another machine: a function from a layer's name and the share of its channels that
-            stay to its seconds. Else linear layers and plain convolutions are timed here, at the sparsities tried.
+        seconds: for `latency`: a function from a layer's name and the share of its channels that stay to the seconds of
+            the whole network with that layer alone so narrow, as cut by ``shrink``. The shares of the time that are
+            left are then taken to multiply, since what one layer loses its neighbour no longer reads; and only what
+            was asked for is planned, as the time of a width says little about the next. Unless given, which only
+            ``"channel"`` allows, linear layers and plain convolutions are timed here by themselves, at the sparsities
+            tried: what is saved elsewhere (in the next layer, in a norm) is not counted, and layers whose channels
+            cannot be cut out, as of one side of a residual sum, must be excluded.
         score: as for ``prune``; what `sensitivities` says, else ``magnitude``.
-        granularity: as for ``prune``, but not n of m; what `sensitivities` says, else ``"weight"``.
+        granularity: as for ``prune``, but not n of m; what `sensitivities` says, else ``"weight"``. ``"group"`` goes
+            with `latency` and `seconds`, and each group has the name of the first weight of its filters.
         include: as for ``prune``; what `sensitivities` says, else None.
         exclude: as for ``prune``; what `sensitivities` says, else None.
         axes: as for ``prune``; what `sensitivities` says, else None.
@@ -187,22 +196,37 @@ def fit_budget(
     cost, limit = _one_cost(parameters, flops, bytes, latency)
     given = {"include": include, "exclude": exclude, "axes": axes}
     way = _way(sensitivities, score, granularity, given)
-    request = Request.of(model, granularity=way.granularity, **way.eligible)
+    coupled = isinstance(way.granularity, str) and way.granularity == "group"
+    request = Request.of(model, granularity="channel" if coupled else way.granularity, **way.eligible)
     require(request.n_of_m is None, f"granularity={way.granularity!r} is itself a sparsity: there is nothing to share")
     if seconds is not None:
         function("seconds", seconds)
     if cost == "latency":
-        require(way.granularity == "channel", 'zeros alone save no time: latency needs granularity="channel"')
+        require(
+            coupled or way.granularity == "channel",
+            'zeros alone save no time: latency needs granularity="channel" or "group"',
+        )
+    require(
+        not coupled or (cost == "latency" and seconds is not None),
+        'granularity="group" goes with latency and seconds: what coupled channels cost is measured, not counted',
+    )
     require(cost not in ("flops", "latency") or example is not None, f"{cost} needs an example: the model's input")
     if sensitivities is None:
         require(evaluate is not None, "give evaluate, or the sensitivities that gp.sensitivity returned")
         assert evaluate is not None
         function("evaluate", evaluate)
-        sensitivities = sensitivity(model, evaluate, score=way.score, granularity=way.granularity, **way.eligible)
+        traced = {"example": example} if coupled else {}
+        as_planned = {"score": way.score, "granularity": way.granularity} | dict(way.eligible) | traced
+        sensitivities = sensitivity(model, evaluate, **as_planned)
     else:
         require(evaluate is None, "give either evaluate or sensitivities, not both")
-    losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, request)
-    return _planned(cost, limit, _layers(losses, request), way, priced(cost, model, example, request, losses, seconds))
+    units: Units | Groups = Units(request.layers, request.block, None)
+    if coupled:
+        units = Groups.of(model, example, **way.eligible)
+    known = units.numbers if isinstance(units, Groups) else request.layers
+    losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, list(known))
+    price = priced(cost, model, example, request, losses, seconds, units)
+    return _planned(cost, limit, _layers(losses, units), way, price)
 
 
 @dataclass(frozen=True)
@@ -216,15 +240,15 @@ class _Way:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer: how many units it has, of how many weights each, and what it loses with fewer."""
+    """One layer: how many units and weights it has, and what it loses with fewer."""
 
     units: int
-    unit: int
+    all_weights: int
     losses: dict[int, float]  # units that stay -> loss
 
     def weights(self, units: int) -> int:
-        """Weights in so many units."""
-        return units * self.unit
+        """Weights in so many units; nearly where those of a group are of several sizes."""
+        return round(units * self.all_weights / max(1, self.units))
 
 
 def _one_cost(parameters: Any, flops: Any, bytes: Any, latency: Any) -> tuple[Cost, float]:
@@ -250,12 +274,12 @@ def _way(sensitivities: Any, score: Any, granularity: Any, given: dict[str, Any]
     return _Way(sensitivities.score, sensitivities.granularity, sensitivities.eligible)
 
 
-def _checked(losses: Mapping[str, Any], request: Request) -> dict[str, dict[float, float]]:
+def _checked(losses: Mapping[str, Any], known: list[str]) -> dict[str, dict[float, float]]:
     """The losses by name, as plain numbers."""
     require(bool(losses), "sensitivities is empty")
     found = {}
     for name, row in losses.items():
-        require(name in request.layers, f"sensitivities names {name!r}, which is not eligible: {list(request.layers)}")
+        require(name in known, f"sensitivities names {name!r}, which is not eligible: {known}")
         if not isinstance(row, Mapping):
             raise TypeError(
                 f"the sensitivities of {name!r} must be a dict {{sparsity: loss}}, got {type(row).__name__}"
@@ -267,13 +291,12 @@ def _checked(losses: Mapping[str, Any], request: Request) -> dict[str, dict[floa
     return found
 
 
-def _layers(losses: Losses, request: Request) -> dict[str, _Layer]:
+def _layers(losses: Losses, units: Units | Groups) -> dict[str, _Layer]:
     """The layers in units; a gain counts as no loss, and whole it loses nothing."""
-    units = Units(request.layers, request.block, None)
     return {
         name: _Layer(
             units.number(name),
-            units.cost(name),
+            units.weights(name) if isinstance(units, Groups) else units.number(name) * units.cost(name),
             {stay(units, name, s): max(loss, 0.0) for s, loss in row.items()} | {units.number(name): 0.0},
         )
         for name, row in losses.items()
@@ -286,45 +309,65 @@ def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, 
         name: lower_hull([Point(units, price.of(name, units), loss) for units, loss in layer.losses.items()])
         for name, layer in layers.items()
     }
-    least = price.fixed + sum(hull[-1].cost for hull in hulls.values())
+    least = price.cost(price.fixed + sum(hull[-1].cost for hull in hulls.values()))
     require(
         least <= limit,
         f"{cost}={limit:,.10g} cannot be met: at the highest sparsities that were tried the least is {least:,.10g}",
     )
+    most = price.summed(limit) - price.fixed
     kept = {name: hull[0].units for name, hull in hulls.items()}
-    taken = steps_to(hulls, limit - price.fixed)
+    taken = steps_to(hulls, most)
     for step in taken:
         kept[step.name] = step.end.units
-    left = limit - price.fixed - sum(price.of(name, units) for name, units in kept.items())
+    left = most - sum(price.of(name, units) for name, units in kept.items())
     for step in reversed(taken):
-        if kept[step.name] == step.end.units:  # the last step of its layer
+        if kept[step.name] != step.end.units:  # not the last step of its layer
+            continue
+        if price.tried is None:
             kept[step.name], left = _raised(step.name, step.start.units, kept[step.name], left, price)
-    dense = price.fixed + sum(price.of(name, layer.units) for name, layer in layers.items())
+        else:
+            kept[step.name], left = _tried(step, layers[step.name].losses, price.tried[step.name], left, price)
+    dense = price.cost(price.fixed + sum(price.of(name, layer.units) for name, layer in layers.items()))
+    predicted = price.cost(price.fixed + sum(price.of(name, units) for name, units in kept.items()))
     rows: tuple[dict[str, Any], ...] = tuple(
         {
             "layer": name,
             "weights": layer.weights(layer.units),
             "stay": layer.weights(kept[name]),
             "sparsity": 1 - kept[name] / layer.units if layer.units else 0.0,
-            f"{_UNIT[cost]} dense": price.of(name, layer.units),
-            f"{_UNIT[cost]} planned": price.of(name, kept[name]),
-            "loss": loss_at(hulls[name], kept[name]),
+            f"{_UNIT[cost]} dense": price.cost(price.of(name, layer.units)),
+            f"{_UNIT[cost]} planned": price.cost(price.of(name, kept[name])),
+            "loss": loss_at(hulls[name], kept[name]) if price.tried is None else layer.losses[kept[name]],
         }
         for name, layer in layers.items()
     )
+    slope = taken[-1].slope if taken else 0.0
     return Plan(
         {row["layer"]: row["sparsity"] for row in rows},
         cost,
         limit,
-        price.fixed + sum(price.of(name, units) for name, units in kept.items()),
+        predicted,
         dense,
         sum(row["loss"] for row in rows),
-        taken[-1].slope if taken else 0.0,
+        slope if price.whole is None else slope / predicted,
         rows,
         way.granularity,
         way.score,
         way.eligible,
     )
+
+
+def _tried(
+    step: Segment, losses: Mapping[int, float], tried: Collection[int], left: float, price: Price
+) -> tuple[int, float]:
+    """The units of least loss along a step, among those whose cost is known and within what is left; what is left."""
+    within = {
+        units: price.of(step.name, units) - step.end.cost
+        for units in tried
+        if step.end.units <= units <= step.start.units and price.of(step.name, units) - step.end.cost <= left
+    }
+    best = min(within, key=lambda units: (losses[units], -units))
+    return best, left - within[best]
 
 
 def _raised(name: str, most: int, least: int, left: float, price: Price) -> tuple[int, float]:

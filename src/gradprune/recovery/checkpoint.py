@@ -74,7 +74,7 @@ class Checkpoint:
     def __init__(self, path: Any, model: nn.Module, call: Mapping[str, Any]) -> None:
         files.safetensors()
         self.path = files.place("checkpoint", path)
-        self._state = tensors = _tensors_of(model)
+        self._state = tensors = tensors_of(model)
         files.require_storable(tensors)
         call = dict(call) | {"tensors": {name: list(value.shape) for name, value in tensors.items()}}
         self._call = json.loads(json.dumps(call, default=_plain))  # as it will come back
@@ -152,14 +152,14 @@ class Checkpoint:
         return dict(tensors)
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state, as a file can hold it; ValueError where there is extra state."""
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state, as a file can hold it; ValueError where there is extra state."""
     found = model.state_dict()
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name!r} of the model's state is no tensor, but {type(value).__name__}: a checkpoint holds tensors "
-                "alone; leave `checkpoint` out"
+                "alone; leave the file out"
             )
         require_readable(name, value, "tensor")
     return dict(found)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradprune.core import files
 from gradprune.core.checks import function, require, whole
 from gradprune.core.paired import Difference, holm, paired, standard_error
 from gradprune.core.progress import bar
@@ -20,6 +25,8 @@ from gradprune.recovery.outcome import mean_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_KEY = "gradprune.cross_validate"
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,7 @@ def cross_validate(
     settings: Mapping[str, Any] | Iterable[Any],
     reference: str | None = None,
     seed: int = 0,
+    file: str | os.PathLike[str] | None = None,
 ) -> CrossValidation:
     """Train and evaluate each setting on each of k folds, and return the paired comparison.
 
@@ -166,6 +174,8 @@ def cross_validate(
             sparsest, first.
         reference: the name of the setting that the others are compared with; the first unless given.
         seed: of the folds and of each training.
+        file: where each result is written down, in JSON, whole or not at all. The same call with the file there goes
+            on from it.
 
     Returns:
         A ``CrossValidation``.
@@ -174,7 +184,8 @@ def cross_validate(
         ImportError: SciPy is not installed.
         TypeError: where an argument is of a wrong kind.
         ValueError: where one is out of range, two settings have one name, or there are fewer examples than folds:
-            before anything is trained. Also where `evaluate` returns anything but a finite number.
+            or the file is damaged, of another call or cannot be written: before anything is trained. Also where
+            `evaluate` returns anything but a finite number.
 
     Example:
         >>> x = torch.randn(40, 3)
@@ -198,10 +209,17 @@ def cross_validate(
     require(examples >= folds, f"data has {examples} examples, fewer than folds={folds}")
     parts = _parts(examples, folds, seed)
     values: dict[str, list[float]] = {name: [] for name in named}
-    with torch.random.fork_rng(), bar(folds * len(named), "folds") as progress:
+    path, call = None if file is None else files.place("file", file), {}
+    if path is not None:
+        call = {"settings": list(named), "folds": folds, "seed": seed, "examples": examples, "data": _digest(data)}
+        values = _read(path, call) if path.exists() else values
+    done = sum(map(len, values.values()))
+    with torch.random.fork_rng(), bar(folds * len(named), "folds", done) as progress:
         for fold, part in enumerate(parts):
             rest = torch.cat([other for at, other in enumerate(parts) if at != fold]).sort().values
             for name, setting in named.items():
+                if len(values[name]) > fold:
+                    continue
                 torch.manual_seed(seed + fold)
                 model = build()
                 if not isinstance(model, nn.Module):
@@ -211,8 +229,44 @@ def cross_validate(
                 value = mean_of(evaluate(model, _taken(data, part)), f"for {name!r} on fold {fold}")
                 require(math.isfinite(value), f"evaluate returned {value} for {name!r} on fold {fold}")
                 values[name].append(value)
+                if path is not None:
+                    with files.replacing(path) as part_written:
+                        told = json.dumps({_KEY: call, "values": values})
+                        part_written.write_text(told, encoding="utf-8")
                 progress.update()
     return CrossValidation(values, first)
+
+
+def _read(path: Path, call: Mapping[str, Any]) -> dict[str, list[float]]:
+    """What a file knows of this call."""
+    wrong = f"{str(path)!r} is no file of gp.cross_validate, or damaged: give another file, or remove it"
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        theirs, values = dict(told[_KEY]), dict(told["values"])
+        lengths = [len(row) for row in values.values()]
+        finite = all(isinstance(v, float) and math.isfinite(v) for row in values.values() for v in row)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(wrong) from None
+    for key, wanted in call.items():
+        require(
+            theirs.get(key) == wanted,
+            f"{str(path)!r} is of another cross-validation, with other {key}: give another file, or remove it",
+        )
+    in_order = lengths == sorted(lengths, reverse=True) and max(lengths) - min(lengths) <= 1  # fold by fold
+    sound = finite and in_order and max(lengths) <= call["folds"] and list(values) == call["settings"]
+    require(sound, wrong)
+    return values
+
+
+def _digest(data: Any) -> int:
+    """A number that tells tensors and arrays from others; of a data set only its length is known."""
+    found = 0
+    for part in data if isinstance(data, tuple) else (data,):
+        if isinstance(part, Tensor) and part.layout == torch.strided and not part.is_meta:
+            found = zlib.crc32(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), found)
+        elif isinstance(part, np.ndarray) and not part.dtype.hasobject:
+            found = zlib.crc32(part.tobytes(), found)
+    return found
 
 
 def _named(settings: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ so with at most 1 - confidence (Bonferroni).
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ from gradprune.core.words import in_our_words
 from gradprune.recovery.bounds import difference_at_least, mean_at_least
 from gradprune.recovery.found import Found, Look
 from gradprune.recovery.history import Round
-from gradprune.recovery.outcome import Measure, Outcome, measured
+from gradprune.recovery.looked import Looked
+from gradprune.recovery.outcome import Measure, Outcome, measured, name_of
+from gradprune.recovery.scan import digest
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Ranked
 from gradprune.weights.mask import Masks
@@ -67,6 +70,7 @@ def largest_sparsity(
     exclude: Patterns = None,
     min_keep: int | None = None,
     axes: StatedAxes = None,
+    file: str | os.PathLike[str] | None = None,
 ) -> Found:
     """Return the largest sparsity at which `evaluate` still gives what is wanted, found by bisection.
 
@@ -102,6 +106,8 @@ def largest_sparsity(
         exclude: as for ``prune``.
         min_keep: as for ``prune``.
         axes: as for ``prune``.
+        file: where each look is written down, whole or not at all, with `train` the best corrected network too. The
+            same call with the file there goes on from it; torch's random state is the process's own.
 
     Returns:
         A ``Found``.
@@ -109,7 +115,8 @@ def largest_sparsity(
     Raises:
         TypeError: where an argument is of a wrong kind.
         ValueError: where one is out of range, before anything is evaluated; where `lowest` does not pass, or there are
-            too few examples to show that it does; where `evaluate` returns anything but finite numbers.
+            too few examples to show that it does; where `evaluate` returns anything but finite numbers; where the file
+            is damaged, of another call or cannot be written.
         RuntimeError: where `train` left a pruned weight other than zero.
 
     Warns where the curve rises again: a higher sparsity passes than one that does not.
@@ -143,8 +150,21 @@ def largest_sparsity(
             f"largest_sparsity: at most {runs} runs of train, {runs * len(correction.steps):,} steps, and "
             f"{total * wish.repeats} evaluations"
         )
-    search = _Search(model, evaluate, request, ranked_by(score, model, request.parameters), wish, ends, correction)
-    with bar(total, "largest sparsity") as progress:
+    call = {
+        "layers": list(request.layers),
+        "weights": digest(model),
+        "wish": vars(wish),
+        "ends": vars(ends),
+        "score": name_of(score),
+        "scope": str(scope),
+        "granularity": str(granularity),
+        "min_keep": min_keep,
+        "steps": None if correction is None else len(correction.steps),
+    }
+    looked = Looked(file, model, call if file is not None else {}, trains=correction is not None)
+    ranked = ranked_by(score, model, request.parameters)
+    search = _Search(model, evaluate, request, ranked, wish, ends, correction, looked)
+    with bar(total, "largest sparsity", (looked.dense is not None) + len(looked.looks)) as progress:
         return search.run(spare, progress.update)
 
 
@@ -249,47 +269,46 @@ class _Search:
         wish: _Wish,
         ends: _Ends,
         correction: _Correction | None,
+        looked: Looked,
     ) -> None:
         self._model, self._evaluate, self._request = model, evaluate, request
         self._wish, self._ends, self._correction = wish, ends, correction
         self._values = {name: value.detach().clone() for name, value in ranked.values.items()}
         self._by = ranked.by
         self._keeper = Keeper(model)
-        self._evaluations = 0
-        self._size: int | None = None  # how many results evaluate returns
+        self._looked = looked
         self._curve: list[tuple[float, Look]] = []  # with the sparsity that was asked for
-        self._state: dict[str, Any] | None = None
 
     def run(self, probes: int, update: Callable[[], Any]) -> Found:
         """Look at the dense network, then between the ends; say whether the curve falls."""
-        self._dense = self._measured("for the dense network")
-        update()
-        low, high = self._ends.lowest, self._ends.highest
-        self._check_lowest()
-        for _ in range(self._ends.gate):
+        if self._looked.dense is None:
+            self._looked.dense = self._measured("for the dense network")
+            self._looked.write()
             update()
+        self._dense = self._looked.dense
+        low, high = self._ends.lowest, self._ends.highest
+        self._check_lowest(update)
         for _ in range(self._ends.looks):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._look(middle, probe=False).passed else (low, middle)
-            update()
+            low, high = (middle, high) if self._look(middle, update, probe=False).passed else (low, middle)
         for _ in range(probes):
-            self._look(self._widest_gap(), probe=True)
-            update()
+            self._look(self._widest_gap(), update, probe=True)
         return self._found(low)
 
     def _measured(self, where: str) -> Outcome:
         """One result an example, averaged over the repetitions; where `evaluate` gives one number, one a repetition."""
         runs = [measured(self._evaluate, self._model, where, self._keeper) for _ in range(self._wish.repeats)]
-        self._evaluations += len(runs)
-        sizes = [run.each.size for run in runs] if self._size is None else [self._size, *(r.each.size for r in runs)]
+        self._looked.evaluations += len(runs)
+        sizes = [run.each.size for run in runs]
+        sizes = sizes if self._looked.size is None else [self._looked.size, *sizes]
         require(
             min(sizes) == max(sizes),
             f"evaluate returned {max(sizes)} results once and {min(sizes)} another time ({where}): they must be of the "
             "same examples",
         )
-        self._size = sizes[0]
+        self._looked.size = sizes[0]
         each = np.stack([run.each for run in runs])
-        found = each.mean(axis=0) if self._size > 1 else each[:, 0]
+        found = each.mean(axis=0) if sizes[0] > 1 else each[:, 0]
         require(
             self._wish.confidence is None or found.size > 1,
             "a statement with a confidence needs results example by example, a tensor from evaluate, or repeats of at "
@@ -299,14 +318,19 @@ class _Search:
 
     def _bound(self, outcome: Outcome) -> float | None:
         looks = self._ends.looks + 1
-        return self._wish.bound(outcome, self._dense, looks, by_example=self._size is not None and self._size > 1)
+        return self._wish.bound(outcome, self._dense, looks, by_example=(self._looked.size or 0) > 1)
 
-    def _look(self, sparsity: float, *, probe: bool) -> Look:
-        """Prune to a sparsity, correct, evaluate, and put all back."""
+    def _look(self, sparsity: float, update: Callable[[], Any], *, probe: bool) -> Look:
+        """Prune to a sparsity, correct, evaluate, and put all back; or read what the file knows of it."""
+        if sparsity in self._looked.looks:
+            look = self._looked.looks[sparsity]
+            self._curve.append((sparsity, look))
+            return look
         masks = self._masks(sparsity)
         same = [look for _, look in self._curve if look.sparsity == masks.sparsity]
         if same:  # between two whole numbers of weights there is nothing to look at
             self._curve.append((sparsity, replace(same[0], probe=probe)))
+            update()
             return same[0]
         parameters = self._request.parameters
         written = list(parameters.values()) if self._correction is None else list(self._model.parameters())
@@ -319,8 +343,11 @@ class _Search:
             reached = self._wish.gained(outcome.mean, self._dense.mean) if bound is None else bound
             look = Look(masks.sparsity, outcome.mean, bound, reached >= self._wish.wanted, probe)
             if look.passed and not probe and self._correction is not None:
-                self._state = {n: _copy(v) for n, v in self._model.state_dict().items()}
+                self._looked.state = {n: _copy(v) for n, v in self._model.state_dict().items()}
         self._curve.append((sparsity, look))
+        self._looked.looks[sparsity] = look
+        self._looked.write()
+        update()
         return look
 
     def _masks(self, sparsity: float) -> Masks:
@@ -341,10 +368,10 @@ class _Search:
                     "round.hold(optimizer) before the first step"
                 )
 
-    def _check_lowest(self) -> None:
+    def _check_lowest(self, update: Callable[[], Any]) -> None:
         """Raise ValueError where nothing can pass."""
         if self._ends.lowest > 0:
-            look = self._look(self._ends.lowest, probe=False)
+            look = self._look(self._ends.lowest, update, probe=False)
             name, reached, value = f"sparsity {self._ends.lowest:g}", look.bound, look.value
         else:
             name, value = "the dense network", self._dense.mean
@@ -379,12 +406,12 @@ class _Search:
             masks.sparsity,
             masks,
             tuple(looks),
-            self._evaluations,
+            self._looked.evaluations,
             self._dense.mean,
             self._wish.wanted,
             self._wish.confidence,
             not above,
-            self._state,
+            self._looked.state,
         )
 
     def _reaches(self, look: Look) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import statistics
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +13,9 @@ from torch import nn
 from gradprune.core.checks import number, require_values
 from gradprune.core.encoded import bitmask_bytes
 from gradprune.core.flops import count_flops, nonzeros
-from gradprune.recovery.seconds import layer_seconds, model_seconds
+from gradprune.recovery.seconds import falling, seconds_here
 from gradprune.weights.granularity import Units
+from gradprune.weights.groups import Groups
 from gradprune.weights.request import Request
 
 Cost = Literal["parameters", "flops", "bytes", "latency"]
@@ -21,10 +24,23 @@ Losses = Mapping[str, Mapping[float, float]]
 
 @dataclass(frozen=True)
 class Price:
-    """What all but the layers costs, and what a layer costs with some of its units."""
+    """What all but the layers costs, and what a layer costs with some of its units, in what adds up.
+
+    That is the cost itself, or with `whole`, the dense network's cost, the logarithm of the share of it that is left.
+    """
 
     fixed: float
     of: Callable[[str, int], float]
+    whole: float | None = None
+    tried: Mapping[str, Collection[int]] | None = None  # the numbers of units that alone may be planned
+
+    def cost(self, summed: float) -> float:
+        """Return the cost of what adds up to this."""
+        return summed if self.whole is None else self.whole * math.exp(summed)
+
+    def summed(self, cost: float) -> float:
+        """Return what has to add up to this for the cost."""
+        return cost if self.whole is None else math.log(cost / self.whole)
 
 
 def priced(
@@ -34,12 +50,13 @@ def priced(
     request: Request,
     losses: Losses,
     seconds: Callable[[str, float], float] | None,
+    units: Units | Groups,
 ) -> Price:
     """Return the price of a network of which the layers of `losses` are planned, in units of `cost`."""
-    units = Units(request.layers, request.block, None)
-    planned = {name: request.layers[name].parameter for name in losses}
     if cost == "latency":
-        return _seconds_of(model, example, request, losses, seconds)
+        return _seconds_of(model, example, request, losses, seconds, units)
+    assert isinstance(units, Units)
+    planned = {name: request.layers[name].parameter for name in losses}
     if cost == "flops":
         count = count_flops(model, example)
         all_of = {name: count.by_weight.get(p, 0) for name, p in planned.items()}
@@ -62,21 +79,26 @@ def _seconds_of(
     request: Request,
     losses: Losses,
     seconds: Callable[[str, float], float] | None,
+    units: Units | Groups,
 ) -> Price:
     """Seconds of a layer by the number of its channels, in proportion between those that were timed."""
-    units = Units(request.layers, request.block, None)
     counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
     if seconds is None:
-        times = layer_seconds(model, example, {name: request.layers[name] for name in losses}, counts)
-    else:
-        times = {
-            name: {
-                n: number(f"the seconds of {name!r}", seconds(name, n / units.number(name)), least=0.0) for n in wanted
-            }
-            for name, wanted in counts.items()
-        }
-    fixed = model_seconds(model, example) - sum(row[max(row)] for row in times.values()) if seconds is None else 0.0
-    return Price(fixed, lambda name, kept: _between(times[name], kept))
+        whole, times = seconds_here(model, example, {name: request.layers[name] for name in losses}, counts)
+        fixed = whole - sum(row[max(row)] for row in times.values())
+        return Price(fixed, lambda name, kept: _between(times[name], kept))
+    asked = {
+        name: falling(
+            {n: number(f"the seconds with {name!r}", seconds(name, n / units.number(name)), above=0.0) for n in wanted}
+        )
+        for name, wanted in counts.items()
+    }
+    whole = statistics.median(row[max(row)] for row in asked.values())
+
+    def share(name: str, kept: int) -> float:
+        return math.log(_between(asked[name], kept) / asked[name][max(asked[name])])
+
+    return Price(0.0, share, whole, counts)
 
 
 def _between(times: Mapping[int, float], count: int) -> float:
@@ -87,7 +109,9 @@ def _between(times: Mapping[int, float], count: int) -> float:
     return times[below] + (times[above] - times[below]) * (count - below) / (above - below)
 
 
-def stay(units: Units, name: str, sparsity: float) -> int:
+def stay(units: Units | Groups, name: str, sparsity: float) -> int:
     """Return how many units ``prune`` leaves."""
+    if isinstance(units, Groups):
+        return units.stay(name, sparsity)
     weights = units.layers[name].parameter.numel()
     return round((weights - round(sparsity * weights)) / max(units.cost(name), 1))

@@ -28,6 +28,7 @@ from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import Measure, measured, name_of
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Ranked
+from gradprune.weights.groups import Groups
 from gradprune.weights.request import Request, Score, checked_score, ranked_by
 from gradprune.weights.score import magnitude
 
@@ -119,6 +120,7 @@ def sensitivity(
     include: Patterns = None,
     exclude: Patterns = None,
     axes: StatedAxes = None,
+    example: Any = None,
     file: str | os.PathLike[str] | None = None,
 ) -> Sensitivity:
     """Return what `evaluate` gives when each layer alone is pruned to each sparsity.
@@ -133,10 +135,12 @@ def sensitivity(
             is taken; the higher, the better (of a loss, give the negative). Use validation data.
         sparsities: in (0, 1], growing; 0.3, 0.5, 0.7, 0.8, 0.9, 0.95 and 0.98 unless given. None for n of m.
         score: as for ``prune``; asked once.
-        granularity: as for ``prune``.
+        granularity: as for ``prune``; with ``"group"`` what is pruned alone is a group, which has the name of the first
+            weight of its filters.
         include: as for ``prune``.
         exclude: as for ``prune``.
         axes: as for ``prune``.
+        example: as for ``prune``, for ``"group"``.
         file: where each result is written down, in JSON, whole or not at all. The same call with the file there goes
             on from it.
 
@@ -159,28 +163,36 @@ def sensitivity(
     """
     module(model)
     function("evaluate", evaluate)
-    request = Request.of(model, granularity=granularity, include=include, exclude=exclude, axes=axes)
-    levels = _levels(sparsities, request)
     score = checked_score(score)
-    notes = _Notes(file, model, request, levels, score, granularity)
-    ranked = ranked_by(score, model, request.parameters)
+    patterns = {"include": include, "exclude": exclude, "axes": axes}
+    if isinstance(granularity, str) and granularity == "group":
+        groups = Groups.of(model, example, include, exclude, axes)
+        levels = _levels(sparsities, None)
+        weights = {name: groups.weights(name) for name in groups.numbers}
+        notes = _Notes(file, model, weights, levels, score, granularity)
+        steps = _coupled(groups, ranked_by(score, model, groups.parameters), levels)
+    else:
+        require(example is None, f"example is for granularity='group'; got granularity={granularity!r}")
+        request = Request.of(model, granularity=granularity, include=include, exclude=exclude, axes=axes)
+        levels = _levels(sparsities, request.n_of_m)
+        weights = {name: weight.parameter.numel() for name, weight in request.layers.items()}
+        notes = _Notes(file, model, weights, levels, score, granularity)
+        steps = _alone(request, ranked_by(score, model, request.parameters))
     keeper = Keeper(model)
-    with bar(1 + len(levels) * len(request.layers), "sensitivity", notes.done) as progress:
+    with bar(1 + len(levels) * len(weights), "sensitivity", notes.done) as progress:
         if notes.dense is None:
             notes.add_dense(measured(evaluate, model, "for the dense network").mean)
             progress.update()
-        for name in request.layers:
-            _scan_layer(model, keeper, evaluate, request, ranked, name, levels, notes, progress.update)
+        for name in weights:
+            _scan_layer(model, keeper, evaluate, steps, name, levels, notes, progress.update)
     assert notes.dense is not None
-    weights = {name: weight.parameter.numel() for name, weight in request.layers.items()}
-    patterns = {"include": include, "exclude": exclude, "axes": axes}
     return Sensitivity(notes.dense, notes.values, weights, score, granularity, patterns)
 
 
-def _levels(sparsities: Any, request: Request) -> list[float]:
+def _levels(sparsities: Any, n_of_m: tuple[int, int] | None) -> list[float]:
     """The sparsities as plain floats, checked."""
-    if request.n_of_m is not None:
-        n, m = request.n_of_m
+    if n_of_m is not None:
+        n, m = n_of_m
         require(sparsities is None, f"granularity {n}:{m} is itself a sparsity of {1 - n / m:g}: give no others")
         return [1 - n / m]
     if sparsities is None:
@@ -196,12 +208,48 @@ def _levels(sparsities: Any, request: Request) -> list[float]:
     return levels
 
 
+Pruned = list[tuple[nn.Parameter, Tensor]]  # what is pruned, and what stays of it
+Steps = Callable[[str], tuple[list[nn.Parameter], Callable[[float], Pruned]]]  # what one layer's masks write, and they
+
+
+def _alone(request: Request, ranked: Ranked) -> Steps:
+    """The masks of one layer by itself."""
+
+    def steps(name: str) -> tuple[list[nn.Parameter], Callable[[float], Pruned]]:
+        parameter = request.layers[name].parameter
+        own = ranked.values[name].detach()
+        own = own.clone() if ranked.by == "magnitude" else own  # else it would change with the layer
+
+        def pruned(sparsity: float) -> Pruned:
+            given = None if request.n_of_m is not None else sparsity
+            return [(parameter, request.alone(name, sparsity).keep(Ranked({name: own}, ranked.by), given)[name])]
+
+        return [parameter], pruned
+
+    return steps
+
+
+def _coupled(groups: Groups, ranked: Ranked, levels: list[float]) -> Steps:
+    """The masks of one group by itself, with what goes beside the filters."""
+    scores = ranked.scores()
+
+    def steps(name: str) -> tuple[list[nn.Parameter], Callable[[float], Pruned]]:
+        number = groups.numbers[name]
+
+        def pruned(sparsity: float) -> Pruned:
+            masks = groups.masks(scores, None, None, None, {number: sparsity})
+            return [(groups.others[n], mask) for n, mask in masks.items() if not bool(mask.all())]
+
+        return [parameter for parameter, _ in pruned(levels[-1])], pruned
+
+    return steps
+
+
 def _scan_layer(
     model: nn.Module,
     keeper: Keeper,
     evaluate: Measure,
-    request: Request,
-    ranked: Ranked,
+    steps: Steps,
     name: str,
     levels: list[float],
     notes: _Notes,
@@ -211,14 +259,10 @@ def _scan_layer(
     left = levels[len(notes.values[name]) :]
     if not left:
         return
-    parameter = request.layers[name].parameter
-    own = ranked.values[name].detach()
-    own = own.clone() if ranked.by == "magnitude" else own  # else it would change with the layer
-    with keeper.unchanged([parameter]):
+    written, pruned = steps(name)
+    with keeper.unchanged(written):
         for sparsity in left:
-            given = None if request.n_of_m is not None else sparsity
-            mask = request.alone(name, sparsity).keep(Ranked({name: own}, ranked.by), given)[name]
-            zero_pruned_([(parameter, mask)])
+            zero_pruned_(pruned(sparsity))
             notes.add(name, sparsity, measured(evaluate, model, f"with {name!r} at sparsity {sparsity:g}", keeper).mean)
             update()
 
@@ -230,21 +274,21 @@ class _Notes:
         self,
         file: Any,
         model: nn.Module,
-        request: Request,
+        layers: Iterable[str],
         levels: list[float],
         score: Score,
         granularity: Granularity,
     ) -> None:
         self.dense: float | None = None
-        self.values: dict[str, dict[float, float]] = {name: {} for name in request.layers}
+        self.values: dict[str, dict[float, float]] = {name: {} for name in layers}
         self._path: Path | None = None if file is None else files.place("file", file)
         if self._path is not None:
             self._call: dict[str, Any] = {
-                "layers": list(request.layers),
+                "layers": list(self.values),
                 "sparsities": levels,
                 "score": name_of(score),
                 "granularity": str(granularity),
-                "weights": _digest(model),
+                "weights": digest(model),
             }
             if self._path.exists():
                 self._read(self._path)
@@ -300,8 +344,8 @@ def _parsed(path: Path) -> tuple[dict[str, Any], float | None, dict[str, list[fl
     return call, dense, values
 
 
-def _digest(model: nn.Module) -> int:
-    """A number that tells these weights from those of another training, by a sample of each."""
+def digest(model: nn.Module) -> int:
+    """Return a number that tells these weights from those of another training, by a sample of each."""
     found = 0
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:

@@ -8,9 +8,11 @@ filters' weights are ranked and counted.
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +26,15 @@ from gradprune.core.layers import TRANSPOSED, Weight
 from gradprune.core.units import Part, Unit, is_depthwise, place, reads, writes
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible
 from gradprune.weights.mask import Masks
-from gradprune.weights.request import Score, checked_amount, checked_score, ranked_by, require_one_amount
+from gradprune.weights.request import (
+    Score,
+    check_made_for,
+    checked_amount,
+    checked_scope,
+    checked_score,
+    ranked_by,
+    require_one_amount,
+)
 
 Index = tuple[Any, ...]
 
@@ -56,38 +66,122 @@ def prune_groups(
 ) -> Masks:
     """Return the masks by which whole coupled channels go; arguments and errors as of ``prune``."""
     score = checked_score(score)
-    require(example is not None, "granularity='group' needs example=, the model's input: what is coupled is traced")
-    shared = isinstance(scope, str) and scope in ("global", "layer")
-    require(shared, f"granularity='group' goes with scope 'global' or 'layer', got {scope!r}")
-    require_one_amount(sparsity, threshold)
+    shared = isinstance(scope, Mapping) or (isinstance(scope, str) and scope in ("global", "layer"))
+    require(shared, f"granularity='group' goes with scope 'global', 'layer' or sparsities by name, got {scope!r}")
+    if isinstance(scope, Mapping):
+        check_made_for(scope, "group")
+        require(threshold is None, "a scope that gives sparsities by name does not go with a threshold")
+    else:
+        require_one_amount(sparsity, threshold)
     sparsity, threshold = checked_amount(sparsity, threshold)
-    include = None if include is None else as_patterns("include", include)
-    exclude = None if exclude is None else as_patterns("exclude", exclude)
-    layers = eligible(model, include, exclude, axes)
-    allowed = None if within is None else Masks(within)
-    names = {id(p): name for name, p in model.named_parameters()}
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    twin = copy.deepcopy(model)  # a trace leaves its hooks where it fails
-    channels = list(_channels(twin, example, layers, names, dict(model.named_modules())))
-    require(
-        bool(channels),
-        "the network couples no channels that can go: its layers are its outputs, stand under norms over channels, or "
-        "are excluded",
-    )
-    parameters = {name: weight.parameter for name, weight in layers.items()}
-    ranked = ranked_by(score, model, parameters).scores()
-    gone = _chosen(channels, ranked, layers, allowed, sparsity, threshold, scope)
-    keep = {name: torch.ones(p.shape, dtype=torch.bool, device=p.device) for name, p in parameters.items()}
-    devices = {name: p.device for name, p in model.named_parameters()}
-    for channel in gone:
-        for name, index in (*channel.counted, *channel.beside):
-            if name not in keep:
-                keep[name] = torch.ones(shapes[name], dtype=torch.bool, device=devices[name])
-            keep[name][index] = False
-    if allowed is not None:
-        keep = {name: mask & allowed[name].to(mask.device) if name in allowed else mask for name, mask in keep.items()}
-        keep |= {name: mask for name, mask in allowed.items() if name not in keep}
-    return Masks(keep)
+    groups = Groups.of(model, example, include, exclude, axes)
+    scope = groups.by_number(scope, sparsity or 0.0) if isinstance(scope, Mapping) else scope
+    ranked = ranked_by(score, model, groups.parameters).scores()
+    return groups.masks(ranked, None if within is None else Masks(within), sparsity, threshold, scope)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The coupled channels of a network that can go."""
+
+    layers: Mapping[str, Weight]
+    channels: list[_Channel]
+    others: Mapping[str, nn.Parameter]  # all parameters by name: what goes beside the filters is among them
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, example: Any, include: Patterns = None, exclude: Patterns = None, axes: StatedAxes = None
+    ) -> Groups:
+        """Find them by a trace on the example; errors as of ``prune``."""
+        require(example is not None, "granularity='group' needs example=, the model's input: what is coupled is traced")
+        include = None if include is None else as_patterns("include", include)
+        exclude = None if exclude is None else as_patterns("exclude", exclude)
+        layers = eligible(model, include, exclude, axes)
+        names = {id(p): name for name, p in model.named_parameters()}
+        twin = copy.deepcopy(model)  # a trace leaves its hooks where it fails
+        channels = list(_channels(twin, example, layers, names, dict(model.named_modules())))
+        require(
+            bool(channels),
+            "the network couples no channels that can go: its layers are its outputs, stand under norms over channels, "
+            "or are excluded",
+        )
+        return cls(layers, channels, dict(model.named_parameters()))
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that are ranked, by name."""
+        return {name: weight.parameter for name, weight in self.layers.items()}
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each group by the name of the first weight of its filters."""
+        of = {name: channel.group for channel in self.channels for name, _ in channel.counted}
+        first: dict[int, str] = {}
+        for name in self.layers:
+            if name in of:
+                first.setdefault(of[name], name)
+        return {name: number for number, name in first.items()}
+
+    def number(self, name: str) -> int:
+        """Return how many channels, or heads, a group has that go one by one; one always stays."""
+        return len(self._together[self.numbers[name]])
+
+    def stay(self, name: str, sparsity: float) -> int:
+        """Return how many of them ``prune`` leaves."""
+        number = self.number(name)
+        return max(1, number - math.floor(sparsity * number + 0.5))
+
+    @cached_property
+    def _together(self) -> dict[int, list[_Channel]]:
+        return _together(self.channels)
+
+    def weights(self, name: str) -> int:
+        """Return how many weights the filters of a group have."""
+        number = self.numbers[name]
+        names = {name for channel in self.channels if channel.group == number for name, _ in channel.counted}
+        return sum(self.layers[name].parameter.numel() for name in names)
+
+    def by_number(self, scope: Mapping[str, float], otherwise: float) -> dict[int, float]:
+        """Return the sparsity of each group, from sparsities by the name of any of its filters' weights."""
+        given = checked_scope(scope, self.layers)
+        assert isinstance(given, dict)
+        found: dict[int, tuple[str, float]] = {}
+        known = set()
+        for channel in self.channels:
+            for name, _ in channel.counted:
+                known.add(name)
+                if name in given:
+                    first, sparsity = found.setdefault(channel.group, (name, given[name]))
+                    require(
+                        sparsity == given[name],
+                        f"scope gives {first!r} and {name!r}, whose channels go together, different sparsities, "
+                        f"{sparsity} and {given[name]}",
+                    )
+        for name, sparsity in given.items():
+            require(name in known or not sparsity, f"scope names {name!r}, whose channels cannot go: they stay")
+        return {channel.group: found.get(channel.group, ("", otherwise))[1] for channel in self.channels}
+
+    def masks(
+        self,
+        ranked: Mapping[str, Tensor],
+        allowed: Masks | None,
+        sparsity: float | None,
+        threshold: float | None,
+        scope: str | Mapping[int, float],
+    ) -> Masks:
+        """Return the masks by which the channels of the lowest scores go, with all that goes with them."""
+        gone = _chosen(self.channels, ranked, self.layers, allowed, sparsity, threshold, scope)
+        keep = {n: torch.ones(p.shape, dtype=torch.bool, device=p.device) for n, p in self.parameters.items()}
+        for channel in gone:
+            for name, index in (*channel.counted, *channel.beside):
+                if name not in keep:
+                    beside = self.others[name]
+                    keep[name] = torch.ones(beside.shape, dtype=torch.bool, device=beside.device)
+                keep[name][index] = False
+        if allowed is not None:
+            keep = {n: mask & allowed[n].to(mask.device) if n in allowed else mask for n, mask in keep.items()}
+            keep |= {name: mask for name, mask in allowed.items() if name not in keep}
+        return Masks(keep)
 
 
 def _channels(
@@ -162,7 +256,7 @@ def _chosen(
     allowed: Masks | None,
     sparsity: float | None,
     threshold: float | None,
-    scope: str,
+    scope: str | Mapping[int, float],
 ) -> list[_Channel]:
     for name, values in scores.items():
         require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
@@ -177,13 +271,15 @@ def _chosen(
     groups = _together(channels)
     if threshold is not None:
         return [c for group in groups.values() for c in _in_order(group)[:-1] if c.score < threshold]
-    assert sparsity is not None
-    total = sum(weight.parameter.numel() for weight in layers.values())
-    if scope == "layer":
+    if scope == "layer" or isinstance(scope, Mapping):
+        shares = scope if isinstance(scope, Mapping) else dict.fromkeys(groups, sparsity or 0.0)
         of_groups = [
-            _nearest(_in_order(group)[:-1], sparsity * sum(c.weights for c in group)) for group in groups.values()
+            _nearest(_in_order(group)[:-1], shares.get(number, 0.0) * sum(c.weights for c in group))
+            for number, group in groups.items()
         ]
         return [channel for group in of_groups for channel in group]
+    assert sparsity is not None
+    total = sum(weight.parameter.numel() for weight in layers.values())
     candidates = _in_order([channel for group in groups.values() for channel in _in_order(group)[:-1]])
     most = sum(channel.weights for channel in candidates)
     wanted = round(sparsity * total)

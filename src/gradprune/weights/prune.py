@@ -105,7 +105,7 @@ def prune(
             concatenations, heads of attention, gated layers) go together, with their biases and norms' scales and
             shifts, so that they are exactly zero and ``shrink`` takes them out; only the filters' weights are ranked
             and counted, at least one channel of each group stays, and so do outputs and channels under a norm over
-            channels.
+            channels. A dict as `scope` names any weight of a group.
         include: glob patterns over names; only these are pruned. One that matches no eligible parameter may take
             frozen ones, or, of a kind of layer that is not known, those that are ruled out only by a name or shape as
             of a token or position. Biases and vectors (``"*.bias"``) are never pruned.

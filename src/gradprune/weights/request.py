@@ -75,7 +75,7 @@ class Request:
         if not isinstance(scope, str | Mapping):
             raise TypeError(_wanted_scope(scope))
         n_of_m, block = parse_granularity(granularity)
-        _check_made_for(scope, granularity)
+        check_made_for(scope, granularity)
         layers = eligible(model, include, exclude, axes, held=held)
         _look_for_torchs_masks(layers)
         if n_of_m is not None or block is not None or scope == "row":
@@ -87,7 +87,7 @@ class Request:
             given = checks.whole("min_keep", min_keep)
             require(given >= 0, f"min_keep must be a whole number from 0, got {min_keep!r}")
             min_keep = given
-        scope = _checked_scope(scope, layers)
+        scope = checked_scope(scope, layers)
         if n_of_m is not None:
             n, m = n_of_m
             require(
@@ -304,7 +304,8 @@ def _wanted_scope(scope: Any) -> str:
     return f"scope must be one of {_SCOPES}, 'row', or a dict of sparsities by name, got {scope!r}"
 
 
-def _checked_scope(scope: Any, layers: Mapping[str, Weight]) -> Scope:
+def checked_scope(scope: Any, layers: Mapping[str, Weight]) -> Scope:
+    """Return a scope, sparsities by the names that their patterns mean; errors as of ``prune``."""
     if not isinstance(scope, Mapping):
         require(scope in (*_SCOPES, "row"), _wanted_scope(scope))
         return scope  # type: ignore[no-any-return]
@@ -321,11 +322,12 @@ def _checked_scope(scope: Any, layers: Mapping[str, Weight]) -> Scope:
     return found
 
 
-def _check_made_for(scope: Any, granularity: Granularity) -> None:
+def check_made_for(scope: Any, granularity: Granularity) -> None:
     """Raise ValueError where sparsities were planned for weights that go together otherwise."""
     made_for = getattr(scope, "granularity", granularity)
+    coupled = "group" in (str(made_for), str(granularity))
     require(
-        parse_granularity(made_for) == parse_granularity(granularity),
+        made_for == granularity or (not coupled and parse_granularity(made_for) == parse_granularity(granularity)),
         f"scope is a plan for granularity={made_for!r}, and granularity={granularity!r} is given",
     )
 
