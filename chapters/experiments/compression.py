@@ -9,7 +9,7 @@ TopK's density is the one at which a rank sends as many bytes in all. Three netw
 which reads a digit row by row, on the digits, and the residual one on MNIST-1D. Plain SGD; every method has the same
 steps and batches and its own learning rate, chosen of one grid a network on validation data. Bytes are what one rank
 gives to the collectives; for two ranks as many reach it, for more a rank receives more by TopK's all-gather. About
-twenty minutes on two cores.
+half an hour on two cores.
 """
 
 from __future__ import annotations
