@@ -75,11 +75,17 @@ def least_of(numbers: Tensor) -> int:
     return int(numbers.min()) if numbers.numel() else 0
 
 
+def of_one(numbers: Tensor) -> Tensor:
+    """Return the numbers: those of one process are those of all."""
+    return numbers
+
+
 class Pick(NamedTuple):
     """How the largest are chosen by name, and what is counted for it: in one process, or over several.
 
     How many entries of masks stay, that no score is NaN, how many units are nearest to a number of weights, and which
-    number of all is the smallest.
+    number of all is the smallest. For other choices: the sum of numbers over all processes, the largest, and whether it
+    is this process that counts what it holds of a parameter.
     """
 
     keep: Callable[..., Kept] = keep_and_count
@@ -88,6 +94,9 @@ class Pick(NamedTuple):
     check: Callable[[Mapping[str, Tensor]], None] = require_no_nan
     nearest: Callable[..., int] = nearest
     least: Callable[[Tensor], int] = least_of
+    total: Callable[[Tensor], Tensor] = of_one
+    most: Callable[[Tensor], Tensor] = of_one
+    counts: Callable[[str], bool] = lambda name: True
 
 
 ONE_PROCESS = Pick()
