@@ -61,6 +61,21 @@ def test_large_layers_keep_what_ranks_highest_among_the_scores_themselves(dtype,
         assert list(lamp_counts({n: Layer(v, v.numel()) for n, v in layers.items()}, k).values()) == wanted
 
 
+def test_what_is_barred_or_counted_elsewhere_counts_for_nothing():
+    torch.manual_seed(2)
+    layers = {name: torch.rand(n) for name, n in (("a", 900), ("b", 4000))}
+    among = {name: torch.rand(v.shape) < 0.5 for name, v in layers.items()}
+    alone = lamp_counts({n: Layer(v[among[n]], v.numel()) for n, v in layers.items()}, 700)
+    high = {name: torch.where(among[name], v, 1e30) for name, v in layers.items()}
+    assert lamp_counts({n: Layer(v, v.numel(), among=among[n]) for n, v in high.items()}, 700) == alone
+    copies = {name: Layer(v * 3, v.numel(), counts=False) for name, v in layers.items()}
+    assert lamp_counts(copies, 700) == {"a": 0, "b": 0}
+    assert lamp_counts({n: Layer(v, 9, among=torch.zeros_like(v).bool()) for n, v in layers.items()}, 5) == {
+        "a": 0,
+        "b": 0,
+    }
+
+
 class _Unknown(Exception):
     """Raised where a process would wait for the others."""
 

@@ -17,6 +17,7 @@ from gradprune.core.masked import count_kept
 from gradprune.core.order import By
 from gradprune.core.select import keep_and_count
 from gradprune.core.sharded import local
+from gradprune.weights.lamp import of_one
 
 Granularity = Literal["weight", "channel"] | str | tuple[int, ...]
 
@@ -73,11 +74,6 @@ def nearest(
 def least_of(numbers: Tensor) -> int:
     """Return the smallest number; 0 where there is none."""
     return int(numbers.min()) if numbers.numel() else 0
-
-
-def of_one(numbers: Tensor) -> Tensor:
-    """Return the numbers: those of one process are those of all."""
-    return numbers
 
 
 class Pick(NamedTuple):

@@ -44,7 +44,8 @@ class Layer(NamedTuple):
     counts: bool = True
 
 
-def _itself(numbers: Tensor) -> Tensor:
+def of_one(numbers: Tensor) -> Tensor:
+    """Return the numbers: those of one process are those of all."""
     return numbers
 
 
@@ -54,8 +55,8 @@ def lamp_counts(
     wanted: int,
     *,
     by: By = "value",
-    total: Callable[[Tensor], Tensor] = _itself,
-    most: Callable[[Tensor], Tensor] = _itself,
+    total: Callable[[Tensor], Tensor] = of_one,
+    most: Callable[[Tensor], Tensor] = of_one,
 ) -> dict[str, int]:
     """Return how many of each layer's entries stay, so that their costs add up as nearly to `wanted` as can be.
 
@@ -113,7 +114,7 @@ class Squares(NamedTuple):
 
 def lamp_scores(scores: Tensor, name: str) -> Tensor:
     """Return the LAMP score of each entry of a layer, in float64."""
-    search = _begun({name: Layer(scores, scores.numel())}, "value", _itself)
+    search = _begun({name: Layer(scores, scores.numel())}, "value", of_one)
     if not search:
         return torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)
     (one,) = search
@@ -245,10 +246,8 @@ def _begun(layers: Mapping[str, Layer], by: By, most: Callable[[Tensor], Tensor]
             continue
         dtype = compared_as(layer.values.dtype)
         order = Order(dtype if dtype.is_floating_point else torch.float64, by)
-        ends = [(int(keys.min()), int(keys.max())) for keys in _keys(layer, order)]
-        top = max((high for _, high in ends), default=-1)
         held.append((name, layer, order))
-        told += [top, int(top > order.highest or min((low for low, _ in ends), default=0) < 0)]
+        told += _top(layer, order)
     found = most(torch.tensor(told, dtype=torch.int64, device="cpu")).tolist()
     searches = []
     for (name, layer, order), top, wrong in zip(held, found[::2], found[1::2], strict=True):
@@ -257,6 +256,18 @@ def _begun(layers: Mapping[str, Layer], by: By, most: Callable[[Tensor], Tensor]
         squares = Squares.of(order, top, layer.size)
         searches.append(_Search(name, layer, order, squares, (0, top), _NO_CELLS))
     return searches
+
+
+def _top(layer: Layer, order: Order) -> tuple[int, bool]:
+    """The largest key that is counted here, and whether a score is negative or NaN."""
+    top, wrong = -1, False
+    allowed = None if layer.among is None else _pieces(layer.among)
+    for at, keys in enumerate(_keys(layer, order)):
+        wrong |= int(keys.max()) > order.highest or int(keys.min()) < 0
+        some = keys if allowed is None else keys[allowed[at]]
+        if layer.counts and some.numel():
+            top = max(top, int(some.max()))
+    return top, wrong
 
 
 def _count(searches: Sequence[_Search], total: Callable[[Tensor], Tensor]) -> None:
