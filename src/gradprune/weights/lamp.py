@@ -240,7 +240,7 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
 
 def _begun(layers: Mapping[str, Layer], by: By, most: Callable[[Tensor], Tensor]) -> list[_Search]:
     """A search for each layer that is not empty."""
-    held, told = [], []
+    held, told = list[tuple[str, Layer, Order]](), list[int]()
     for name, layer in layers.items():
         if not layer.size:
             continue
