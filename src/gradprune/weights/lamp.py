@@ -26,7 +26,7 @@ from gradprune.core.uncompiled import uncompiled
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-CELLS = 2**13, 2**5  # that are counted at a time: in all layers, and in each at least; 24 bytes each
+CELLS = 2**13, 2**4  # that are counted at a time: in all layers, and in each at least; 24 bytes each
 OCTAVES = 24  # below the largest weight of a layer that are told apart at first
 PIECE = 2**17  # entries at a time, which a cache holds
 PARTS = 16  # into which a run of equal weights is cut
