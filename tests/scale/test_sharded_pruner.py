@@ -69,6 +69,7 @@ def each_event_is_that_of_one_process(rank, ranks):
         ("columns", UNEVEN, schedule, {}),
         ("fsdp", UNEVEN, lambda step: 0.1 * step, {"amount": "threshold"}),
         ("fsdp", UNEVEN, schedule, {"scope": "layer"}),
+        ("columns", UNEVEN, schedule, {"scope": "lamp"}),
         ("mixed", UNEVEN, gp.Linear(final=0.5, begin=0, end=2), {"scope": "erk", "exclude": "1.*"}),
     )
     for how, sizes, wanted, asked in cases_for(runs, ranks):
