@@ -26,6 +26,7 @@ def masks_are_those_of_one_process(rank, ranks):
     asks = (
         {"sparsity": 0.6},
         {"sparsity": 0.37, "scope": "layer"},
+        {"sparsity": 0.6, "scope": "lamp"},
         {"sparsity": 0.9, "min_keep": 3},
         {"sparsity": 1.0},
     )

@@ -38,8 +38,9 @@ def masks_are_those_of_one_process(rank, ranks):
         dtype, other = DTYPES[seed % 4], DTYPES[(seed + 1 + seed // 4) % 4]
         check_as_one_process(mesh, how, (seed, (5, 7, 8, 3), dtype, values), sparsity=0.6)
         check_as_one_process(mesh, how, (seed, (7, 5, 1, 2, 16), other, values), sparsity=0.37, scope="layer")
-    for sparsity in (0.0, 1.0, 0.97):
-        check_as_one_process(mesh, "fsdp", (1, (5, 7, 4), torch.float32, "ties"), sparsity=sparsity)
+        check_as_one_process(mesh, how, (seed, (7, 5, 8, 2, 16), dtype, values), sparsity=0.6, scope="lamp")
+    for sparsity, scope in itertools.product((0.0, 1.0, 0.97), ("global", "lamp")):
+        check_as_one_process(mesh, "fsdp", (1, (5, 7, 4), torch.float32, "ties"), sparsity=sparsity, scope=scope)
     check_as_one_process(mesh, "rows", (1, (9, 7, 4)), sparsity=0.5, scope={"0.weight": 0.2}, exclude="1.*")
     check_as_one_process(mesh, "columns", (1, (9, 7, 4)), sparsity=0.9, min_keep=4)
     thresholds = ("normal", 0.7), ("ties", 0.5), ("extremes", 0.0), ("zeros", 0.1)
@@ -53,7 +54,8 @@ def larger_masks_are_those_of_one_process_whatever_a_sample_says(rank, ranks):
     for seed, values in cases_for(enumerate(VALUES), ranks):
         for how, dtype in zip(("fsdp", "columns", "mixed"), DTYPES[seed % 2 :], strict=False):
             sparsity = (0.333, 0.5, 0.87, 0.999)[seed % 4]
-            check_as_one_process(mesh, how, (seed, (401, 300, 257), dtype, values), sparsity=sparsity)
+            for scope in ("global", "lamp"):
+                check_as_one_process(mesh, how, (seed, (401, 300, 257), dtype, values), sparsity=sparsity, scope=scope)
     for missed in ((0, 0), (5, 2**20), (2**31 - 9, 2**31 - 1)):
         select_sharded._brackets = lambda groups, _, missed=missed: [missed] * len(groups)
         for scope in ("global", "layer"):
@@ -65,12 +67,16 @@ def layers_by_themselves_are_chosen_by_as_few_messages_as_one(rank, ranks):
     few, some, many = (sent_for(mesh_of(ranks), [16] * number) for number in (3, 42, 121))
     assert len(few) == len(some) == len(many)
     assert sum(many) < 4e6
-    large = sent_for(mesh_of(ranks), [150, 200, 120, 250, 90])
-    assert sum(large) < 4e6
+    large = [150, 200, 120, 250, 90]
+    assert sum(sent_for(mesh_of(ranks), large)) < 4e6
+    for sizes in ([16] * 121, [16] * 40, large):
+        lamp = sent_for(mesh_of(ranks), sizes, scope="lamp")
+        assert sum(lamp) < 4e6
+        assert len(lamp) < 30
 
 
-def sent_for(mesh, sizes):
-    """How many bytes each message of a pruning by layers has."""
+def sent_for(mesh, sizes, scope="layer"):
+    """How many bytes each message of a pruning has."""
     model, sent, reduce, broadcast = sharded(chain(2, sizes), "fsdp", mesh), [], dist.all_reduce, dist.broadcast
 
     def noting(function):
@@ -78,7 +84,7 @@ def sent_for(mesh, sizes):
 
     dist.all_reduce, dist.broadcast = noting(reduce), noting(broadcast)
     try:
-        in_quiet(gp.prune, model, sparsity=0.7, scope="layer")
+        in_quiet(gp.prune, model, sparsity=0.7, scope=scope)
     finally:
         dist.all_reduce, dist.broadcast = reduce, broadcast
     return sent
@@ -114,11 +120,8 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
     check_refused(
         rank, ranks, model, TypeError, f"on rank {ranks - 1}: scope must", sparsity=0.5, scope=1 if last else "layer"
     )
-    unsupported = {"granularity": "group"}, {"scope": "lamp"}
-    for more in unsupported:
-        check_refused(
-            rank, ranks, model, ValueError, "is not supported where parameters are DTensors", sparsity=0.5, **more
-        )
+    unsupported = "is not supported where parameters are DTensors"
+    check_refused(rank, ranks, model, ValueError, unsupported, sparsity=0.5, granularity="group")
     for how, owner in (("fsdp", 0), ("fsdp", ranks - 1), ("copies", ranks - 1)):
         model = sharded(chain(1, (5, 7, 6)), how, mesh)
         if rank == owner:
@@ -126,6 +129,7 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", sparsity=0.5)
         check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", sparsity=1.0, scope="layer")
         check_refused(rank, ranks, model, ValueError, "'1.weight' contains NaN", threshold=0.1)
+        check_refused(rank, ranks, model, ValueError, "LAMP needs .* '1.weight' has", sparsity=0.5, scope="lamp")
 
     model = sharded(chain(1, (5, 7, 6, 4, 3)), "mixed", mesh)
     if last:

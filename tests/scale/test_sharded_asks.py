@@ -103,6 +103,8 @@ def what_went_before_stays_gone(rank, ranks):
         ("fsdp", {"sparsity": 0.6, "wholes": scores("ties", UNEVEN)}),
         ("mixed", {"sparsity": 0.45, "min_keep": 2}),
         ("fsdp", {"sparsity": 0.8, "scope": "row"}),
+        ("columns", {"sparsity": 0.6, "scope": "lamp"}),
+        ("fsdp", {"sparsity": 0.7, "scope": "lamp", "wholes": scores("counts", UNEVEN), "min_keep": 2}),
     )
     for how, asked in cases_for(runs, ranks):
         check(mesh, how, UNEVEN, within=before, **asked)
@@ -122,6 +124,8 @@ def rows_groups_and_blocks_are_chosen_where_shards_have_whole_ones(rank, ranks):
         ("mixed", (12, 12, 12), {"sparsity": 0.4, "granularity": "2x2", "scope": "layer"}),
         ("fsdp", UNEVEN, {"sparsity": 0.5, "scope": "row", "wholes": scores("ties", UNEVEN)}),
         ("fsdp", EVEN, {"threshold": 0.8, "granularity": "1x4"}),
+        ("fsdp", UNEVEN, {"sparsity": 0.5, "granularity": "channel", "scope": "lamp"}),
+        ("mixed", (12, 12, 12), {"sparsity": 0.4, "granularity": "2x2", "scope": "lamp"}),
     )
     for how, sizes, asked in cases_for(runs, ranks):
         check(mesh, how, sizes, **asked)

@@ -69,6 +69,7 @@ def each_event_is_that_of_one_process(rank, ranks):
         ("columns", UNEVEN, schedule, {}),
         ("fsdp", UNEVEN, lambda step: 0.1 * step, {"amount": "threshold"}),
         ("fsdp", UNEVEN, schedule, {"scope": "layer"}),
+        ("columns", UNEVEN, schedule, {"scope": "lamp"}),
         ("mixed", UNEVEN, gp.Linear(final=0.5, begin=0, end=2), {"scope": "erk", "exclude": "1.*"}),
     )
     for how, sizes, wanted, asked in cases_for(runs, ranks):
@@ -143,7 +144,6 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
     make = partial(gp.Pruner, model, optimizer)
     refused(partial(make, gp.OneShot(0.25 if last else 0.5)), ValueError, "the argument schedule is")
     refused(partial(gp.Pruner, model, None if last else optimizer, gp.OneShot(0.5)), TypeError, "^on rank")
-    refused(partial(make, gp.OneShot(0.5), scope="lamp"), ValueError, "scope='lamp' is not supported")
     refused(partial(make, gp.OneShot(0.5), within={"no": 1} if last else {}), ValueError, "^on rank .*names 'no'")
     pruner = make(gp.OneShot(0.5, at=9))
     saved = pruner.state_dict()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
+
+from gradprune.weights.lamp import lamp_scores
 
 
 def uniform(sizes: Sequence[int], keep: int, *, low: Sequence[int], high: Sequence[int]) -> list[int]:
@@ -74,7 +75,7 @@ def lamp(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return layer-adaptive scores: each squared, over the sum of the squares that outlive it in its layer.
 
     Ranked over all layers, they never empty one, as the largest of each layer scores 1. Among equals the later position
-    outlives the earlier.
+    outlives the earlier. The sums are exact: their order changes no score.
 
     Args:
         scores: one tensor a layer, none negative.
@@ -91,21 +92,7 @@ def lamp(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Lee et al. (2021), equation 4; chapter 4.
     """
-    for name, score in scores.items():
-        if not bool((score >= 0).all()):
-            raise ValueError(f"LAMP needs scores that are neither negative nor NaN; {name!r} has others")
-    return {name: _lamp(score) for name, score in scores.items()}
-
-
-def _lamp(score: Tensor) -> Tensor:
-    flat = score.detach().reshape(-1).double()
-    # The scale cancels; without it the squares of small scores would vanish.
-    squares = (flat / flat.max()).square() if flat.numel() and flat.max() > 0 else flat
-    squares = squares.nan_to_num(nan=1.0)  # infinity over infinity
-    ascending, order = squares.sort(stable=True)
-    outliving = ascending.flip(0).cumsum(0).flip(0)
-    ranked = torch.where(ascending > 0, ascending / outliving, 0.0)
-    return torch.empty_like(ranked).scatter_(0, order, ranked).view(score.shape)
+    return {name: lamp_scores(score, name) for name, score in scores.items()}
 
 
 def share_out(shares: Sequence[float], total: int, *, low: Sequence[int], high: Sequence[int]) -> list[int]:

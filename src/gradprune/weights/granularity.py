@@ -17,6 +17,7 @@ from gradprune.core.masked import count_kept
 from gradprune.core.order import By
 from gradprune.core.select import keep_and_count
 from gradprune.core.sharded import local
+from gradprune.weights.lamp import of_one
 
 Granularity = Literal["weight", "channel"] | str | tuple[int, ...]
 
@@ -79,7 +80,8 @@ class Pick(NamedTuple):
     """How the largest are chosen by name, and what is counted for it: in one process, or over several.
 
     How many entries of masks stay, that no score is NaN, how many units are nearest to a number of weights, and which
-    number of all is the smallest.
+    number of all is the smallest. For other choices: the sum of numbers over all processes, the largest, and whether it
+    is this process that counts what it holds of a parameter.
     """
 
     keep: Callable[..., Kept] = keep_and_count
@@ -88,6 +90,9 @@ class Pick(NamedTuple):
     check: Callable[[Mapping[str, Tensor]], None] = require_no_nan
     nearest: Callable[..., int] = nearest
     least: Callable[[Tensor], int] = least_of
+    total: Callable[[Tensor], Tensor] = of_one
+    most: Callable[[Tensor], Tensor] = of_one
+    counts: Callable[[str], bool] = lambda name: True
 
 
 ONE_PROCESS = Pick()

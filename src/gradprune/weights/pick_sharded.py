@@ -75,7 +75,7 @@ def pick_over(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
         smallest = -int(ranks.most(torch.tensor([-own], dtype=torch.int64, device="cpu")))
         return smallest if smallest < 2**62 else 0
 
-    return Pick(keep, each, stay, check, nearest, least)
+    return Pick(keep, each, stay, check, nearest, least, ranks.sum, ranks.most, lambda name: shards[name].owned)
 
 
 def unit_shards(units: Units, shards: Mapping[str, Shard]) -> dict[str, Shard]:

@@ -18,6 +18,7 @@ from gradprune.core.select import keep_n_of_m
 from gradprune.weights import allocate
 from gradprune.weights.directions import rows_of
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical, shape_of
+from gradprune.weights.lamp import Layer, lamp_counts
 
 Scope = Literal["global", "layer", "row", "erk", "lamp"] | Mapping[str, float]
 Choose = Callable[[Ranked], dict[str, Tensor]]
@@ -48,9 +49,8 @@ def plan(
     floors, warning = affordable_floors(units, budget, min_keep)
     most = sum(units.available(name) * units.cost(name) for name in units.layers)
     require(budget <= most, f"sparsity {sparsity} lets {budget} weights stay, but `within` allows only {most}")
-    transform = allocate.lamp if scope == "lamp" else None
     noticed = 0.0 if warning or min_keep is not None else budget / max(total, 1)  # who sets the floor knows of it
-    return partial(_keep_over_all, units, budget, floors, transform, warning, noticed)
+    return partial(_keep_by_lamp if scope == "lamp" else _keep_over_all, units, budget, floors, warning, noticed)
 
 
 def kept_of_layers(
@@ -182,7 +182,6 @@ def _keep_over_all(
     units: Units,
     budget: int,
     floors: Mapping[str, int],
-    transform: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None,
     warning: str,
     noticed: float,
     ranked: Ranked,
@@ -194,8 +193,6 @@ def _keep_over_all(
     if warning:
         checks.warn(warning)
     ranked = units.rank(ranked)
-    if transform is not None:
-        ranked = Ranked(transform(ranked.scores()))
     at_floor: dict[str, int] = {}
     while True:
         left = budget - sum(count * units.cost(name) for name, count in at_floor.items())
@@ -214,6 +211,32 @@ def _keep_over_all(
             _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == floors[n]}, noticed)
             masks |= _largest(units, ranked, at_floor)
             return units.expand({name: masks[name] for name in units.layers})
+        at_floor |= short
+
+
+def _keep_by_lamp(
+    units: Units, budget: int, floors: Mapping[str, int], warning: str, noticed: float, ranked: Ranked
+) -> dict[str, Tensor]:
+    """As above, by the scores of LAMP: they rank a layer as its own do, and say how many each keeps."""
+    if warning:
+        checks.warn(warning)
+    ranked, pick = units.rank(ranked), units.pick
+    is_integer = {name: not (v.is_floating_point() or v.is_complex()) for name, v in ranked.values.items()}
+    ranked = ranked._replace(values={n: v.double() if is_integer[n] else v for n, v in ranked.values.items()})
+    layers = {
+        name: Layer(values, units.number(name), units.cost(name), units.allowed(name), pick.counts(name))
+        for name, values in ranked.values.items()
+    }
+    at_floor: dict[str, int] = {}
+    while True:
+        left = budget - sum(count * units.cost(name) for name, count in at_floor.items())
+        free = {name: layer for name, layer in layers.items() if name not in at_floor}
+        counts = lamp_counts(free, left, by=ranked.by, total=pick.total, most=pick.most)
+        short = {name: floors[name] for name, count in counts.items() if count < floors[name]}
+        if not short:
+            _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == floors[n]}, noticed)
+            counts |= at_floor
+            return units.expand(_largest(units, ranked, {name: counts[name] for name in layers}))
         at_floor |= short
 
 

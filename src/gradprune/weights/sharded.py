@@ -94,7 +94,6 @@ def request_over_ranks(model: nn.Module, **asked: Any) -> Request:
     """Return the checked arguments of ``prune``; raise for what is not supported on sharded parameters."""
     granularity = asked.get("granularity", "weight")
     _refuse(isinstance(granularity, str) and granularity == "group", f"granularity={granularity!r}")
-    _refuse(isinstance(asked.get("scope"), str) and asked["scope"] == "lamp", "scope='lamp'")
     request = Request.of(model, **asked, held=local)
     for name, weight in request.layers.items():
         _refuse(weight.direction is not None, f"{name!r}, the direction of a weight_norm,")
