@@ -156,6 +156,13 @@ def test_latency_is_measured_here_where_no_seconds_are_given():
         gp.fit_budget(depthwise, X, latency=1.0, sensitivities={"0.weight": {0.5: 0.1}}, granularity="channel")
 
 
+def test_layers_that_take_longer_alone_than_in_the_model_leave_no_seconds_below_zero(monkeypatch):
+    monkeypatch.setattr("gradprune.recovery.prices.model_seconds", lambda model, example: 1e-9)
+    table = {"3.weight": {0.5: 0.1}, "5.weight": {0.8: 0.1}}
+    with pytest.raises(ValueError, match=r"cannot be met: .* the least is [1-9]"):
+        gp.fit_budget(network(), X, latency=1e-9, sensitivities=table, granularity="channel")
+
+
 def test_what_cannot_be_met_is_said_with_the_least_that_can():
     model = layers([10, 10])
     with pytest.raises(ValueError, match=r"parameters=3 cannot be met: .* the least is 10"):

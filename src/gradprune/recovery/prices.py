@@ -39,7 +39,8 @@ def priced(
     units = Units(request.layers, request.block, None)
     planned = {name: request.layers[name].parameter for name in losses}
     if cost == "latency":
-        return _seconds_of(model, example, request, losses, seconds)
+        counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
+        return _timed(model, example, units, counts) if seconds is None else _told(seconds, units, counts)
     if cost == "flops":
         count = count_flops(model, example)
         all_of = {name: count.by_weight.get(p, 0) for name, p in planned.items()}
@@ -56,30 +57,26 @@ def priced(
     return Price(fixed, lambda name, kept: kept * units.cost(name) * planned[name].element_size())
 
 
-def _seconds_of(
-    model: nn.Module,
-    example: Any,
-    request: Request,
-    losses: Losses,
-    seconds: Callable[[str, float], float] | None,
-) -> Price:
-    """Seconds of a layer by the number of its channels, in proportion between those that were timed."""
-    units = Units(request.layers, request.block, None)
-    counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
-    if seconds is None:
-        times = layer_seconds(model, example, {name: request.layers[name] for name in losses}, counts)
-    else:
-        times = {
-            name: {
-                n: number(f"the seconds of {name!r}", seconds(name, n / units.number(name)), least=0.0) for n in wanted
-            }
-            for name, wanted in counts.items()
-        }
-    fixed = model_seconds(model, example) - sum(row[max(row)] for row in times.values()) if seconds is None else 0.0
+def _timed(model: nn.Module, example: Any, units: Units, counts: Mapping[str, set[int]]) -> Price:
+    """Seconds of the layers as they run here, with those numbers of their units, and of all the rest."""
+    times = layer_seconds(model, example, {name: units.layers[name] for name in counts}, counts)
+    fixed = model_seconds(model, example) - sum(row[max(row)] for row in times.values())
+    fixed = max(0.0, fixed)  # a layer that is timed by itself may by chance take longer than in the model
     return Price(fixed, lambda name, kept: _between(times[name], kept))
 
 
+def _told(seconds: Callable[[str, float], float], units: Units, counts: Mapping[str, set[int]]) -> Price:
+    """Seconds of the layers as a function tells them."""
+
+    def told(name: str, count: int) -> float:
+        return number(f"the seconds of {name!r}", seconds(name, count / units.number(name)), least=0.0)
+
+    times = {name: {count: told(name, count) for count in wanted} for name, wanted in counts.items()}
+    return Price(0.0, lambda name, kept: _between(times[name], kept))
+
+
 def _between(times: Mapping[int, float], count: int) -> float:
+    """The seconds of a number of units, in proportion between those that are known."""
     below = max((n for n in times if n <= count), default=min(times))
     above = min((n for n in times if n >= count), default=max(times))
     if below == above:
