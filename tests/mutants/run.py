@@ -21,6 +21,7 @@ import ast
 import difflib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -59,8 +60,14 @@ EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 ROOMS = ["core", "gradients", "weights", "recovery", "deploy", "scale"]
 TESTS = [*(f"tests/{room}" for room in ROOMS), "tests/test_bad_calls.py", "tests/test_docstrings.py"]
 MEMORY = 12 * 2**30  # bytes that one process may take: a mutant may ask for any amount
+IMPORTED = ["numpy", "torch", *(f"torch.distributed.{part}" for part in ("fsdp", "tensor", "checkpoint"))]
+CONTEXTS = multiprocessing.get_context
 PATIENCE, GRACE = 5.0, 30.0  # a test may take this many times as long as on the code as it is, and some seconds
-OUTCOMES = {0: "survived", 4: "by mypy"}  # by the status of the process that tried a mutant; else it was killed
+OUTCOMES = {
+    0: "survived",
+    4: "by mypy",
+    5: "too slow",
+}  # by the status of the process that tried a mutant; else it was killed
 
 Stage = dict[str, float]  # tests in an order, and the seconds that each took on the code as it is
 
@@ -264,15 +271,19 @@ def run_pytest(tests: list[str], watch: Watch) -> int:
     return int(pytest.main([*options, *tests], plugins=[watch]))
 
 
-def forked(work: Callable[[], int], log: Path) -> int:
-    """Fork, let the child do the work and end with the status that it returns, and return its process id."""
+def forked(work: Callable[[], int], log: Path, *, lead: bool = True) -> int:
+    """Fork, let the child do the work and end with the status that it returns, and return its process id.
+
+    It leads a group of processes, which can be ended at once, unless it is to stay in its parent's.
+    """
     child = os.fork()
     if child:
         return child
     status = 3
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.setsid()
+        if lead:
+            os.setsid()
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
@@ -287,18 +298,27 @@ def forked(work: Callable[[], int], log: Path) -> int:
 
 def try_one(mutant: Mutant) -> int:
     """Run the tests of a mutant, stage by stage until one fails, then mypy; return 0 where nothing noticed."""
-    signal.alarm(int(GRACE))
     with tempfile.NamedTemporaryFile("w", suffix=".mutant", encoding="utf-8") as changed:
         changed.write(f"{mutant.module}\n{mutant.source}")
         changed.flush()
         reach(**{MUTANT: changed.name})
-        sys.meta_path.insert(0, InPlaceOf(mutant.module, mutant.source))
         for stage in mutant.stages:
-            status = run_pytest(sorted({test.split("::")[0] for test in stage}), Watch(stage, list(stage)))
-            if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            _, status = os.waitpid(forked(partial(try_stage, mutant, stage), KEPT / "last.log", lead=False), 0)
+            if os.waitstatus_to_exitcode(status) == -signal.SIGALRM:
+                return 5
+            if status:
                 return 1
-    signal.alarm(0)
     return 4 if refused(mutant) else 0
+
+
+def try_stage(mutant: Mutant, stage: Stage) -> int:
+    """Run some tests of a mutant in a process that has done nothing yet; return 0 where they passed."""
+    signal.alarm(int(GRACE))
+    sys.meta_path.insert(0, InPlaceOf(mutant.module, mutant.source))
+    # Ranks that fork from this process, which has imported what takes long, are there much sooner.
+    multiprocessing.get_context = lambda method=None: CONTEXTS("fork" if method == "forkserver" else method)
+    status = run_pytest(sorted({test.split("::")[0] for test in stage}), Watch(stage, list(stage)))
+    return int(status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED))
 
 
 def refused(mutant: Mutant) -> bool:
@@ -395,7 +415,7 @@ def ended(children: dict[int, Mutant]) -> tuple[Mutant, str]:
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(status)
-    return children.pop(child), "too slow" if code == -signal.SIGALRM else OUTCOMES.get(code, "killed")
+    return children.pop(child), OUTCOMES.get(code, "killed")
 
 
 def tried() -> dict[str, str]:
@@ -499,7 +519,7 @@ def main() -> int:
     wanted = arguments()
     KEPT.mkdir(exist_ok=True)
     # Imported once, before the processes fork: most of what each of them would wait for.
-    for module in ("numpy", "torch"):
+    for module in IMPORTED:
         __import__(module)
     searches = [phase for phase in hypothesis.Phase if phase.name in ("explicit", "generate")]  # no smaller example
     hypothesis.settings.register_profile("mutants", deadline=None, max_examples=30, database=None, phases=searches)

@@ -158,6 +158,7 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         ("magnitude", 0.5, TypeError, "give the function itself"),
     ):
         refused(partial(gp.prune, ddp, score, sparsity=amount), kind, match)
+    refused(lambda: gp.prune("a model", sparsity=0.5), TypeError, "^model must be")
     with torch.no_grad():
         ddp.module[0].weight[0, 0] = torch.nan if last else before["module.0.weight"][0, 0]
     refused(partial(gp.prune, ddp, sparsity=0.5), ValueError, f"^on rank {ranks - 1}: .*NaN")
@@ -176,6 +177,12 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         lambda: masks.apply_(ddp) if last else gp.prune(ddp, sparsity=0.5),
         ValueError,
         "the call is gp.prune on rank 0, Masks.apply_ on",
+    )
+    loss = ddp(batch(rank)[0]).sum()
+    refused(
+        lambda: gp.gradient_norms(ddp, loss) if last else masks.apply_(ddp),
+        ValueError,
+        "the call is Masks.apply_ on rank 0, gp.gradient_norms on",
     )
     with masks.hold(optimizer):
         trained(ddp, optimizer, rank, 2)
@@ -240,6 +247,13 @@ def calls_leave_nothing_in_the_store(rank, ranks):
     assert keys() == before
 
 
+def what_was_a_replica_is_pruned_alone_once_the_group_has_ended(rank, ranks):
+    ddp, wanted = DistributedDataParallel(net()), gp.prune(net(), sparsity=0.5)
+    dist.destroy_process_group()
+    found = gp.prune(ddp, sparsity=0.5)
+    assert all(torch.equal(found[f"module.{n}"], mask) for n, mask in wanted.items())
+
+
 CASES = (
     scores_differ_and_masks_do_not,
     chance_is_that_of_rank_0_and_data_that_of_all,
@@ -249,6 +263,7 @@ CASES = (
     what_is_wrong_on_one_rank_is_raised_on_all,
     replicas_of_some_processes_decide_without_the_others,
     calls_leave_nothing_in_the_store,
+    what_was_a_replica_is_pruned_alone_once_the_group_has_ended,
 )
 
 
