@@ -63,6 +63,7 @@ MEMORY = 12 * 2**30  # bytes that one process may take: a mutant may ask for any
 IMPORTED = ["numpy", "torch", *(f"torch.distributed.{part}" for part in ("fsdp", "tensor", "checkpoint"))]
 CONTEXTS = multiprocessing.get_context
 PATIENCE, GRACE = 5.0, 30.0  # a test may take this many times as long as on the code as it is, and some seconds
+START = 180  # seconds until the first begins, on a machine that does other things too
 OUTCOMES = {
     0: "survived",
     4: "by mypy",
@@ -313,7 +314,7 @@ def try_one(mutant: Mutant) -> int:
 
 def try_stage(mutant: Mutant, stage: Stage) -> int:
     """Run some tests of a mutant in a process that has done nothing yet; return 0 where they passed."""
-    signal.alarm(int(GRACE))
+    signal.alarm(START)
     sys.meta_path.insert(0, InPlaceOf(mutant.module, mutant.source))
     # Ranks that fork from this process, which has imported what takes long, are there much sooner.
     multiprocessing.get_context = lambda method=None: CONTEXTS("fork" if method == "forkserver" else method)
