@@ -216,14 +216,14 @@ def what_two_ranks_saved_is_loaded_on_any_number(rank, ranks):
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     folder = Path(folder[0])
-    pair = dist.new_group([0, 1])
-    if rank < 2:
+    pair = dist.new_group([ranks - 2, ranks - 1])
+    if rank >= ranks - 2:
         ddp, state = hooked(net(), 0.2, group=pair)
         for at in range(3):
             backward(ddp, batch(rank, at))
-        torch.save(state.state_dict(), folder / f"{rank}.pt")
+        torch.save(state.state_dict(), folder / f"{dist.get_rank(pair)}.pt")
         checkpoint.save({"topk": state.state_dict()}, checkpoint_id=folder / "all", process_group=pair)
-        if rank == 0:
+        if dist.get_rank(pair) == 0:
             dcp_to_torch_save(folder / "all", folder / "all.pt")
     dist.barrier()
     parts = [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(2)]
