@@ -71,7 +71,9 @@ def scores_differ_and_masks_do_not(rank, ranks):
 def chance_is_that_of_rank_0_and_data_that_of_all(rank, ranks):
     ddp = DistributedDataParallel(net())
     own = gp.random(net(), torch.Generator().manual_seed(rank))
+    before = copy.deepcopy(own)
     found = gp.prune(ddp, lambda _: {f"module.{n}": s for n, s in own.items()}, sparsity=0.5)
+    assert all(torch.equal(own[n], s) for n, s in before.items())
     mean = {n: sum(s) / ranks for n, s in zip(own, zip(*(o.values() for o in of_all(own)), strict=True), strict=True)}
     wanted = gp.prune(net(), lambda _: mean, sparsity=0.5)
     assert all(torch.equal(found[f"module.{n}"], mask) for n, mask in wanted.items())
@@ -155,6 +157,7 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         (lambda m: {n: p / (0 if last else 1) * 0 for n, p in m.named_parameters()}, 0.5, ValueError, "NaN"),
         (lambda m: None if last else gp.random(m), 0.5, ValueError, "the score of"),
         (lambda _: None, 0.5, TypeError, "must return a dict"),
+        (lambda m: dict(sorted(gp.random(m).items(), reverse=last)), 0.5, ValueError, "has another order of"),
         ("magnitude", 0.5, TypeError, "give the function itself"),
     ):
         refused(partial(gp.prune, ddp, score, sparsity=amount), kind, match)
@@ -272,12 +275,14 @@ def a_rank_that_stays_away_is_named(rank, ranks):
     masks = gp.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in ddp.named_parameters()})
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     shards = sharded(chain(1, (5, 7, 6)), "fsdp", mesh_of(ranks))
+    loss = ddp(batch(rank)[0]).sum()
     calls = (
         ("gp.prune", lambda: gp.prune(ddp, sparsity=0.5)),
         ("gp.prune", lambda: gp.prune(shards, sparsity=0.5)),
         ("Masks.apply_", lambda: masks.apply_(ddp)),
         ("Masks.hold", lambda: masks.hold(optimizer, ddp)),
         ("gp.Pruner", lambda: gp.Pruner(ddp, optimizer, gp.OneShot(0.5))),
+        ("gp.gradient_norms", lambda: gp.gradient_norms(ddp, loss)),
     )
     before, last = copy.deepcopy(ddp.state_dict()), ranks - 1
     for at, (called, call) in enumerate(calls):
