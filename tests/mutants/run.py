@@ -2,10 +2,11 @@
 
 mutmut makes the mutants: an operator, a number, a text, an argument or a call is another one. A sample of them, drawn
 by a seed, is tried: each in a process of its own that imports the changed module in place of the file and runs tests
-until one fails: those that pass through the changed lines, which coverage tells, the module's own first. (Processes
-that a test starts have the code as it is.) What passes them all is shown to mypy, as `make test` does. Nothing is
-written into the sources. What was tried is kept in mutants/, so that a run that was stopped goes on where it was, and
-one after a change tries again what the change can reach.
+until one fails: those that pass through the changed lines, which coverage tells, the module's own first; then those
+that start processes which enter the changed function, such as the ranks of tests/scale. These processes import the
+changed module too (startup/). What passes them all is shown to mypy, as `make test` does. Nothing is written into the
+sources. What was tried is kept in mutants/, so that a run that was stopped goes on where it was, and one after a change
+tries again what the change can reach.
 
 What is not behaviour is not changed, by rule (`no_behaviour`): texts with a space, of which tests assert the part that
 helps; zip's `strict` and cast's type, which say to readers what holds anyway; the device that `to` moves a tensor to,
@@ -19,9 +20,8 @@ import argparse
 import ast
 import difflib
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -50,17 +50,27 @@ from libcst.metadata import MetadataWrapper
 from mutmut.mutation.file_mutation import MutationVisitor, deep_replace
 from mutmut.mutation.mutators import mutation_operators
 from mutmut.mutation.pragma_handling import get_ignored_lines
+from startup.in_processes import MUTANT, NOTES, TEST, InPlaceOf, reach
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "gradprune"
 KEPT = ROOT / "mutants"
 RESULTS = KEPT / "results.jsonl"
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
-ROOMS = ["core", "gradients", "weights", "recovery", "deploy"]
+ROOMS = ["core", "gradients", "weights", "recovery", "deploy", "scale"]
 TESTS = [*(f"tests/{room}" for room in ROOMS), "tests/test_bad_calls.py", "tests/test_docstrings.py"]
 MEMORY = 12 * 2**30  # bytes that one process may take: a mutant may ask for any amount
+IMPORTED = ["numpy", "torch", *(f"torch.distributed.{part}" for part in ("fsdp", "tensor", "checkpoint"))]
+CONTEXTS = multiprocessing.get_context
 PATIENCE, GRACE = 5.0, 30.0  # a test may take this many times as long as on the code as it is, and some seconds
-OUTCOMES = {0: "survived", 4: "by mypy"}  # by the status of the process that tried a mutant; else it was killed
+START = 180  # seconds until the first begins, on a machine that does other things too
+OUTCOMES = {
+    0: "survived",
+    4: "by mypy",
+    5: "too slow",
+}  # by the status of the process that tried a mutant; else it was killed
+
+Stage = dict[str, float]  # tests in an order, and the seconds that each took on the code as it is
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Mutant:
     becomes: str
     source: str
     key: str
-    stages: list[list[str]] = field(repr=False)  # the tests that try it, one after the other as long as they pass
+    stages: list["Stage"] = field(repr=False)  # the tests that try it, one after the other as long as they pass
 
     def __str__(self) -> str:
         return f"{self.module}:{self.line}\n    - {self.was}\n    + {self.becomes}"
@@ -169,51 +179,48 @@ def difference(source: str, changed: str) -> tuple[str, str, int]:
     return " ".join(removed), " ".join(added), codes[0][1] + 1 if codes else 0
 
 
-class Changed(importlib.machinery.SourceFileLoader):
-    """Loads a module from a text instead of its file."""
-
-    def __init__(self, name: str, path: str, source: str) -> None:
-        super().__init__(name, path)
-        self.source = source
-
-    def get_code(self, fullname: str) -> object:
-        """Compile the text under the file's name."""
-        return compile(self.source, self.path, "exec", dont_inherit=True)
-
-
-class InPlaceOf:
-    """A finder that gives one module from a text."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.name = ".".join(["gradprune", *Path(mutant.module).with_suffix("").parts])
-        self.path, self.source = str(PACKAGE / mutant.module), mutant.source
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        """Return the changed module's specification under its name, and nothing for another."""
-        if name != self.name:
-            return None
-        return importlib.util.spec_from_file_location(name, self.path, loader=Changed(name, self.path, self.source))
-
-
 @dataclass
 class Covering:
-    """Which tests pass through which lines, and the seconds that each takes."""
+    """Which tests pass through which lines, and the seconds that each takes, in the order in which they run."""
 
-    took: dict[str, float]
-    lines: dict[str, dict[int, list[str]]]
+    took: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, dict[int, list[str]]] = field(default_factory=dict)
+    started: dict[str, dict[int, list[str]]] = field(default_factory=dict)  # in processes that the tests start
 
-    def stages(self, path: Path, source: str, line: int) -> list[list[str]]:
+    def stages(self, path: Path, source: str, line: int) -> list[Stage]:
         """The tests of a line, in the order in which a mutant of it meets them."""
-        lines, through = self.lines.get(str(path.relative_to(ROOT)), {}), set()
+        file, through, started = str(path.relative_to(ROOT)), set[str](), set[str]()
         for span in spans(source, line):
-            through = through or {test for number in span for test in lines.get(number, [])}
+            if not (through or started):
+                through.update(test for number in span for test in self.lines.get(file, {}).get(number, []))
+                started.update(test for number in span for test in self.started.get(file, {}).get(number, []))
         own = {test for test in through if test.startswith(f"tests/{path.parent.name}/test_{path.stem}.py::")}
-        return [sorted(group, key=lambda test: (self.took[test], test)) for group in (own, through - own) if group]
+        alone = [sorted(group, key=lambda test: (self.took[test], test)) for group in (own, through - own)]
+        staged = [*({test: self.took[test] for test in group} for group in alone), self.by_file(started - through)]
+        return [stage for stage in staged if stage]
 
-    def digest(self, stages: list[list[str]]) -> str:
+    def by_file(self, tests: set[str]) -> Stage:
+        """Tests that start processes: the shortest file first, each in its order; the first may start them for all."""
+        order, files = {test: at for at, test in enumerate(self.took)}, dict[str, list[str]]()
+        for test in sorted(tests, key=order.__getitem__):
+            files.setdefault(test.split("::")[0], []).append(test)
+        most = {file: max(self.took[t] for t in self.took if t.split("::")[0] == file) for file in files}
+        return {test: most[file] for file in sorted(files, key=most.__getitem__) for test in files[file]}
+
+    def digest(self, stages: list[Stage]) -> str:
         """A hash of the files that hold some tests."""
         files = sorted({test.split("::")[0] for stage in stages for test in stage})
         return hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in files)).hexdigest()
+
+    def join(self, noted: dict[str, object]) -> None:
+        """Add what was noted of other tests."""
+        tests = list(noted["took"])
+        self.took |= noted["took"]
+        for name in ("lines", "started"):
+            for file, of in noted[name].items():
+                here = getattr(self, name).setdefault(file, {})
+                for number, ats in of.items():
+                    here.setdefault(int(number), []).extend(tests[at] for at in ats)
 
 
 def spans(source: str, line: int) -> Iterator[range]:
@@ -250,6 +257,7 @@ class Watch:
         began = time.monotonic()
         if self.cover is not None:
             self.cover.switch_context(item.nodeid)
+            os.environ[TEST] = item.nodeid
             yield
             self.took[item.nodeid] = time.monotonic() - began
         else:
@@ -264,15 +272,19 @@ def run_pytest(tests: list[str], watch: Watch) -> int:
     return int(pytest.main([*options, *tests], plugins=[watch]))
 
 
-def forked(work: Callable[[], int], log: Path) -> int:
-    """Fork, let the child do the work and end with the status that it returns, and return its process id."""
+def forked(work: Callable[[], int], log: Path, *, lead: bool = True) -> int:
+    """Fork, let the child do the work and end with the status that it returns, and return its process id.
+
+    It leads a group of processes, which can be ended at once, unless it is to stay in its parent's.
+    """
     child = os.fork()
     if child:
         return child
     status = 3
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.setsid()
+        if lead:
+            os.setsid()
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
@@ -285,16 +297,29 @@ def forked(work: Callable[[], int], log: Path) -> int:
         os._exit(status)
 
 
-def try_one(mutant: Mutant, took: dict[str, float]) -> int:
+def try_one(mutant: Mutant) -> int:
     """Run the tests of a mutant, stage by stage until one fails, then mypy; return 0 where nothing noticed."""
-    signal.alarm(int(GRACE))
-    sys.meta_path.insert(0, InPlaceOf(mutant))
-    for tests in mutant.stages:
-        status = run_pytest(sorted({test.split("::")[0] for test in tests}), Watch(took, tests))
-        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-            return 1
-    signal.alarm(0)
+    with tempfile.NamedTemporaryFile("w", suffix=".mutant", encoding="utf-8") as changed:
+        changed.write(f"{mutant.module}\n{mutant.source}")
+        changed.flush()
+        reach(**{MUTANT: changed.name})
+        for stage in mutant.stages:
+            _, status = os.waitpid(forked(partial(try_stage, mutant, stage), KEPT / "last.log", lead=False), 0)
+            if os.waitstatus_to_exitcode(status) == -signal.SIGALRM:
+                return 5
+            if status:
+                return 1
     return 4 if refused(mutant) else 0
+
+
+def try_stage(mutant: Mutant, stage: Stage) -> int:
+    """Run some tests of a mutant in a process that has done nothing yet; return 0 where they passed."""
+    signal.alarm(START)
+    sys.meta_path.insert(0, InPlaceOf(mutant.module, mutant.source))
+    # Ranks that fork from this process, which has imported what takes long, are there much sooner.
+    multiprocessing.get_context = lambda method=None: CONTEXTS("fork" if method == "forkserver" else method)
+    status = run_pytest(sorted({test.split("::")[0] for test in stage}), Watch(stage, list(stage)))
+    return int(status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED))
 
 
 def refused(mutant: Mutant) -> bool:
@@ -307,35 +332,55 @@ def refused(mutant: Mutant) -> bool:
         return subprocess.run([sys.executable, "-m", "mypy", *cache, *shadow], cwd=ROOT, check=False).returncode == 1
 
 
-def covering() -> Covering:
-    """Run the tests on the code as it is and see where they pass; kept for as long as no file changes."""
-    files = [Path(__file__), *PACKAGE.rglob("*.py"), *(path for tests in TESTS for path in found(ROOT / tests))]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
-    kept = KEPT / "covering.json"
-    log = KEPT / "baseline.log"
-    if not kept.exists() or json.loads(kept.read_text())["key"] != key:
-        print("the tests are run on the code as it is, to see which pass through what", flush=True)
-        child = forked(lambda: note_covering(kept, key), log)
-        try:
-            _, status = os.waitpid(child, 0)
-        except KeyboardInterrupt:
+def covering(tests_of: list[str], workers: int) -> Covering:
+    """Run the tests on the code as it is and see where they pass; kept by room for as long as no file changes."""
+    shared = [*Path(__file__).parent.rglob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    wanted, children = {t: kept_for(t, "covering", ".json") for t in tests_of}, dict[int, tuple[str, Path]]()
+    files = {tests: sorted({*shared, *found(ROOT / tests)}) for tests in tests_of}
+    keys = {t: hashlib.sha256(b"".join(path.read_bytes() for path in files[t])).hexdigest() for t in tests_of}
+    new = [t for t, kept in wanted.items() if not kept.exists() or json.loads(kept.read_text())["key"] != keys[t]]
+    if new:
+        print(f"{', '.join(new)}: run on the code as it is, to see which pass through what", flush=True)
+    try:
+        while new or children:
+            while new and len(children) < workers:
+                tests = new.pop()
+                log = kept_for(tests, "baseline", ".log")
+                children[forked(partial(note_covering, tests, wanted[tests], keys[tests]), log)] = tests, log
+            child, status = os.waitpid(-1, 0)
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            tests, log = children.pop(child)
+            if status:
+                sys.exit(f"{tests}: the tests fail on the code as it is:\n{log.read_text()[-2000:]}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    finally:
+        for child in children:
             os.killpg(child, signal.SIGKILL)
-            sys.exit("stopped")
-        if status:
-            sys.exit(f"the tests fail on the code as it is:\n{log.read_text()[-2000:]}")
-    noted = json.loads(kept.read_text())
-    tests = list(noted["took"])
-    lines = {file: {int(n): [tests[at] for at in ats] for n, ats in of.items()} for file, of in noted["lines"].items()}
-    return Covering(noted["took"], lines)
+    covering = Covering()
+    for kept in wanted.values():
+        covering.join(json.loads(kept.read_text()))
+    return covering
 
 
-def note_covering(path: Path, key: str) -> int:
-    """Run the tests and write where they pass."""
+def kept_for(tests: str, what: str, suffix: str) -> Path:
+    """Where something is kept of some tests."""
+    return KEPT / f"{what}_{'_'.join(Path(tests).with_suffix('').parts[1:])}{suffix}"
+
+
+def note_covering(tests: str, path: Path, key: str) -> int:
+    """Run tests and write where they, and the processes that they start, pass."""
     cover = coverage.Coverage(data_file=None, source=[str(PACKAGE)], config_file=False)
     watch = Watch({}, cover=cover)
-    cover.start()
-    status = run_pytest(TESTS, watch)
-    cover.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "notes"
+        notes.touch()
+        reach(**{NOTES: str(notes)})
+        cover.start()
+        status = run_pytest([tests], watch)
+        cover.stop()
+        started = entered(notes.read_text(encoding="utf-8"), watch.took)
     data, at = cover.get_data(), {test: number for number, test in enumerate(watch.took)}
     lines = {
         str(Path(file).relative_to(ROOT)): {
@@ -344,8 +389,20 @@ def note_covering(path: Path, key: str) -> int:
         for file in data.measured_files()
     }
     if not status:
-        path.write_text(json.dumps({"key": key, "took": watch.took, "lines": lines}))
+        path.write_text(json.dumps({"key": key, "took": watch.took, "lines": lines, "started": started}))
     return status
+
+
+def entered(notes: str, took: dict[str, float]) -> dict[str, dict[int, list[int]]]:
+    """The numbers of the tests whose processes entered the function of a line; of a file, all its tests."""
+    found: dict[str, dict[int, set[int]]] = {}
+    for note in set(notes.splitlines()):
+        by, path, first, last = note.split("\t")
+        tests = {at for at, test in enumerate(took) if by in (test, test.split("::")[0])}
+        lines = found.setdefault(str(Path(path).relative_to(ROOT)), {})
+        for line in range(int(first), int(last) + 1):
+            lines.setdefault(line, set()).update(tests)
+    return {path: {line: sorted(tests) for line, tests in lines.items()} for path, lines in found.items()}
 
 
 def found(path: Path) -> list[Path]:
@@ -359,7 +416,7 @@ def ended(children: dict[int, Mutant]) -> tuple[Mutant, str]:
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(status)
-    return children.pop(child), "too slow" if code == -signal.SIGALRM else OUTCOMES.get(code, "killed")
+    return children.pop(child), OUTCOMES.get(code, "killed")
 
 
 def tried() -> dict[str, str]:
@@ -372,6 +429,9 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("modules", nargs="*", help="such as weights/mask.py, or a room; all rooms unless given")
+    parser.add_argument(
+        "--tests", nargs="*", default=TESTS, help="which may notice them, files or folders; all unless given"
+    )
     parser.add_argument("--sample", type=int, default=300, help="how many mutants to try; 0 for all")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--minutes", type=float, default=55, help="when to stop; the next run goes on from there")
@@ -396,7 +456,7 @@ def chosen(wanted: argparse.Namespace, tests: Covering) -> Iterator[Mutant]:
     return islice(filter(None, (of.written(number) for of, number in order)), wanted.sample or None)
 
 
-def try_all(sample: Iterator[Mutant], wanted: argparse.Namespace, known: dict[str, str], tests: Covering) -> None:
+def try_all(sample: Iterator[Mutant], wanted: argparse.Namespace, known: dict[str, str]) -> None:
     """Try the mutants, some at a time, until the time is up, and note each outcome in the file as it comes."""
     children: dict[int, Mutant] = {}
     began, done, ahead = time.monotonic(), 0, next(sample, None)
@@ -404,7 +464,7 @@ def try_all(sample: Iterator[Mutant], wanted: argparse.Namespace, known: dict[st
         try:
             while ahead or children:
                 while ahead and len(children) < wanted.workers:
-                    children[forked(partial(try_one, ahead, tests.took), KEPT / "last.log")] = ahead
+                    children[forked(partial(try_one, ahead), KEPT / "last.log")] = ahead
                     ahead = next(sample, None) if time.monotonic() < began + 60 * wanted.minutes else None
                 mutant, outcome = ended(children)
                 known[mutant.key] = outcome
@@ -460,7 +520,7 @@ def main() -> int:
     wanted = arguments()
     KEPT.mkdir(exist_ok=True)
     # Imported once, before the processes fork: most of what each of them would wait for.
-    for module in ("numpy", "torch"):
+    for module in IMPORTED:
         __import__(module)
     searches = [phase for phase in hypothesis.Phase if phase.name in ("explicit", "generate")]  # no smaller example
     hypothesis.settings.register_profile("mutants", deadline=None, max_examples=30, database=None, phases=searches)
@@ -468,10 +528,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no test goes on when this is stopped
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
-        tests = covering()
+        tests = covering(wanted.tests, wanted.workers)
         known, met = tried(), list[Mutant]()
         try:
-            try_all(untried(chosen(wanted, tests), known, met), wanted, known, tests)
+            try_all(untried(chosen(wanted, tests), known, met), wanted, known)
         except KeyboardInterrupt:
             print("stopped; run it again to go on")
     return int(report([mutant for mutant in met if mutant.key in known], known) > 0)

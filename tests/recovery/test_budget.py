@@ -259,6 +259,16 @@ def test_heads_are_planned_whole_and_as_many_go_as_planned():
         gp.fit_budget(model, x, latency=0.5, sensitivities=other, granularity="group", seconds=seconds)
 
 
+def test_layers_that_take_longer_alone_than_in_the_model_leave_no_seconds_below_zero(monkeypatch):
+    def measured(model, example, layers, counts):
+        return 1e-9, {name: dict.fromkeys(wanted, 1.0) for name, wanted in counts.items()}
+
+    monkeypatch.setattr("gradprune.recovery.prices.seconds_here", measured)
+    table = {"3.weight": {0.5: 0.1}, "5.weight": {0.8: 0.1}}
+    with pytest.raises(ValueError, match="latency=1e-09 cannot be met"):
+        gp.fit_budget(network(), X, latency=1e-9, sensitivities=table, granularity="channel")
+
+
 def test_what_cannot_be_met_is_said_with_the_least_that_can():
     model = layers([10, 10])
     with pytest.raises(ValueError, match=r"parameters=3 cannot be met: .* the least is 10"):

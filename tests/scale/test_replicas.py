@@ -26,15 +26,15 @@ def batch(rank, step=0):
     return torch.randn(8, 6, generator=made), torch.randint(0, 4, (8,), generator=made)
 
 
-def of_all(value):
-    told = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value)
+def of_all(value, group=None):
+    told = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, value, group=group)
     return told
 
 
-def equal_on_all(masks):
+def equal_on_all(masks, group=None):
     own = {name: mask.tolist() for name, mask in masks.items()}
-    return all(other == own for other in of_all(own))
+    return all(other == own for other in of_all(own, group))
 
 
 def trained(ddp, optimizer, rank, steps, begin=0):
@@ -71,7 +71,9 @@ def scores_differ_and_masks_do_not(rank, ranks):
 def chance_is_that_of_rank_0_and_data_that_of_all(rank, ranks):
     ddp = DistributedDataParallel(net())
     own = gp.random(net(), torch.Generator().manual_seed(rank))
+    before = copy.deepcopy(own)
     found = gp.prune(ddp, lambda _: {f"module.{n}": s for n, s in own.items()}, sparsity=0.5)
+    assert all(torch.equal(own[n], s) for n, s in before.items())
     mean = {n: sum(s) / ranks for n, s in zip(own, zip(*(o.values() for o in of_all(own)), strict=True), strict=True)}
     wanted = gp.prune(net(), lambda _: mean, sparsity=0.5)
     assert all(torch.equal(found[f"module.{n}"], mask) for n, mask in wanted.items())
@@ -128,10 +130,11 @@ def norms_are_those_of_the_mean_gradients(rank, ranks):
     refused(lambda: gp.gradient_norms(ddp, None if rank is None else x if rank else on_some), ValueError, "^on rank 1")
 
 
-def refused(call, kind, match):
+def refused(call, kind, match, group=None):
     with pytest.raises(kind, match=match) as raised:
         call()
-    assert len(set(of_all(str(raised.value)))) == 1, of_all(str(raised.value))
+    told = of_all(str(raised.value), group)
+    assert len(set(told)) == 1, told
 
 
 def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
@@ -154,9 +157,11 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         (lambda m: {n: p / (0 if last else 1) * 0 for n, p in m.named_parameters()}, 0.5, ValueError, "NaN"),
         (lambda m: None if last else gp.random(m), 0.5, ValueError, "the score of"),
         (lambda _: None, 0.5, TypeError, "must return a dict"),
+        (lambda m: dict(sorted(gp.random(m).items(), reverse=last)), 0.5, ValueError, "has another order of"),
         ("magnitude", 0.5, TypeError, "give the function itself"),
     ):
         refused(partial(gp.prune, ddp, score, sparsity=amount), kind, match)
+    refused(lambda: gp.prune("a model", sparsity=0.5), TypeError, "^model must be")
     with torch.no_grad():
         ddp.module[0].weight[0, 0] = torch.nan if last else before["module.0.weight"][0, 0]
     refused(partial(gp.prune, ddp, sparsity=0.5), ValueError, f"^on rank {ranks - 1}: .*NaN")
@@ -176,10 +181,80 @@ def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
         ValueError,
         "the call is gp.prune on rank 0, Masks.apply_ on",
     )
+    loss = ddp(batch(rank)[0]).sum()
+    refused(
+        lambda: gp.gradient_norms(ddp, loss) if last else masks.apply_(ddp),
+        ValueError,
+        "the call is Masks.apply_ on rank 0, gp.gradient_norms on",
+    )
     with masks.hold(optimizer):
         trained(ddp, optimizer, rank, 2)
     assert masks.holds(ddp)
     warnings.resetwarnings()
+
+
+def replicas_of_some_processes_decide_without_the_others(rank, ranks):
+    first, last = ranks - 2, ranks - 1
+    pair = dist.new_group([first, last])
+    if rank < first:
+        return
+    ddp = DistributedDataParallel(net(), process_group=pair)
+    for score in (
+        partial(gp.random, generator=torch.Generator().manual_seed(rank)),
+        lambda model: {n: s * (1 + rank) for n, s in gp.random(model).items()},
+    ):
+        torch.manual_seed(rank)
+        assert equal_on_all(gp.prune(ddp, score, sparsity=0.5), pair)
+    by_chance = (partial(gp.random, generator=torch.Generator().manual_seed(r)) for r in (rank, first))
+    found, wanted = (gp.prune(model, score, sparsity=0.5) for model, score in zip((ddp, net()), by_chance, strict=True))
+    assert all(torch.equal(found[f"module.{n}"], mask) for n, mask in wanted.items())
+
+    ddp = DistributedDataParallel(net(), process_group=pair)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    regrow = gp.Regrow(gp.gradient, fraction=0.3, every=2)
+    pruner = gp.Pruner(ddp, optimizer, gp.Cubic(final=0.7, begin=0, end=3), gp.random, regrow=regrow)
+    trained(ddp, optimizer, rank, 4)
+    assert equal_on_all(pruner.masks, pair)
+    assert sum(sum(event.regrown.values()) for event in pruner.events) > 0
+    pruner.remove()
+    optimizer.zero_grad()
+    x, y = batch(rank)
+    loss = nn.functional.cross_entropy(ddp(x), y)
+    found = gp.gradient_norms(ddp, loss)
+    loss.backward()
+    assert found == pytest.approx(gp.gradient_norms(ddp), rel=1e-6)
+
+    with torch.no_grad():
+        for p in ddp.parameters():
+            p.copy_(p.bfloat16()).mul_(1 + (rank == last) * torch.rand(p.shape) / 50)
+    assert equal_on_all(in_quiet(gp.prune, ddp, sparsity=0.5), pair)
+    ask = partial(gp.prune, ddp, sparsity=0.25 if rank == last else 0.5)
+    refused(ask, ValueError, f"argument sparsity is 0.5 on rank {first}, 0.25 on {last}", pair)
+    ask = partial(gp.prune, ddp, sparsity=1.5 if rank == last else 0.5)
+    refused(ask, ValueError, f"^on rank {last}: sparsity must be in", pair)
+
+
+def calls_leave_nothing_in_the_store(rank, ranks):
+    ddp = DistributedDataParallel(net())
+    masks = gp.prune(ddp, sparsity=0.5)
+
+    def keys():
+        dist.barrier()
+        found = _store().num_keys()
+        dist.barrier()
+        return found
+
+    before = keys()
+    for _ in range(4):
+        masks.apply_(ddp)
+    assert keys() == before
+
+
+def what_was_a_replica_is_pruned_alone_once_the_group_has_ended(rank, ranks):
+    ddp, wanted = DistributedDataParallel(net()), gp.prune(net(), sparsity=0.5)
+    dist.destroy_process_group()
+    found = gp.prune(ddp, sparsity=0.5)
+    assert all(torch.equal(found[f"module.{n}"], mask) for n, mask in wanted.items())
 
 
 CASES = (
@@ -189,6 +264,9 @@ CASES = (
     a_pruner_decides_for_all_ranks,
     norms_are_those_of_the_mean_gradients,
     what_is_wrong_on_one_rank_is_raised_on_all,
+    replicas_of_some_processes_decide_without_the_others,
+    calls_leave_nothing_in_the_store,
+    what_was_a_replica_is_pruned_alone_once_the_group_has_ended,
 )
 
 
@@ -197,12 +275,14 @@ def a_rank_that_stays_away_is_named(rank, ranks):
     masks = gp.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in ddp.named_parameters()})
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     shards = sharded(chain(1, (5, 7, 6)), "fsdp", mesh_of(ranks))
+    loss = ddp(batch(rank)[0]).sum()
     calls = (
         ("gp.prune", lambda: gp.prune(ddp, sparsity=0.5)),
         ("gp.prune", lambda: gp.prune(shards, sparsity=0.5)),
         ("Masks.apply_", lambda: masks.apply_(ddp)),
         ("Masks.hold", lambda: masks.hold(optimizer, ddp)),
         ("gp.Pruner", lambda: gp.Pruner(ddp, optimizer, gp.OneShot(0.5))),
+        ("gp.gradient_norms", lambda: gp.gradient_norms(ddp, loss)),
     )
     before, last = copy.deepcopy(ddp.state_dict()), ranks - 1
     for at, (called, call) in enumerate(calls):
@@ -213,6 +293,18 @@ def a_rank_that_stays_away_is_named(rank, ranks):
         _store().set(f"test/{at}/{rank}", "raised")
         await_(at, range(ranks))
     assert all(torch.equal(p, before[name]) for name, p in ddp.state_dict().items())
+
+
+def one_of_a_pair_that_stays_away_is_named(rank, ranks):
+    pair = dist.new_group([1, 2])
+    if rank:
+        ddp = DistributedDataParallel(net(), process_group=pair)
+        if rank == 2:
+            await_("pair", [1])
+        with pytest.raises(RuntimeError, match=r"^gp.prune: rank 2 of 2 did not call it within"):
+            gp.prune(ddp, sparsity=0.5)
+        _store().set(f"test/pair/{rank}", "raised")
+    await_("pair", [1, 2])
 
 
 def await_(call, others):
@@ -228,5 +320,5 @@ found, test_over_several_processes = group.tested(CASES)
 
 
 def test_who_stays_away_is_named_on_all_others_and_on_itself_when_it_comes():
-    found = group.run([a_rank_that_stays_away_is_named], 3, timeout=2)
+    found = group.run([a_rank_that_stays_away_is_named, one_of_a_pair_that_stays_away_is_named], 3, timeout=2)
     assert not any(found.values()), found

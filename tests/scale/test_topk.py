@@ -144,6 +144,13 @@ def what_is_sent_and_what_waits_is_what_came_in(rank, ranks):
             )  # waits, not infinite
 
 
+def no_dtype_that_is_not_shorter_is_sent(rank, ranks):
+    ddp, state = hooked(net(dtype=torch.bfloat16), 1.0, dtype=torch.float16)
+    found = backward(ddp, batch(rank, 0, torch.bfloat16) * 1e3)
+    assert max(g.abs().max() for g in found.values() if g.numel()) > 65504  # beyond the range of float16
+    assert not any(r.any() for r in state.residuals.values())
+
+
 def every_byte_is_counted(rank, ranks):
     given, gather = [], dist.all_gather
 
@@ -209,14 +216,14 @@ def what_two_ranks_saved_is_loaded_on_any_number(rank, ranks):
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     folder = Path(folder[0])
-    pair = dist.new_group([0, 1])
-    if rank < 2:
+    pair = dist.new_group([ranks - 2, ranks - 1])
+    if rank >= ranks - 2:
         ddp, state = hooked(net(), 0.2, group=pair)
         for at in range(3):
             backward(ddp, batch(rank, at))
-        torch.save(state.state_dict(), folder / f"{rank}.pt")
+        torch.save(state.state_dict(), folder / f"{dist.get_rank(pair)}.pt")
         checkpoint.save({"topk": state.state_dict()}, checkpoint_id=folder / "all", process_group=pair)
-        if rank == 0:
+        if dist.get_rank(pair) == 0:
             dcp_to_torch_save(folder / "all", folder / "all.pt")
     dist.barrier()
     parts = [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(2)]
@@ -327,6 +334,7 @@ CASES = (
     at_density_1_it_is_an_all_reduce,
     it_is_what_one_process_computes,
     what_is_sent_and_what_waits_is_what_came_in,
+    no_dtype_that_is_not_shorter_is_sent,
     every_byte_is_counted,
     a_run_resumes_bit_for_bit,
     what_two_ranks_saved_is_loaded_on_any_number,

@@ -26,7 +26,7 @@ def meet(called: str, group: Group = None) -> None:
     A rank that comes after the others gave up raises the same. The timeout is that given to ``init_process_group``.
     """
     group = group or torch.distributed.group.WORLD
-    ranks = torch.distributed.get_process_group_ranks(group)
+    ranks = _ranks(group)
     c10d: Any = torch.distributed.distributed_c10d
     store = c10d.PrefixStore(f"gradprune/{group.group_name}", c10d._get_default_store())
     meeting = _MET[group] = _MET.get(group, 0) + 1
@@ -44,6 +44,11 @@ def meet(called: str, group: Group = None) -> None:
             store.compare_set(fate, "", _missing(called, missing, ranks, store.timeout))
     if (said := store.get(fate)) != _ALL:
         raise RuntimeError(said.decode())
+
+
+def _ranks(group: Group) -> list[int]:
+    """The ranks of a group, as all processes number them."""
+    return torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
 
 
 def _is_at(store: Any, rank: int, meeting: int) -> bool:
@@ -79,23 +84,23 @@ def agree(
         if getattr(raised, "_gradprune_told", False):
             raise
         error = raised
-    every: list[Any] = [None] * torch.distributed.get_world_size(group)
+    ranks = _ranks(group)
+    every: list[Any] = [None] * len(ranks)
     torch.distributed.all_gather_object(every, (called, _as_told(error), asked, told), group=group)
-    _raise_first([failure for _, failure, _, _ in every], error)
-    require_same([{"call": one[0]} for one in every], "the {}")
-    require_same([one[2] for one in every], what)
+    _raise_first([failure for _, failure, _, _ in every], ranks, error)
+    require_same([{"call": one[0]} for one in every], "the {}", ranks)
+    require_same([one[2] for one in every], what, ranks)
     return result, [one[3] for one in every]  # type: ignore[return-value]
 
 
-def require_same(told: Sequence[Mapping[str, object]], what: str) -> None:
-    """Raise ValueError where a rank tells something else than rank 0 does; `what` calls a name."""
-    for rank, other in enumerate(told):
+def require_same(told: Sequence[Mapping[str, object]], what: str, ranks: Sequence[int]) -> None:
+    """Raise ValueError where one of the ranks tells something else than the first does; `what` calls a name."""
+    for rank, other in zip(ranks, told, strict=True):
         for name in [*told[0], *other]:
             if (first := told[0].get(name)) != (second := other.get(name)):
                 called = what.format(name)
-                raise _told(
-                    ValueError(f"all ranks must ask the same, but {called} is {first} on rank 0, {second} on {rank}")
-                )
+                differ = f"{called} is {first} on rank {ranks[0]}, {second} on {rank}"
+                raise _told(ValueError(f"all ranks must ask the same, but {differ}"))
         if list(told[0]) != list(other):
             raise _told(
                 ValueError(f"all ranks must ask the same, but rank {rank} has another order of {list(told[0])}")
@@ -117,11 +122,11 @@ def _as_told(error: Exception | None) -> tuple[str, str] | None:
     return None if error is None else (type(error).__name__, str(error))
 
 
-def _raise_first(failures: Sequence[tuple[str, str] | None], own: Exception | None) -> None:
+def _raise_first(failures: Sequence[tuple[str, str] | None], ranks: Sequence[int], own: Exception | None) -> None:
     """Raise what the first rank that failed says, which is named where not all say the same."""
-    failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
+    failed = [(rank, failure) for rank, failure in zip(ranks, failures, strict=True) if failure is not None]
     if not failed:
         return
     rank, (kind, message) = failed[0]
-    where = "" if failures.count(failures[rank]) == len(failures) else f"on rank {rank}: "
+    where = "" if failures.count((kind, message)) == len(failures) else f"on rank {rank}: "
     raise _told({"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(where + message)) from own

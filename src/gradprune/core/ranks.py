@@ -33,11 +33,11 @@ class Ranks(NamedTuple):
 
     def add(self, number: int) -> int:
         """Return the sum of one number over all ranks."""
-        return int(self.sum(torch.tensor([number], dtype=torch.int64, device="cpu")))
+        return int(self.sum(torch.tensor([number], device="cpu")))
 
     def on_any(self, flags: Iterable[bool]) -> list[bool]:
         """Return which flags are set on any rank."""
-        own = torch.tensor([int(flag) for flag in flags], dtype=torch.int64, device="cpu")
+        own = torch.tensor([int(flag) for flag in flags], device="cpu")
         return [bool(found) for found in self.most(own).tolist()]
 
     def first(self, values: Tensor) -> Tensor:

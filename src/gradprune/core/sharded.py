@@ -147,7 +147,7 @@ def together(
     if not equal_on_all([layout for layout, _ in told]):
         every: list[Any] = [None] * len(told)
         torch.distributed.all_gather_object(every, {name: block[:3] for name, block in blocks.items()})
-        require_same(every, subject.called + " {!r}")
+        require_same(every, subject.called + " {!r}", range(len(every)))
     held = {}
     for name, tensor in tensors.items():
         if name in told[0][1]:

@@ -54,7 +54,10 @@ def priced(
 ) -> Price:
     """Return the price of a network of which the layers of `losses` are planned, in units of `cost`."""
     if cost == "latency":
-        return _seconds_of(model, example, request, losses, seconds, units)
+        counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
+        if seconds is None:
+            return _timed(model, example, request, counts)
+        return _told(seconds, units, counts)
     assert isinstance(units, Units)
     planned = {name: request.layers[name].parameter for name in losses}
     if cost == "flops":
@@ -73,20 +76,16 @@ def priced(
     return Price(fixed, lambda name, kept: kept * units.cost(name) * planned[name].element_size())
 
 
-def _seconds_of(
-    model: nn.Module,
-    example: Any,
-    request: Request,
-    losses: Losses,
-    seconds: Callable[[str, float], float] | None,
-    units: Units | Groups,
-) -> Price:
-    """Seconds of a layer by the number of its channels, in proportion between those that were timed."""
-    counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
-    if seconds is None:
-        whole, times = seconds_here(model, example, {name: request.layers[name] for name in losses}, counts)
-        fixed = whole - sum(row[max(row)] for row in times.values())
-        return Price(fixed, lambda name, kept: _between(times[name], kept))
+def _timed(model: nn.Module, example: Any, request: Request, counts: Mapping[str, set[int]]) -> Price:
+    """Seconds of the layers as they run here, with those numbers of their units, and of all the rest."""
+    whole, times = seconds_here(model, example, {name: request.layers[name] for name in counts}, counts)
+    fixed = whole - sum(row[max(row)] for row in times.values())
+    fixed = max(0.0, fixed)  # a layer that is timed by itself may by chance take longer than in the model
+    return Price(fixed, lambda name, kept: _between(times[name], kept))
+
+
+def _told(seconds: Callable[[str, float], float], units: Units | Groups, counts: Mapping[str, set[int]]) -> Price:
+    """Shares of the seconds that a function tells of the whole network with one layer narrower, as logarithms."""
     asked = {
         name: falling(
             {n: number(f"the seconds with {name!r}", seconds(name, n / units.number(name)), above=0.0) for n in wanted}
@@ -102,6 +101,7 @@ def _seconds_of(
 
 
 def _between(times: Mapping[int, float], count: int) -> float:
+    """The seconds of a number of units, in proportion between those that are known."""
     below = max((n for n in times if n <= count), default=min(times))
     above = min((n for n in times if n >= count), default=max(times))
     if below == above:

@@ -249,7 +249,7 @@ class TopK:
             return
         settings = (density, self._momentum, str(self._dtype), self._steps)
         device = next(iter(self._names)).device
-        own = torch.tensor([zlib.crc32(repr(settings).encode())], dtype=torch.int64, device=device)
+        own = torch.tensor([zlib.crc32(repr(settings).encode())], device=device)
         every = [torch.empty_like(own) for _ in range(self._place()[1])]
         dist.all_gather(every, own, group=self._group)
         if any(int(other) != int(own) for other in every):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -27,6 +27,16 @@ Layers = Mapping[str, nn.Parameter]
 _EVENT = "an event of gp.Pruner"
 
 
+class Now(NamedTuple):
+    """What an event decides on: the checked arguments, the model, by which score, the masks until now, and the step."""
+
+    request: Request
+    model: nn.Module
+    score: Score
+    masks: Masks
+    step: int
+
+
 class OneProcess:
     """Decides by itself, of a model of its own."""
 
@@ -48,39 +58,29 @@ class OneProcess:
         """What may stay when a pruner begins."""
         return Masks(found_before(layers) if within is None else stated_before(layers, within))
 
-    def choose(
-        self, request: Request, model: nn.Module, score: Score, before: Masks, step: int, amounts: Mapping[str, Any]
-    ) -> Masks:
+    def choose(self, now: Now, amounts: Mapping[str, Any]) -> Masks:
         """The masks for an amount, of what stays now."""
+        before = now.masks
 
         def chosen(score: Score) -> Masks:
-            masks = request.masks(model, score, within=before if before.sparsity else None, **amounts)
+            masks = now.request.masks(now.model, score, within=before if before.sparsity else None, **amounts)
             return Masks({name: mask & before[name] for name, mask in masks.items()})
 
-        return self._decided(chosen, score, before, step)
+        return self._decided(chosen, now)
 
     def growth(self, by: Score, model: nn.Module, layers: Layers) -> dict[str, Tensor]:
         """The score of what may come back."""
         return ranked_by(by, model, layers).scores()
 
-    def swap(
-        self,
-        request: Request,
-        model: nn.Module,
-        score: Score,
-        before: Masks,
-        step: int,
-        growth: Mapping[str, Tensor],
-        share: float,
-    ) -> Masks:
+    def swap(self, now: Now, growth: Mapping[str, Tensor], share: float) -> Masks:
         """The masks once a share of each layer's weights has gone and as many have come."""
 
         def swapped(score: Score) -> Masks:
-            ranked = ranked_by(score, model, request.parameters)
-            masks = _swapped(request, ranked, growth, before, share, ONE_PROCESS)
-            return Masks(request.with_directions(masks, ranked, None, in_place_of_others=True))
+            ranked = ranked_by(score, now.model, now.request.parameters)
+            masks = _swapped(now, ranked, growth, share, ONE_PROCESS)
+            return Masks(now.request.with_directions(masks, ranked, None, in_place_of_others=True))
 
-        return self._decided(swapped, score, before, step)
+        return self._decided(swapped, now)
 
     def changes(self, before: Masks, after: Masks) -> tuple[dict[str, int], dict[str, int]]:
         """How many weights of each parameter went, and how many came back."""
@@ -93,8 +93,8 @@ class OneProcess:
         masks = Masks.from_state_dict(state)
         return Masks({name: mask.to(layers[name].device) if name in layers else mask for name, mask in masks.items()})
 
-    def _decided(self, choose: Callable[[Score], Masks], score: Score, before: Masks, step: int) -> Masks:
-        return choose(score)
+    def _decided(self, choose: Callable[[Score], Masks], now: Now) -> Masks:
+        return choose(now.score)
 
 
 class Replicas(OneProcess):
@@ -109,9 +109,9 @@ class Replicas(OneProcess):
         meet(_EVENT, self.ranks.group)
         return super().growth(over_ranks(by, self.ranks, _EVENT), model, layers)
 
-    def _decided(self, choose: Callable[[Score], Masks], score: Score, before: Masks, step: int) -> Masks:
+    def _decided(self, choose: Callable[[Score], Masks], now: Now) -> Masks:
         assert self.ranks is not None
-        return decided(_EVENT, self.ranks, score, choose, lambda: {"step": step, **by_hash(before)})
+        return decided(_EVENT, self.ranks, now.score, choose, lambda: {"step": now.step, **by_hash(now.masks)})
 
 
 class Shards(OneProcess):
@@ -143,13 +143,11 @@ class Shards(OneProcess):
             blocks = found_before(layers, pick_over(shards, self.every).stay, self.every.on_any)
         return sharded_masks(layers, blocks, self._held)
 
-    def choose(
-        self, request: Request, model: nn.Module, score: Score, before: Masks, step: int, amounts: Mapping[str, Any]
-    ) -> Masks:
+    def choose(self, now: Now, amounts: Mapping[str, Any]) -> Masks:
         """The masks for an amount, of what stays now, by all ranks together."""
-        self._meet(model, request.parameters, {"step": step, **amounts})
-        within = before if before.sparsity else None
-        return masks_over_ranks(request, model, score, self._held, _EVENT, within=within, **amounts)
+        self._meet(now.model, now.request.parameters, {"step": now.step, **amounts})
+        within = now.masks if now.masks.sparsity else None
+        return masks_over_ranks(now.request, now.model, now.score, self._held, _EVENT, within=within, **amounts)
 
     def growth(self, by: Score, model: nn.Module, layers: Layers) -> dict[str, Tensor]:
         """What this rank holds of it."""
@@ -157,21 +155,13 @@ class Shards(OneProcess):
         reshard_(model)
         return ranked_over_ranks(by, model, layers, _EVENT, "growth score").scores()
 
-    def swap(
-        self,
-        request: Request,
-        model: nn.Module,
-        score: Score,
-        before: Masks,
-        step: int,
-        growth: Mapping[str, Tensor],
-        share: float,
-    ) -> Masks:
+    def swap(self, now: Now, growth: Mapping[str, Tensor], share: float) -> Masks:
         """The masks once a share of each layer's weights has gone and as many have come."""
-        self._meet(model, request.parameters, {"step": step, "the share that is swapped": share})
-        ranked = ranked_over_ranks(score, model, request.parameters, _EVENT)
+        layers = now.request.parameters
+        self._meet(now.model, layers, {"step": now.step, "the share that is swapped": share})
+        ranked = ranked_over_ranks(now.score, now.model, layers, _EVENT)
         pick = pick_over(self._held.shards, self.every)
-        return sharded_masks(request.parameters, _swapped(request, ranked, growth, before, share, pick), self._held)
+        return sharded_masks(layers, _swapped(now, ranked, growth, share, pick), self._held)
 
     def changes(self, before: Masks, after: Masks) -> tuple[dict[str, int], dict[str, int]]:
         """How many weights of each whole parameter went, and how many came back."""
@@ -209,11 +199,9 @@ def deciding_of(model: object) -> OneProcess:
     return OneProcess() if ranks is None else Replicas(ranks)
 
 
-def _swapped(
-    request: Request, ranked: Ranked, growth: Mapping[str, Tensor], before: Masks, share: float, pick: Pick
-) -> dict[str, Tensor]:
-    active = {name: local(mask) for name, mask in before.items()}
-    kept, sizes = before._counts(), {name: p.numel() for name, p in request.parameters.items()}
+def _swapped(now: Now, ranked: Ranked, growth: Mapping[str, Tensor], share: float, pick: Pick) -> dict[str, Tensor]:
+    active = {name: local(mask) for name, mask in now.masks.items()}
+    kept, sizes = now.masks._counts(), {name: p.numel() for name, p in now.request.parameters.items()}
     swaps = {name: min(int(share * kept[name]), size - kept[name]) for name, size in sizes.items()}
     left = {name: kept[name] - count for name, count in swaps.items()}
     stay = pick.each(ranked.values, left, by=ranked.by, among=active)

@@ -17,7 +17,7 @@ from gradprune.core.checks import choice, fraction, function, module, number, re
 from gradprune.core.masked import zero_pruned_
 from gradprune.core.sharded import local
 from gradprune.core.steps import Optimizers, Steps, as_list, not_owned, parameters_of
-from gradprune.weights.deciding import deciding_of
+from gradprune.weights.deciding import Now, deciding_of
 from gradprune.weights.hold import Hold, warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.named import some
@@ -262,7 +262,7 @@ class Pruner:
         if self._growth is not None and self.regrow is not None:
             growth, self._growth = self._growth, None
             share = self.regrow.share(self._step)
-            masks = self._deciding.swap(self._request, self.model, self.score, self._masks, self._step, growth, share)
+            masks = self._deciding.swap(self._now(), growth, share)
             self._log(masks, self.amount)
             self._hold_from_now(masks)
         self._written = {name: p._version for name, p in self._layers.items()}
@@ -285,7 +285,10 @@ class Pruner:
             if before.sparsity >= amount:
                 return before
         amounts: dict[str, Any] = self._request.amount(amount, self._kind)
-        return self._deciding.choose(self._request, self.model, self.score, before, self._step, amounts)
+        return self._deciding.choose(self._now(), amounts)
+
+    def _now(self) -> Now:
+        return Now(self._request, self.model, self.score, self._masks, self._step)
 
     def _log(self, masks: Masks, amount: float) -> None:
         changed = masks is not self._masks
