@@ -10,8 +10,8 @@ with the labels or with the dense network as a teacher; its linear layer in int8
 Runtime with CALIBRATED training examples. Masked networks are read recalibrated. "Scratch": the shrunk architecture
 with first weights drawn anew, trained as long as the correction, or as long as the dense training and the correction
 together. "File": bytes on disk with weights shared among some values (then recalibrated) or not, by code.
-"Latency", "step", "surgery" and "memory" are of seed 0: processor time of one thread, all sides in turn, in an order
-drawn anew each round, and the peak of a fresh process.
+"Latency", "runtimes" (ExecuTorch beside these sides), "step", "surgery" and "memory" are of seed 0: processor time of
+one thread, all sides in turn, in an order drawn anew each round, and the peak of a fresh process.
 """
 
 from __future__ import annotations
@@ -294,8 +294,8 @@ def shapes(width: int) -> dict[str, nn.Module]:
     return models | {"quantized": gp.quantize(models["shrunk"])}
 
 
-def latency(width: int, batch: int) -> dict[str, Any]:
-    """Return how long a prediction takes, by side."""
+def latency(width: int, batch: int, *, executorch: bool = False) -> dict[str, Any]:
+    """Return how long a prediction takes, by side; with ExecuTorch's sides or without."""
     models, x = shapes(width), base.data(0).test.x[:batch]
     flops = {side: gp.report(models[side], x[:1]).total.flops for side in ("dense", "shrunk")}
     with tempfile.TemporaryDirectory() as temporary:
@@ -307,7 +307,7 @@ def latency(width: int, batch: int) -> dict[str, Any]:
             running, given = session(path), x.numpy()
             key = running.get_inputs()[0].name
             sides[f"ONNX {name}"] = partial(running.run, None, {key: given})
-            if name != "int8":
+            if executorch and name != "int8":
                 sides[f"ExecuTorch {name}"] = in_executorch(models[of], x, folder)
         with torch.inference_mode():
             return {"times": told(in_turn(sides, ROUNDS)), "FLOPs": flops, "rounds": ROUNDS}
@@ -458,8 +458,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         return accuracies(scratch(seed, cell["steps"]), seed)
     if what == "file":
         return filed(seed, cell["of"], cell["levels"], cell["code"])
-    if what == "latency":
-        return latency(cell["width"], cell["batch"])
+    if what in ("latency", "runtimes"):
+        return latency(cell["width"], cell["batch"], executorch=what == "runtimes")
     if what == "step":
         return steps(cell["width"])
     if what == "surgery":
@@ -485,7 +485,12 @@ def cells(seed: int) -> list[dict[str, Any]]:
 def once() -> list[dict[str, Any]]:
     """Return what is measured of the machine, with seed 0."""
     rows = [
-        *({"what": "latency", "width": width, "batch": batch} for width in (32, 256) for batch in (1, 32)),
+        *(
+            {"what": what, "width": width, "batch": batch}
+            for what in ("latency", "runtimes")
+            for width in (32, 256)
+            for batch in (1, 32)
+        ),
         *({"what": what, "width": width} for width in (32, 256) for what in ("step", "surgery")),
         *({"what": "memory", "of": of} for of in ("residual", "wide")),
         {"what": "energy"},
