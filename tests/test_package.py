@@ -29,7 +29,7 @@ TEXTS = sorted(
 # What a function may ask for when it is called: files of masks, prettier tables, a bar, a picture, intervals, a search,
 # what a network couples, integers, another runtime, a file's codes.
 OPTIONAL = {"safetensors", "transformers", "rich", "pandas", "tqdm", "matplotlib", "scipy", "optuna", "torch_pruning"}
-OPTIONAL |= {"torchao", "onnxruntime", "onnxscript"}
+OPTIONAL |= {"torchao", "onnxruntime", "onnxscript", "executorch"}
 
 
 def imported(path, *, wherever=True):

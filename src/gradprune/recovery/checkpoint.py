@@ -152,14 +152,14 @@ class Checkpoint:
         return dict(tensors)
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state, as a file can hold it; ValueError where there is extra state."""
+def tensors_of(model: nn.Module, asked: str = "checkpoint") -> dict[str, Tensor]:
+    """Return the model's state, as a file can hold it; ValueError that names the argument if there is extra state."""
     found = model.state_dict()
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name!r} of the model's state is no tensor, but {type(value).__name__}: a checkpoint holds tensors "
-                "alone; leave the file out"
+                f"alone; leave `{asked}` out"
             )
         require_readable(name, value, "tensor")
     return dict(found)

@@ -37,7 +37,7 @@ class Looked:
         files.safetensors()
         self._path = files.place("file", path)
         if trains:
-            files.require_storable(tensors_of(model))
+            files.require_storable(tensors_of(model, "file"))
         self._call = json.loads(json.dumps(call))  # as it will come back
         if self._path.exists():
             self._read(model)
@@ -82,7 +82,7 @@ class Looked:
         self.evaluations, self.size = evaluations, size
         if told["state"]:
             kept = {name.removeprefix(_STATE): value for name, value in tensors.items()}
-            own = tensors_of(model)
+            own = tensors_of(model, "file")
             require(
                 {name: (v.shape, v.dtype) for name, v in kept.items()}
                 == {name: (v.shape, v.dtype) for name, v in own.items()},
