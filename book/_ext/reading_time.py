@@ -40,10 +40,14 @@ def _lines(pre: Tag) -> list[str]:
     return pre.get_text().rstrip().split("\n")
 
 
-def sentence(reading: float, running: float | None) -> str:
-    """Return the line under the title; `reading` in minutes, `running` in seconds, None where it is unknown."""
+def sentence(reading: float, running: float | None, *, exercises: bool = True) -> str:
+    """Return the line under the title; `reading` in minutes, `running` in seconds, None where it is unknown.
+
+    `exercises` says whether the page has some.
+    """
     said = f"Reading takes about {_counted(max(1, round(reading)), 'minute')}"
-    said += f", with each step followed {max(1, round(FOLLOWING * reading))}, and the exercises come on top"
+    said += f", with each step followed {max(1, round(FOLLOWING * reading))}"
+    said += ", and the exercises come on top" if exercises else ""
     if running is None:
         return f"{said}."
     if running < 50:
@@ -60,7 +64,7 @@ def print_times(app: Sphinx, page: str, template: str, context: dict[str, Any], 
     ran = NbMetadataCollector.get_exec_data(app.env, page)
     if ran and "body" in context:
         heading, end, rest = context["body"].partition("</h1>")
-        line = sentence(minutes(context["body"]), ran["runtime"])
+        line = sentence(minutes(context["body"]), ran["runtime"], exercises='id="exercises"' in context["body"])
         context["body"] = f'{heading}{end}\n<p class="gp-times">{line}</p>{rest}'
 
 

@@ -135,3 +135,4 @@ def test_the_line_under_a_title_says_both_times_where_both_are_known(
     reading: float, running: float | None, said: str
 ) -> None:
     assert sentence(reading, running) == f"Reading takes {said}"
+    assert sentence(reading, running, exercises=False) == f"Reading takes {said.replace(f', {ON_TOP}', '')}"

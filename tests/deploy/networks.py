@@ -5,6 +5,17 @@ import transformers
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradprune.lab import models
+
+# Inputs of `digits`, and of `gpt2` and `llama`.
+X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+IDS = torch.arange(20).view(2, 10)
+
+
+def residual():
+    torch.manual_seed(0)
+    return models.residual(8)
+
 
 class Residual(nn.Module):
     def __init__(self):

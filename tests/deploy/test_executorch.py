@@ -6,19 +6,11 @@ import sys
 import pytest
 import torch
 from executorch.runtime import Runtime
-from networks import digits, gpt2
+from networks import IDS, X, digits, gpt2, residual
 from torch import nn
 
 import gradprune as gp
 from gradprune.lab import models
-
-X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
-IDS = torch.arange(20).view(2, 10)
-
-
-def residual():
-    torch.manual_seed(0)
-    return models.residual(8)
 
 
 def by_executorch(path, *tensors):

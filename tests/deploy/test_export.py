@@ -8,20 +8,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import digits, gpt2, llama
+from networks import IDS, X, digits, gpt2, llama, residual
 from torch import nn
 
 import gradprune as gp
 from gradprune.deploy import export as exporting
-from gradprune.lab import models
-
-X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
-IDS = torch.arange(20).view(2, 10)
-
-
-def residual():
-    torch.manual_seed(0)
-    return models.residual(8)
 
 
 def by_onnx(path, *tensors):

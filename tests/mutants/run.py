@@ -64,11 +64,8 @@ IMPORTED = ["numpy", "torch", *(f"torch.distributed.{part}" for part in ("fsdp",
 CONTEXTS = multiprocessing.get_context
 PATIENCE, GRACE = 5.0, 30.0  # a test may take this many times as long as on the code as it is, and some seconds
 START = 180  # seconds until the first begins, on a machine that does other things too
-OUTCOMES = {
-    0: "survived",
-    4: "by mypy",
-    5: "too slow",
-}  # by the status of the process that tried a mutant; else it was killed
+# By the status of the process that tried a mutant; else it was killed.
+OUTCOMES = {0: "survived", 4: "by mypy", 5: "too slow"}
 
 Stage = dict[str, float]  # tests in an order, and the seconds that each took on the code as it is
 

@@ -19,16 +19,6 @@ from gradprune.deploy.function import Outputs
 from gradprune.deploy.runtimes import Runtime
 
 
-def _require() -> None:
-    try:
-        with quiet():
-            import executorch.runtime  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "gp.export(runtime=\"executorch\") needs executorch: pip install 'gradprune[executorch]'"
-        ) from error
-
-
 def _write(
     network: Outputs, tensors: Sequence[Tensor], is_open: Sequence[bool], names: Sequence[str], path: Path
 ) -> None:
@@ -69,4 +59,12 @@ def _no_standard_error() -> Iterator[None]:
         os.close(kept)
 
 
-EXECUTORCH = Runtime("ExecuTorch", _require, None, False, _write, _run)
+EXECUTORCH = Runtime(
+    name="ExecuTorch",
+    libraries=["executorch.runtime"],
+    needs="gp.export(runtime=\"executorch\") needs executorch: pip install 'gradprune[executorch]'",
+    largest=None,
+    opens=False,
+    write=_write,
+    run=_run,
+)

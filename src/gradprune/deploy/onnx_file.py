@@ -14,17 +14,6 @@ from gradprune.deploy.function import Integers, Outputs
 from gradprune.deploy.runtimes import Runtime
 
 
-def _require() -> None:
-    try:
-        with quiet():
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "gp.export needs onnx, onnxscript and onnxruntime: pip install 'gradprune[deploy]'"
-        ) from error
-
-
 def _write(
     network: Outputs, tensors: Sequence[Tensor], is_open: Sequence[bool], names: Sequence[str], path: Path
 ) -> None:
@@ -62,5 +51,12 @@ def _run(path: Path, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.from_numpy(array) for array in session.run(None, given)]
 
 
-# A file is one message of protobuf.
-ONNX = Runtime("ONNX Runtime", _require, 2**31 - 2**20, True, _write, _run)
+ONNX = Runtime(
+    name="ONNX Runtime",
+    libraries=["onnxruntime", "onnxscript"],
+    needs="gp.export needs onnx, onnxscript and onnxruntime: pip install 'gradprune[deploy]'",
+    largest=2**31 - 2**20,  # a file is one message of protobuf
+    opens=True,
+    write=_write,
+    run=_run,
+)

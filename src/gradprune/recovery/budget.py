@@ -13,7 +13,7 @@ from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
 from gradprune.recovery.hull import Point, Segment, loss_at, lower_hull, steps_to
 from gradprune.recovery.outcome import Measure
-from gradprune.recovery.prices import Cost, Losses, Price, priced, stay
+from gradprune.recovery.prices import Cost, Losses, Price, priced
 from gradprune.recovery.scan import Sensitivity, sensitivity
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Units
@@ -296,8 +296,8 @@ def _layers(losses: Losses, units: Units | Groups) -> dict[str, _Layer]:
     return {
         name: _Layer(
             units.number(name),
-            units.weights(name) if isinstance(units, Groups) else units.number(name) * units.cost(name),
-            {stay(units, name, s): max(loss, 0.0) for s, loss in row.items()} | {units.number(name): 0.0},
+            units.weights(name),
+            {units.stay(name, s): max(loss, 0.0) for s, loss in row.items()} | {units.number(name): 0.0},
         )
         for name, row in losses.items()
     }

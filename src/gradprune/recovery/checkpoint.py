@@ -88,8 +88,7 @@ class Checkpoint:
             "good": standing.good or {},
         }
         tensors = {f"{part}/{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
-        as_pairs = [name for name, t in tensors.items() if t.is_complex()]  # a format without them: (real, imaginary)
-        tensors |= {name: torch.view_as_real(tensors[name].resolve_conj()) for name in as_pairs}
+        as_pairs = as_pairs_(tensors)
         told: dict[str, Any] = {"call": self._call, "complex": as_pairs}
         for key, part, masks in (("shapes", "mask", standing.masks), ("good shapes", "good mask", standing.good_masks)):
             packed = bits.packed(masks)
@@ -150,6 +149,13 @@ class Checkpoint:
                 f"model's {ours.get(name)}",
             )
         return dict(tensors)
+
+
+def as_pairs_(tensors: dict[str, Tensor]) -> list[str]:
+    """Put pairs (real, imaginary) in the place of complex tensors, which the format has not; return their names."""
+    names = [name for name, tensor in tensors.items() if tensor.is_complex()]
+    tensors |= {name: torch.view_as_real(tensors[name].resolve_conj()) for name in names}
+    return names
 
 
 def tensors_of(model: nn.Module, asked: str = "checkpoint") -> dict[str, Tensor]:

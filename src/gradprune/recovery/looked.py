@@ -13,7 +13,7 @@ from torch import nn
 
 from gradprune.core import files
 from gradprune.core.checks import number, require, state, whole
-from gradprune.recovery.checkpoint import tensors_of
+from gradprune.recovery.checkpoint import as_pairs_, tensors_of
 from gradprune.recovery.found import Look
 from gradprune.recovery.outcome import Outcome
 
@@ -47,8 +47,7 @@ class Looked:
         if self._path is None or self.dense is None:
             return
         kept = {} if self.state is None else {_STATE + name: value for name, value in self.state.items()}
-        as_pairs = [name for name, value in kept.items() if value.is_complex()]  # a format without them
-        kept |= {name: torch.view_as_real(kept[name].resolve_conj()) for name in as_pairs}
+        as_pairs = as_pairs_(kept)
         told = {
             "call": self._call,
             "complex": as_pairs,

@@ -54,7 +54,7 @@ def priced(
 ) -> Price:
     """Return the price of a network of which the layers of `losses` are planned, in units of `cost`."""
     if cost == "latency":
-        counts = {name: {stay(units, name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
+        counts = {name: {units.stay(name, s) for s in row} | {units.number(name)} for name, row in losses.items()}
         if seconds is None:
             return _timed(model, example, request, counts)
         return _told(seconds, units, counts)
@@ -107,11 +107,3 @@ def _between(times: Mapping[int, float], count: int) -> float:
     if below == above:
         return times[below]
     return times[below] + (times[above] - times[below]) * (count - below) / (above - below)
-
-
-def stay(units: Units | Groups, name: str, sparsity: float) -> int:
-    """Return how many units ``prune`` leaves."""
-    if isinstance(units, Groups):
-        return units.stay(name, sparsity)
-    weights = units.layers[name].parameter.numel()
-    return round((weights - round(sparsity * weights)) / max(units.cost(name), 1))

@@ -127,6 +127,15 @@ class Units(NamedTuple):
         cost = self.cost(name)
         return self.layers[name].parameter.numel() // cost if cost else 0
 
+    def weights(self, name: str) -> int:
+        """Weights in all units of the layer."""
+        return self.number(name) * self.cost(name)
+
+    def stay(self, name: str, sparsity: float) -> int:
+        """How many units ``prune`` leaves."""
+        weights = self.layers[name].parameter.numel()
+        return round((weights - round(sparsity * weights)) / max(self.cost(name), 1))
+
     def allowed(self, name: str) -> Tensor | None:
         """Which units may stay; None where all may."""
         if self.within is None or self.block is None:

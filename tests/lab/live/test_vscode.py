@@ -88,6 +88,7 @@ def test_sliders_arrive_in_the_kernel_and_what_the_kernel_sets_in_the_figure(
         while (
             not said.startswith(expected) and time.monotonic() < asked + SLOW / 1000
         ):  # until both traits have arrived
+            page.wait_for_timeout(50)
             said = run('print(figure.sparsity, f"{figure.accuracy:.4f}", figure.masks)')["text"]
         assert said.startswith(expected)
         assert "sparsity 0.9001" in said
