@@ -126,6 +126,19 @@ def test_cells_that_differ_only_in_what_some_name_are_told_apart(tmp_path):
     assert again == rows
 
 
+def test_what_is_measured_may_have_the_name_that_another_cell_is_told_by(tmp_path):
+    cells = [{"what": "time"}, {"what": "time", "batch": 1}, {"what": "time", "batch": 32}, {"what": "step"}]
+    path, measured = tmp_path / "e.json", []
+
+    def measure(cell):
+        measured.append(cell)
+        return {"batch": 128, "seconds": len(measured)} if cell["what"] == "step" else {"seconds": len(measured)}
+
+    rows = experiment.run(path, cells, measure, seeds=[0])
+    assert experiment.run(path, cells, measure, seeds=[0]) == rows
+    assert measured == cells
+
+
 def test_no_cells_give_no_rows(tmp_path):
     experiment.run(tmp_path / "e.json", CELLS, Measure(), seeds=[0])
     for path in (tmp_path / "e.json", tmp_path / "other.json"):

@@ -41,13 +41,14 @@ def run(
     Raises ValueError where `path` holds something else than such a result; it is left as it is.
     """
     cells = list(cells)
+    keys = [_key(cell, cell) for cell in cells]
     head = provenance(seeds) | {"about": about}
-    done = {_key(row, cells): row for row in _saved(path, head)}
-    for cell in tqdm(cells, desc=path.stem, disable=not progress_wanted()):
-        if _key(cell, cells) not in done:
-            done[_key(cell, cells)] = cell | measure(cell)
-            save(path, head | {"rows": [done[_key(c, cells)] for c in cells if _key(c, cells) in done]})
-    return [done[_key(cell, cells)] for cell in cells]
+    done = _by_key(_saved(path, head), cells)
+    for key, cell in tqdm(list(zip(keys, cells, strict=True)), desc=path.stem, disable=not progress_wanted()):
+        if key not in done:
+            done[key] = cell | measure(cell)
+            save(path, head | {"rows": [done[k] for k in keys if k in done]})
+    return [done[key] for key in keys]
 
 
 def provenance(seeds: Sequence[int]) -> dict[str, Any]:
@@ -169,9 +170,21 @@ def _saved(path: Path, head: dict[str, Any]) -> list[Row]:
         raise ValueError(f"{path.name} is not the result of an experiment; move it away to measure it anew") from error
 
 
-def _key(row: Row, cells: Sequence[Row]) -> str:
-    """What tells a row from the others: its values of all that any cell names."""
-    return json.dumps({name: row.get(name) for name in sorted({name for cell in cells for name in cell})})
+def _by_key(rows: Iterable[Row], cells: Sequence[Row]) -> dict[str, Row]:
+    """Rows by the cells they are of: of those whose values a row has, the cell that names most."""
+    names = sorted({tuple(cell) for cell in cells}, key=len, reverse=True)
+    keys = {_key(cell, cell) for cell in cells}
+    found: dict[str, Row] = {}
+    for row in rows:
+        own = (_key(row, some) for some in names if row.keys() >= set(some))
+        if key := next((key for key in own if key in keys), None):
+            found[key] = row
+    return found
+
+
+def _key(row: Row, names: Iterable[str]) -> str:
+    """A row's values of these names; of a cell's names, what tells it from the others."""
+    return json.dumps({name: row[name] for name in sorted(names)})
 
 
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
