@@ -87,7 +87,7 @@ def test_no_id_occurs_in_two_figures_and_every_reference_finds_its_own():
 def test_the_ink_is_the_pages_own():
     picture = figures.to_svg(drawing(), "one")
     assert "currentColor" in picture
-    assert figures._INK not in picture
+    assert figures.INK not in picture
     fixed = {colour.lower() for colour in re.findall(r"(?:fill|stroke): *(#[0-9a-fA-F]{3,6}|black)", picture)}
     assert not fixed & {"#000000", "#000", "black", "#ffffff"}
     for element in re.findall(r"<text[^>]*>", picture):

@@ -49,45 +49,45 @@ COLOURS = {
     "percentile": "#00875f",
 }
 PAGE_BACKGROUNDS = ("#ffffff", "#121212")  # of the theme, light and dark
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
+INK = "#010203"  # stands for the page's text colour until the SVG is written
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}(?!\d*e)")
 _serial = count()
 Kind = TypeVar("Kind", bound=Artist)
 
 _STYLE = {
-    "axes.edgecolor": _INK,
+    "axes.edgecolor": INK,
     "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.prop_cycle": cycler(color=["#0077bb", "#cc5500", "#00875f", "#b0488c", "#808080"]),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
-    "axes.titlecolor": _INK,
+    "axes.titlecolor": INK,
     "figure.facecolor": "none",
     "font.family": "sans-serif",
     "font.size": 10,
     "grid.alpha": 0.18,
-    "grid.color": _INK,
-    "boxplot.boxprops.color": _INK,
-    "boxplot.capprops.color": _INK,
-    "boxplot.flierprops.color": _INK,
-    "boxplot.flierprops.markeredgecolor": _INK,
-    "boxplot.whiskerprops.color": _INK,
-    "hatch.color": _INK,
-    "patch.edgecolor": _INK,
+    "grid.color": INK,
+    "boxplot.boxprops.color": INK,
+    "boxplot.capprops.color": INK,
+    "boxplot.flierprops.color": INK,
+    "boxplot.flierprops.markeredgecolor": INK,
+    "boxplot.whiskerprops.color": INK,
+    "hatch.color": INK,
+    "patch.edgecolor": INK,
     "legend.frameon": False,
-    "legend.labelcolor": _INK,
+    "legend.labelcolor": INK,
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "savefig.facecolor": "none",
     "svg.fonttype": "none",
     "svg.hashsalt": "gradprune",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -130,7 +130,7 @@ def to_svg(figure: Figure, alt: str, *, prefix: str | None = None) -> str:
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would style every drawing of the page
     svg = svg.replace('aria-hidden="true">', 'aria-hidden="true" style="stroke-linejoin:round">', 1)
-    svg = svg.replace(_INK, "currentColor")
+    svg = svg.replace(INK, "currentColor")
     svg = re.sub(r"<[^>]+>", lambda tag: _LONG_NUMBER.sub(_shorten, tag[0]), svg)  # not in the text between the tags
     prefix = f"gp{next(_serial)}-" if prefix is None else prefix
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
