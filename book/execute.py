@@ -23,12 +23,26 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, *, widget_state: bool
             notebook,
             timeout=CELL_TIMEOUT,
             store_widget_state=widget_state,
-            coalesce_streams=True,  # what one cell prints is one block, however it was buffered
             record_timing=False,  # times in the cells would make the cache take the notebook for another one
             resources={"metadata": {"path": str(folder)}},
             config=Config({"KernelManager": {"transport": "ipc", "ip": str(Path(private) / "kernel")}}),
         ).execute()
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = in_one_piece(cell.outputs)
     leave_out_unseen(notebook)
+
+
+def in_one_piece(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Join what is printed on end, however it was buffered; what stands between two pictures stays there."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        before = joined[-1] if joined else {}
+        if output.output_type == "stream" and before.get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def leave_out_unseen(notebook: nbformat.NotebookNode) -> None:

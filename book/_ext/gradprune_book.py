@@ -149,6 +149,13 @@ def keep_still_pictures(app: Sphinx, doctree: nodes.document) -> None:
             shown[WIDGET] += where_no_script_runs(still)
 
 
+def leave_out_blank_lines(app: Sphinx, doctree: nodes.document) -> None:
+    """Take out printed blocks of blank lines: they part tables of text, which on a page are boxes."""
+    for block in list(doctree.findall(nodes.literal_block)):
+        if "stream" in block["classes"] and not block.astext().strip():
+            block.parent.remove(block)
+
+
 def keep_dark_to_screens(app: Sphinx, failure: Exception | None) -> None:
     """Make a page light on paper, though it is dark on the screen, and light where no script sets its theme."""
     if failure is None and app.builder.name == "html":
@@ -266,6 +273,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("live", LiveFigure)
     app.connect("source-read", fill_in)
     app.connect("doctree-read", keep_still_pictures)
+    app.connect("doctree-read", leave_out_blank_lines)
     app.connect("autodoc-process-docstring", link_chapters)
     app.connect("autodoc-process-docstring", keep_results_whole, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", shorten_defaults)

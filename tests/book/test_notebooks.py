@@ -7,7 +7,9 @@ small notebook that is spoiled on purpose: a check that cannot fail checks nothi
 
 import ast
 import copy
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -540,7 +542,7 @@ def flip_verdict(notebook: NotebookNode) -> int:
     return VERDICT
 
 
-def strict_nbval(*paths: Path) -> subprocess.CompletedProcess[str]:
+def strict_nbval(*paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run nbval with the flags that `make test` gives it."""
     flags = re.search(r"pytest (.*--nbval .*) tests chapters", (ROOT / "Makefile").read_text())
     assert flags, "the Makefile no longer runs nbval"
@@ -550,12 +552,14 @@ def strict_nbval(*paths: Path) -> subprocess.CompletedProcess[str]:
         "-m",
         "pytest",
         *flags[1].split(),
+        *("-c", "pyproject.toml"),
         "-p",
         "no:cacheprovider",
         "--color=no",
         *map(str, paths),
     ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    environment = os.environ | {"GRADPRUNE_BUILT": ""} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_nbval_passes_a_notebook_that_is_as_it_was_run(small: NotebookNode, tmp_path: Path) -> None:
@@ -579,3 +583,21 @@ def test_nbval_fails_on_each_altered_output_number_and_verdict(small: NotebookNo
     failed = re.findall(r"^FAILED .*?(\w+)\.ipynb::Cell (\d+)", done.stdout, re.MULTILINE)
     assert done.returncode == 1, done.stdout
     assert {(name, int(number)) for name, number in failed} == wanted, done.stdout
+
+
+def test_nbval_compares_a_chapter_with_the_run_that_its_page_was_built_from(tmp_path: Path) -> None:
+    """As `make test` does: what is stored is another number, or the code has not run."""
+    chapter = min(CHAPTERS, key=lambda path: path.stat().st_size)
+    as_it_is, altered, edited = (nbformat.read(chapter, as_version=4) for _ in range(3))
+    cells = code(altered)
+    at = next(n for n, cell in enumerate(cells) if any(re.search(r"\d", o.get("text", "")) for o in cell.outputs))
+    for output in cells[at].outputs:
+        output.text = re.sub(r"\d", lambda digit: str(9 - int(digit[0])), output.get("text", ""))
+    code(edited)[-1].source += "\nprint()"
+    for name, notebook in {"as_it_is": as_it_is, "altered": altered, "edited": edited}.items():
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    shutil.copy(ROOT / "chapters" / "conftest.py", tmp_path)
+    done = strict_nbval(tmp_path, GRADPRUNE_BUILT="1")
+    assert re.findall(r"^FAILED .*?(\w+)\.ipynb::Cell (\d+)", done.stdout, re.MULTILINE) == [("altered", str(at))]
+    assert "edited.ipynb has not run as it stands: run `make book` first" in done.stdout
+    assert f"1 failed, {2 * len(cells) - 1} passed, {len(cells)} errors" in done.stdout
