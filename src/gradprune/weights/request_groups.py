@@ -108,7 +108,7 @@ class GroupRequest(Request):
             if sparsity is not None and scope == "global":
                 self.groups.require_enough(sparsity)
         allowed = None if within is None else self._allowed(within)
-        return lambda ranked: self.groups.masks(ranked.scores(), allowed, sparsity, threshold, scope)
+        return lambda ranked: dict(self.groups.masks(ranked.scores(), allowed, sparsity, threshold, scope))
 
     def _allowed(self, within: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masks that say what may stay, checked; what they lack may, and others go along."""
