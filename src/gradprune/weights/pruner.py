@@ -59,9 +59,9 @@ class Pruner:
         amount: what the schedule gives, ``"sparsity"`` or ``"threshold"``.
         regrow: which pruned weights come back; none unless given.
         within: masks by name that say which weights may stay; ``{}`` for all, also those that are zero now.
-        example: as for ``prune``, for granularity ``"group"``: the network is traced once. What goes with a channel, bias
-            and norm's scale and shift, is held too, so that ``shrink(model, example, pruner.masks)`` takes it out. Such
-            channels do not come back by `regrow`.
+        example: as for ``prune``, for granularity ``"group"``: the network is traced once. With a channel its bias and
+            its norm's scale and shift are held at zero, so that ``shrink(model, example, pruner.masks)`` takes it out.
+            Channels do not come back by `regrow`.
         as_prune: scope, granularity, include, exclude and what else ``prune`` takes.
 
     Attributes:
