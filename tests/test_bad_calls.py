@@ -175,6 +175,7 @@ CALLS = {
             "stop": None,
             "teacher": None,
             "checkpoint": None,
+            "example": None,
             "scope": "global",
         },
     ),
@@ -305,6 +306,18 @@ CALLS = {
     "distill_loss": (
         lambda c: gp.distill_loss,
         lambda c: {"student_logits": X, "teacher_logits": X.clone(), "temperature": 2.0},
+    ),
+    "Pruner, groups": (
+        lambda c: gp.Pruner,
+        lambda c: {
+            "model": c.model,
+            "optimizer": c.optimizer,
+            "schedule": gp.OneShot(0.3),
+            "within": None,
+            "example": X,
+            "granularity": "group",
+            "exclude": "2.*",
+        },
     ),
     "prune, groups": (
         lambda c: gp.prune,

@@ -33,11 +33,12 @@ from gradprune.recovery.search import search
 from gradprune.recovery.study import Study, Trial
 from gradprune.scale.topk import TopK
 from gradprune.weights.activation import activation
+from gradprune.weights.event import Event
 from gradprune.weights.flow import synflow
 from gradprune.weights.hold import Hold
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
-from gradprune.weights.pruner import Event, Pruner
+from gradprune.weights.pruner import Pruner
 from gradprune.weights.regrow import Regrow
 from gradprune.weights.schedule import Cubic, Geometric, Linear, OneShot
 from gradprune.weights.score import magnitude, random, rotation

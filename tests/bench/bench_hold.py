@@ -39,6 +39,7 @@ CASES = {
     "MLP 4 x 1024, batch 32": (lambda: mlp(1024, 4), (32, 1024)),
     "convolutions 4 x 64, batch 16 of 24 x 24": (lambda: convnet(64), (16, 3, 24, 24)),
     "transformer layer of 512, 16 x 32 tokens": (lambda: Block(512), (16, 32, 512)),
+    "MLP 100 x 64, batch 64": (lambda: mlp(64, 100), (64, 64)),
 }
 OPTIMIZERS = {
     "SGD with momentum": lambda p: torch.optim.SGD(p, 1e-4, momentum=0.9),

@@ -68,6 +68,26 @@ def test_empty_tensors_and_scalars():
     assert scalar == 0
 
 
+def test_a_mask_may_be_given_as_its_bytes():
+    mask = torch.tensor([[True, False], [False, True]])
+    tensors = [torch.full((2, 2), -torch.inf), torch.full((2, 2), 1 - 1j, dtype=torch.complex128)]
+    zero_pruned_((tensor, mask.view(torch.int8)) for tensor in tensors)
+    assert all(torch.equal(tensor != 0, mask) for tensor in tensors)
+
+
+def test_a_parameter_that_has_gradients_is_written_and_keeps_them():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.square().sum().backward()
+    before = weight._version
+    zero_pruned_([(weight, torch.tensor([True, False, True]))])
+    assert weight.tolist() == [1, 0, 1]
+    assert weight.grad.tolist() == [2, 2, 2]
+    assert weight.requires_grad
+    assert weight.grad_fn is None
+    assert weight._version > before
+    assert torch.is_grad_enabled()
+
+
 def test_autograd_notices_the_write():
     weight = torch.nn.Parameter(torch.ones(3))
     loss = (weight * weight).sum()

@@ -4,6 +4,7 @@ import copy
 import time
 import warnings
 from functools import partial
+from importlib.util import find_spec
 
 import group
 import pytest
@@ -110,6 +111,25 @@ def a_pruner_decides_for_all_ranks(rank, ranks):
         other = partial(pruner.load_state_dict, saved | {"step": 7 + rank})
         refused(other, ValueError, "all ranks must ask the same")
         pruner.remove()
+
+
+def coupled_channels_go_alike_at_once_and_step_by_step(rank, ranks):
+    x, group = batch(0)[0], {"granularity": "group"}
+    wanted = gp.prune(net(), sparsity=0.4, example=x, **group)
+    found = gp.prune(DistributedDataParallel(net()), sparsity=0.4, example=x, **group)
+    assert {f"module.{name}": mask.tolist() for name, mask in wanted.items()} == {
+        n: m.tolist() for n, m in found.items()
+    }
+    ddp = DistributedDataParallel(net())
+    torch.manual_seed(rank)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+    pruner = gp.Pruner(ddp, optimizer, gp.Cubic(final=0.4, begin=1, end=4), gp.random, example=batch(rank)[0], **group)
+    trained(ddp, optimizer, rank, 6)
+    assert equal_on_all(pruner.masks)
+    assert pruner.masks.holds(ddp)
+    assert pruner.masks.sparsity > 0.3
+    assert not bool(pruner.masks["module.0.bias"].all())
+    refused(partial(gp.Pruner, ddp, optimizer, gp.OneShot(0.5), example=x), ValueError, "example is for granularity")
 
 
 def norms_are_those_of_the_mean_gradients(rank, ranks):
@@ -262,6 +282,7 @@ CASES = (
     chance_is_that_of_rank_0_and_data_that_of_all,
     copies_that_differ_in_their_last_bits_get_one_mask,
     a_pruner_decides_for_all_ranks,
+    *([coupled_channels_go_alike_at_once_and_step_by_step] if find_spec("torch_pruning") else []),
     norms_are_those_of_the_mean_gradients,
     what_is_wrong_on_one_rank_is_raised_on_all,
     replicas_of_some_processes_decide_without_the_others,

@@ -164,10 +164,12 @@ def test_what_does_not_fit_is_refused_before_anything_changes(how, said):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_what_prunes_again_and_again_says_that_it_does_not_take_groups():
+def test_what_does_not_take_groups_says_what_does():
     model = trained(Residual)
-    with pytest.raises(ValueError, match=r'"group" is one of gp.prune alone'):
-        gp.Pruner(model, torch.optim.SGD(model.parameters(), 0.1), gp.OneShot(0.5), granularity="group")
+    with pytest.raises(
+        ValueError, match=r'"group", coupled channels, needs an example .* it is for gp.prune, gp.Pruner'
+    ):
+        gp.largest_sparsity(model, lambda m: 1.0, at_least=0.5, granularity="group")
 
 
 def test_a_nan_score_names_its_tensor():

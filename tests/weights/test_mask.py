@@ -18,6 +18,7 @@ from torch.nn.utils import prune as torch_prune
 
 import gradprune as gp
 from gradprune.core.masked import count_alive, count_kept, zero_pruned_
+from gradprune.weights.hold import _Held
 
 
 def small_model(dtype=torch.float32):
@@ -914,3 +915,13 @@ def test_a_parameter_that_can_no_longer_be_written_is_named_when_it_is_to_be_hel
     model[1].weight.data = torch.ones(1).expand(4, 4)
     with pytest.raises(ValueError, match=r"entries of the parameter '1.weight' share memory"):
         masks.hold(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_held_mask_and_its_bytes_follow_a_parameter_to_another_device():
+    held = _Held(torch.tensor([True, False]))
+    assert held.kept_on(torch.device("cpu")).tolist() == [1, 0]
+    held.mask.logical_not_()
+    assert held.kept_on(torch.device("cpu")).tolist() == [0, 1]
+    there = torch.device("meta")
+    assert held.kept_on(there).device == held.mask.device == held.kept.device == there
+    assert held.kept_on(there).dtype == torch.int8

@@ -23,15 +23,16 @@ def zero_pruned_(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set each tensor to +0.0 where its mask is False, at the speed of memory, whatever stands there.
 
     The pairs are of one shape and one device, and the tensors can be written (``checks.require_writable``); of a
-    DTensor the mask is that of the block held here. All pairs are taken before the first is written, and an interrupt
-    is let through once all are.
+    DTensor the mask is that of the block held here. A mask may be given as its bytes, in int8. All pairs are taken
+    before the first is written, and an interrupt is let through once all are.
     """
-    pairs = [_as_integers(local(tensor).detach(), mask.detach()) for tensor, mask in tensors]
-    try:
-        _multiply_(pairs)
-    except BaseException:  # a signal's, between two tensors: no half of the masks
-        _multiply_(pairs)
-        raise
+    with torch.no_grad():  # which costs less than a detached view of each
+        pairs = [_as_integers(local(tensor), mask) for tensor, mask in tensors]
+        try:
+            _multiply_(pairs)
+        except BaseException:  # a signal's, between two tensors: no half of the masks
+            _multiply_(pairs)
+            raise
 
 
 @uncompiled
@@ -75,19 +76,23 @@ def _on_cpu(tensor: Tensor) -> bool:
 
 def _as_integers(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same memory as integers, which times 0 are 0 and times 1 the same bits, unlike -1.0, infinity and NaN."""
-    kept = mask.view(torch.int8)
+    kept = mask if mask.dtype == torch.int8 else mask.view(torch.int8)
     if tensor.is_conj():
         tensor = tensor.conj()  # the same memory, and zero is its own conjugate
-    if tensor.element_size() not in INTEGER_OF_SIZE:  # complex128
+    integer = INTEGER_OF_SIZE.get(tensor.element_size())
+    if integer is None:  # complex128
         tensor, kept = torch.view_as_real(tensor), kept.unsqueeze(-1).expand(*kept.shape, 2)
-    return tensor.view(INTEGER_OF_SIZE[tensor.element_size()]), kept
+        integer = INTEGER_OF_SIZE[tensor.element_size()]
+    return tensor.view(integer), kept
 
 
 def _multiply_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    parts = [part for bits, kept in pairs for part in pieces(bits, kept)]  # the mask is widened a piece at a time
+    parts: list[tuple[Tensor, Tensor]] = []
+    for bits, kept in pairs:  # the mask is widened a piece at a time
+        parts += [(bits, kept)] if bits.numel() <= PIECE else pieces(bits, kept)
     if sum(bits.numel() for bits, _ in pairs) < SHARED or not all(_on_cpu(bits) for bits, _ in pairs):
-        for part, stays in parts:
-            part.mul_(stays)
+        if parts:  # one call for all: of small tensors the calls cost as much as the work
+            torch._foreach_mul_([part for part, _ in parts], [stays for _, stays in parts])
         return
     in_shares(_multiply_by_numpy_, [(part.numpy(), stays.numpy()) for part, stays in parts], threads_of_torch())
     for bits, _ in pairs:

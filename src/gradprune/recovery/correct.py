@@ -20,7 +20,8 @@ from gradprune.recovery.rounds import Rewind, Rounds, planned
 from gradprune.recovery.run import Run, Teacher
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import AsPrune, check_for_schedule, prune
-from gradprune.weights.request import Request, Score, checked_score
+from gradprune.weights.request import Score, checked_score
+from gradprune.weights.request_groups import requested
 from gradprune.weights.score import magnitude
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -41,6 +42,7 @@ def iterate(
     stop: Callable[[History], bool] | None = None,
     teacher: Teacher = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    example: Any = None,
     **as_prune: Unpack[AsPrune],
 ) -> History:
     """Train `model`, prune it, correct it, and repeat; return what each round came to.
@@ -73,6 +75,7 @@ def iterate(
         checkpoint: a file that is written (whole or not at all, with torch's random state) after each training. The
             same call with the file there goes on from it and ends as if it had not been interrupted, where `train`
             draws from torch's generators or from ``round.steps`` alone. The file stays. Needs safetensors.
+        example: as for ``prune``, for granularity ``"group"``.
         **as_prune: scope (not by name), granularity, include, exclude, min_keep, as for ``prune``.
 
     Returns:
@@ -107,7 +110,7 @@ def iterate(
         function("stop", stop)
     plan = planned(schedule, steps, retrain, rewind, rewind_to, rounds)
     _check_teacher(teacher, model)
-    _check_pruning(model, score, plan, as_prune)
+    _check_pruning(model, score, plan, example, as_prune)
     call = vars(plan) | {name: as_prune.get(name) for name in AsPrune.__annotations__}
     run = Run(model, plan, stop, teacher, None if checkpoint is None else Checkpoint(checkpoint, model, call))
     if run.resume():
@@ -121,7 +124,7 @@ def iterate(
             work = Round(0, range(plan.rewind_to, plan.steps), Masks({}), None)
         else:
             sparsity, within = plan.sparsities[at - 1], run.masks or None
-            masks = prune(model, score, sparsity=sparsity, within=within, **as_prune)
+            masks = prune(model, score, sparsity=sparsity, within=within, example=example, **as_prune)
             pruned = _measured(evaluate, model)
             run.rewind(masks)
             work = Round(at, plan.steps_of(at), masks, run.teacher())
@@ -133,15 +136,15 @@ def iterate(
     return run.history()
 
 
-def _check_pruning(model: nn.Module, score: Score, plan: Rounds, as_prune: AsPrune) -> None:
+def _check_pruning(model: nn.Module, score: Score, plan: Rounds, example: Any, as_prune: AsPrune) -> None:
     """Refuse now what pruning would refuse after the first training."""
-    check_for_schedule("iterate", as_prune, own=("score", "steps", "rounds"))
+    check_for_schedule("iterate", as_prune, own=("score", "steps", "rounds", "example"))
     checked_score(score)
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             if tensor.layout == torch.strided:
                 require_readable(name, tensor, kind)
-    request = Request.of(model, **as_prune)
+    request = requested(model, example, **as_prune)
     for sparsity in dict.fromkeys(plan.sparsities):
         request.plan(sparsity=sparsity)
     for name, parameter in request.parameters.items():

@@ -58,8 +58,8 @@ def search(
         evaluate: a function from the pruned network to a number, or to a tensor with one result an example; the
             higher, the better. Use data that will not judge the outcome: the best of many trials is the luckiest too.
         space: name -> what to draw from: a list of choices, a dict of them by name, a pair (low, high) of whole numbers
-            or of others, or an Optuna distribution; anything else is taken as it is. Choices without a name of their
-            own, such as lambdas, need a dict.
+            or of others, or an Optuna distribution; anything else is taken as it is, and `example` always. Choices
+            without a name of their own, such as lambdas, need a dict.
         trials: how many there are to be in all, with those in `storage`; of a grid all, unless given.
         sampler: ``"tpe"`` models what was good (Optuna's tree-structured Parzen estimator); ``"random"``; or
             ``"grid"``, which needs choices only.

@@ -69,6 +69,8 @@ def space_of(library: Any, space: Any) -> SearchSpace:
             raise TypeError(f"space must have names as keys, got {name!r}")
         if isinstance(of, library.distributions.BaseDistribution):
             ranges[name] = of
+        elif name == "example":  # a network's input, be it a tuple or a dict
+            choices[name] = {f"a {type(of).__name__}": of}
         elif isinstance(of, tuple) and name not in CHOICES_ONLY:
             ranges[name] = _range(library, name, of)
         else:

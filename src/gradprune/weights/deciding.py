@@ -19,7 +19,15 @@ from gradprune.weights.mask_sharded import ShardedMasks
 from gradprune.weights.pick_sharded import pick_over
 from gradprune.weights.replicated import decided, over_ranks
 from gradprune.weights.request import Request, Score, ranked_by
-from gradprune.weights.sharded import Held, masks_over_ranks, ranked_over_ranks, request_over_ranks, sharded_masks
+from gradprune.weights.request_groups import requested
+from gradprune.weights.sharded import (
+    Held,
+    masks_over_ranks,
+    ranked_over_ranks,
+    request_over_ranks,
+    require_no_example,
+    sharded_masks,
+)
 from gradprune.weights.start import found_before, stated_before
 
 T = TypeVar("T")
@@ -43,9 +51,9 @@ class OneProcess:
     ranks: Ranks | None = None  # that hold copies of the model
     every: Ranks | None = None  # that decide together
 
-    def request(self, model: nn.Module, **asked: Any) -> Request:
+    def request(self, model: nn.Module, example: Any, **asked: Any) -> Request:
         """The checked arguments of ``prune``."""
-        return Request.of(model, **asked)
+        return requested(model, example, **asked)
 
     def alike(self, called: str, asked: Callable[[], Mapping[str, object]], work: Callable[[], T]) -> T:
         """Do what each rank does by itself; all raise what is wrong on one, and where they ask for different things."""
@@ -54,9 +62,11 @@ class OneProcess:
     def look_around(self, model: nn.Module) -> None:
         """Called before the model's parameters are looked at by name."""
 
-    def before(self, layers: Layers, within: Mapping[str, Tensor] | None) -> Masks:
+    def before(self, request: Request, within: Mapping[str, Tensor] | None) -> Masks:
         """What may stay when a pruner begins."""
-        return Masks(found_before(layers) if within is None else stated_before(layers, within))
+        weights = {name: weight.parameter for name, weight in request.layers.items()}
+        found = found_before(weights) if within is None else stated_before(request.parameters, within)
+        return Masks(request.with_beside(found))
 
     def choose(self, now: Now, amounts: Mapping[str, Any]) -> Masks:
         """The masks for an amount, of what stays now."""
@@ -64,7 +74,7 @@ class OneProcess:
 
         def chosen(score: Score) -> Masks:
             masks = now.request.masks(now.model, score, within=before if before.sparsity else None, **amounts)
-            return Masks({name: mask & before[name] for name, mask in masks.items()})
+            return Masks({**before, **{name: mask & before[name] for name, mask in masks.items()}})
 
         return self._decided(chosen, now)
 
@@ -121,8 +131,9 @@ class Shards(OneProcess):
         self.every: Ranks = every
         self._held = Held({}, every)
 
-    def request(self, model: nn.Module, **asked: Any) -> Request:
+    def request(self, model: nn.Module, example: Any, **asked: Any) -> Request:
         """The checked arguments of ``prune``."""
+        require_no_example(example)
         reshard_(model)
         return request_over_ranks(model, **asked)
 
@@ -130,8 +141,9 @@ class Shards(OneProcess):
         """Let the model have its own parameters again, which a forward pass may have left gathered."""
         reshard_(model)
 
-    def before(self, layers: Layers, within: Mapping[str, Tensor] | None) -> Masks:
+    def before(self, request: Request, within: Mapping[str, Tensor] | None) -> Masks:
         """What may stay when a pruner begins."""
+        layers = request.parameters
 
         def each() -> tuple[dict[str, Tensor] | None, dict[str, object], Layers]:
             stated = None if within is None else stated_before(layers, within)

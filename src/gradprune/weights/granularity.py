@@ -221,7 +221,8 @@ def parse_granularity(granularity: Granularity) -> tuple[tuple[int, int] | None,
         return None, (1,)
     require(
         not (isinstance(granularity, str) and granularity == "group"),
-        'granularity "group" is one of gp.prune alone: it needs an example, and chooses over all layers at once',
+        'granularity "group", coupled channels, needs an example and chooses over all layers at once: it is for '
+        "gp.prune, gp.Pruner, gp.iterate, gp.sensitivity and gp.fit_budget",
     )
     numbers: tuple[Any, ...] = ()
     n_of_m = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,62 +22,25 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gradprune.core.checks import require
 from gradprune.core.coupled import coupled
-from gradprune.core.layers import TRANSPOSED, Weight
-from gradprune.core.units import Part, Unit, is_depthwise, place, reads, writes
+from gradprune.core.layers import Axes, Weight
+from gradprune.core.units import Part, Unit, place, reads, width, writes
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible
 from gradprune.weights.mask import Masks
-from gradprune.weights.request import (
-    Score,
-    check_made_for,
-    checked_amount,
-    checked_scope,
-    checked_score,
-    ranked_by,
-    require_one_amount,
-)
+from gradprune.weights.request import checked_scope
 
-Index = tuple[Any, ...]
+Scope = str | Mapping[int, float]  # sparsities by the numbers of groups
 
 
 @dataclass
 class _Channel:
-    """What goes as one: entries of eligible weights, entries of others, and the group it belongs to."""
+    """What goes as one: outputs of filters, entries of what goes beside them, and the group it belongs to."""
 
     group: int
     place: tuple[int, ...]  # in which groups of grouped convolutions, which lose equally many each
-    counted: list[tuple[str, Index]]
-    beside: list[tuple[str, Index]]
+    counted: list[tuple[str, list[int]]]
+    beside: list[tuple[str, list[int]]]
     weights: int = 0
     score: float = 0.0
-
-
-def prune_groups(
-    model: nn.Module,
-    score: Score,
-    example: Any,
-    *,
-    sparsity: float | None,
-    threshold: float | None,
-    scope: Any,
-    include: Patterns,
-    exclude: Patterns,
-    within: Mapping[str, Tensor] | None,
-    axes: StatedAxes,
-) -> Masks:
-    """Return the masks by which whole coupled channels go; arguments and errors as of ``prune``."""
-    score = checked_score(score)
-    shared = isinstance(scope, Mapping) or (isinstance(scope, str) and scope in ("global", "layer"))
-    require(shared, f"granularity='group' goes with scope 'global', 'layer' or sparsities by name, got {scope!r}")
-    if isinstance(scope, Mapping):
-        check_made_for(scope, "group")
-        require(threshold is None, "a scope that gives sparsities by name does not go with a threshold")
-    else:
-        require_one_amount(sparsity, threshold)
-    sparsity, threshold = checked_amount(sparsity, threshold)
-    groups = Groups.of(model, example, include, exclude, axes)
-    scope = groups.by_number(scope, sparsity or 0.0) if isinstance(scope, Mapping) else scope
-    ranked = ranked_by(score, model, groups.parameters).scores()
-    return groups.masks(ranked, None if within is None else Masks(within), sparsity, threshold, scope)
 
 
 @dataclass(frozen=True)
@@ -86,7 +49,8 @@ class Groups:
 
     layers: Mapping[str, Weight]
     channels: list[_Channel]
-    others: Mapping[str, nn.Parameter]  # all parameters by name: what goes beside the filters is among them
+    beside: Mapping[str, int]  # what goes beside the filters, and which of its axes has the channels
+    others: Mapping[str, nn.Parameter]  # all parameters by name: what goes beside is among them
 
     @classmethod
     def of(
@@ -99,13 +63,14 @@ class Groups:
         layers = eligible(model, include, exclude, axes)
         names = {id(p): name for name, p in model.named_parameters()}
         twin = copy.deepcopy(model)  # a trace leaves its hooks where it fails
-        channels = list(_channels(twin, example, layers, names, dict(model.named_modules())))
+        beside: dict[str, int] = {}
+        channels = list(_channels(twin, example, layers, names, dict(model.named_modules()), beside))
         require(
             bool(channels),
             "the network couples no channels that can go: its layers are its outputs, stand under norms over channels, "
             "or are excluded",
         )
-        return cls(layers, channels, dict(model.named_parameters()))
+        return cls(layers, channels, beside, dict(model.named_parameters()))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -161,27 +126,113 @@ class Groups:
             require(name in known or not sparsity, f"scope names {name!r}, whose channels cannot go: they stay")
         return {channel.group: found.get(channel.group, ("", otherwise))[1] for channel in self.channels}
 
+    def require_enough(self, sparsity: float) -> None:
+        """Raise ValueError where the channels that can go have not so many weights, whatever their scores."""
+        weights = [[channel.weights for channel in group] for group in self._together.values()]
+        most = sum(sum(group) - min(group) for group in weights)
+        self._require_enough(sparsity, most, max(map(max, weights)))
+
+    def _require_enough(self, sparsity: float, most: int, largest: int) -> int:
+        total = sum(weight.parameter.numel() for weight in self.layers.values())
+        wanted = round(sparsity * total)
+        require(
+            wanted <= most + largest / 2,
+            f"sparsity {sparsity} is {wanted} of {total} weights, but only {most} are of coupled channels that can go "
+            "with one left in each group",
+        )
+        return wanted
+
     def masks(
         self,
         ranked: Mapping[str, Tensor],
-        allowed: Masks | None,
+        allowed: Mapping[str, Tensor] | None,
         sparsity: float | None,
         threshold: float | None,
-        scope: str | Mapping[int, float],
+        scope: Scope,
     ) -> Masks:
         """Return the masks by which the channels of the lowest scores go, with all that goes with them."""
-        gone = _chosen(self.channels, ranked, self.layers, allowed, sparsity, threshold, scope)
         keep = {n: torch.ones(p.shape, dtype=torch.bool, device=p.device) for n, p in self.parameters.items()}
-        for channel in gone:
-            for name, index in (*channel.counted, *channel.beside):
-                if name not in keep:
-                    beside = self.others[name]
-                    keep[name] = torch.ones(beside.shape, dtype=torch.bool, device=beside.device)
-                keep[name][index] = False
         if allowed is not None:
             keep = {n: mask & allowed[n].to(mask.device) if n in allowed else mask for n, mask in keep.items()}
-            keep |= {name: mask for name, mask in allowed.items() if name not in keep}
-        return Masks(keep)
+        gone = self._chosen(ranked, keep, sparsity, threshold, scope)
+        for name, places in _gathered(entry for channel in gone for entry in channel.counted).items():
+            keep[name] = without(keep[name], places, _axes(self.layers[name]))
+        others = {name: mask for name, mask in (allowed or {}).items() if name not in keep}
+        return Masks(self.with_beside(keep | others))
+
+    def with_beside(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks by which biases, scales and shifts go with the channels whose filters have gone."""
+        found = dict(masks)
+        left = {name: by_output(masks[name], _axes(weight)) for name, weight in self.layers.items()}
+        gone = (channel for channel in self.channels if channel.weights and not _total(channel, left))
+        for name, places in _gathered(entry for channel in gone for entry in channel.beside).items():
+            like = self.others[name]
+            before = found.get(name, torch.ones((), dtype=torch.bool)).to(like.device).expand(like.shape)
+            found[name] = without(before, places, Axes(self.beside[name]))
+        return found
+
+    def _chosen(
+        self,
+        scores: Mapping[str, Tensor],
+        allowed: Mapping[str, Tensor],
+        sparsity: float | None,
+        threshold: float | None,
+        scope: Scope,
+    ) -> list[_Channel]:
+        """The channels that go; one that has gone in part goes first."""
+        for name, values in scores.items():
+            require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
+        sums = {name: by_output(values, _axes(self.layers[name])) for name, values in scores.items()}
+        left = {name: by_output(allowed[name], _axes(self.layers[name])) for name in scores}
+        for channel in self.channels:
+            in_part = _total(channel, left) < channel.weights
+            channel.score = -math.inf if in_part else _total(channel, sums) / max(1, channel.weights)
+        groups = _together(self.channels)
+        if threshold is not None:
+            return [c for group in groups.values() for c in _in_order(group)[:-1] if c.score < threshold]
+        if scope == "layer" or isinstance(scope, Mapping):
+            shares = scope if isinstance(scope, Mapping) else dict.fromkeys(groups, sparsity or 0.0)
+            of_groups = [
+                _nearest(_in_order(group)[:-1], shares.get(number, 0.0) * sum(c.weights for c in group))
+                for number, group in groups.items()
+            ]
+            return [channel for group in of_groups for channel in group]
+        assert sparsity is not None
+        candidates = _in_order([channel for group in groups.values() for channel in _in_order(group)[:-1]])
+        weights = [channel.weights for channel in candidates]
+        return _nearest(candidates, self._require_enough(sparsity, sum(weights), max(weights, default=0)))
+
+
+def _axes(weight: Weight) -> Axes:
+    return weight.axes or Axes()
+
+
+def by_output(values: Tensor, axes: Axes) -> list[float]:
+    """Return the sum over each output's values."""
+    by_channel = axes.canonical(values)
+    by_channel = by_channel.flatten(0, 1) if axes.groups > 1 else by_channel
+    return by_channel.flatten(1).sum(1, dtype=torch.float64).tolist()
+
+
+def without(mask: Tensor, outputs: list[int], axes: Axes) -> Tensor:
+    """Return a mask by which all of some outputs goes too."""
+    stays = torch.ones(mask.shape[axes.output] * axes.groups, dtype=torch.bool, device=mask.device)
+    stays[outputs] = False
+    if axes.groups == 1:
+        return mask & stays.view([-1 if axis == axes.output else 1 for axis in range(mask.dim())])
+    each = stays.view(axes.groups, -1).repeat_interleave(mask.shape[0] // axes.groups, 0)  # [inputs, outputs of one]
+    return mask & each.view(*each.shape, *(1,) * (mask.dim() - 2))
+
+
+def _gathered(entries: Iterable[tuple[str, list[int]]]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for name, places in entries:
+        found[name] += places
+    return found
+
+
+def _total(channel: _Channel, by: Mapping[str, list[float]]) -> float:
+    return sum(by[name][place] for name, places in channel.counted for place in places)
 
 
 def _channels(
@@ -190,6 +241,7 @@ def _channels(
     layers: Mapping[str, Weight],
     names: Mapping[int, str],
     modules: Mapping[str, nn.Module],
+    axes_beside: dict[str, int],
 ) -> Iterator[_Channel]:
     """The channels that can go, each group's as many as can."""
     for number, group in enumerate(coupled(twin, example, "granularity='group'")):
@@ -199,7 +251,7 @@ def _channels(
         if not filters or not all(name in layers for name in filters):
             continue
         for unit in group.units:
-            yield _Channel(number, place(group, unit), *_entries(unit, layers, names, modules))
+            yield _Channel(number, place(group, unit), *_entries(unit, layers, names, modules, axes_beside))
 
 
 def _is_never_zero(part: Part) -> bool:
@@ -212,84 +264,39 @@ def _weight(part: Part, modules: Mapping[str, nn.Module]) -> Any:
 
 
 def _entries(
-    unit: Unit, layers: Mapping[str, Weight], names: Mapping[int, str], modules: Mapping[str, nn.Module]
-) -> tuple[list[tuple[str, Index]], list[tuple[str, Index]]]:
-    counted: list[tuple[str, Index]] = []
-    beside: list[tuple[str, Index]] = []
+    unit: Unit,
+    layers: Mapping[str, Weight],
+    names: Mapping[int, str],
+    modules: Mapping[str, nn.Module],
+    axes_beside: dict[str, int],
+) -> tuple[list[tuple[str, list[int]]], list[tuple[str, list[int]]], int]:
+    """The outputs of filters, what goes beside them, of which the axis is noted, and how many weights are counted."""
+    counted: list[tuple[str, list[int]]] = []
+    beside: list[tuple[str, list[int]]] = []
+    weights = 0
     for part, channels in unit.items():
         if reads(part) or isinstance(part.module, nn.PReLU):
             continue
         places = list(channels)
         if part.side == "parameter":
-            beside.append((part.name, (slice(None),) * part.dim + (places,)))
+            beside.append((part.name, places))
+            axes_beside[part.name] = part.dim
             continue
         module: Any = modules[part.name]
         name = names[id(module.weight)]
-        if not writes(part):
-            beside.append((name, (slice(None), places) if isinstance(module, nn.Embedding) else (places,)))
+        if writes(part):
+            counted.append((name, places))
+            weights += len(places) * (layers[name].parameter.numel() // width(part))
         else:
-            counted += [(name, index) for index in _rows(module, name, layers, places)]
+            beside.append((name, places))
+            axes_beside[name] = int(isinstance(module, nn.Embedding))
         if getattr(module, "bias", None) is not None:
-            beside.append((names[id(module.bias)], (places,)))
-    return counted, beside
-
-
-def _rows(module: Any, name: str, layers: Mapping[str, Weight], places: list[int]) -> list[Index]:
-    """Where the weights of these outputs are stored."""
-    if isinstance(module, TRANSPOSED) and module.groups > 1 and not is_depthwise(module):
-        each, inputs = module.out_channels // module.groups, module.in_channels // module.groups
-        return [(slice(c // each * inputs, (c // each + 1) * inputs), c % each) for c in places]
-    if is_depthwise(module):
-        return [(places,)]
-    axes = layers[name].axes
-    axis = 0 if axes is None else axes.output
-    return [(slice(None),) * axis + (places,)]
+            beside.append((names[id(module.bias)], places))
+            axes_beside[names[id(module.bias)]] = 0
+    return counted, beside, weights
 
 
 # --------------------------------------------------------------------------------------------------- which of them go
-
-
-def _chosen(
-    channels: list[_Channel],
-    scores: Mapping[str, Tensor],
-    layers: Mapping[str, Weight],
-    allowed: Masks | None,
-    sparsity: float | None,
-    threshold: float | None,
-    scope: str | Mapping[int, float],
-) -> list[_Channel]:
-    for name, values in scores.items():
-        require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
-    for channel in channels:
-        parts = [scores[name][index].double() for name, index in channel.counted]
-        channel.weights = sum(part.numel() for part in parts)
-        channel.score = float(sum(part.sum() for part in parts)) / max(1, channel.weights)
-        if allowed is not None and any(
-            name in allowed and not bool(allowed[name][index].all()) for name, index in channel.counted
-        ):
-            channel.score = -torch.inf  # it is gone in part, and goes first
-    groups = _together(channels)
-    if threshold is not None:
-        return [c for group in groups.values() for c in _in_order(group)[:-1] if c.score < threshold]
-    if scope == "layer" or isinstance(scope, Mapping):
-        shares = scope if isinstance(scope, Mapping) else dict.fromkeys(groups, sparsity or 0.0)
-        of_groups = [
-            _nearest(_in_order(group)[:-1], shares.get(number, 0.0) * sum(c.weights for c in group))
-            for number, group in groups.items()
-        ]
-        return [channel for group in of_groups for channel in group]
-    assert sparsity is not None
-    total = sum(weight.parameter.numel() for weight in layers.values())
-    candidates = _in_order([channel for group in groups.values() for channel in _in_order(group)[:-1]])
-    most = sum(channel.weights for channel in candidates)
-    wanted = round(sparsity * total)
-    largest = max((channel.weights for channel in candidates), default=0)
-    require(
-        wanted <= most + largest / 2,
-        f"sparsity {sparsity} is {wanted} of {total} weights, but only {most} are of coupled channels that can go with "
-        "one left in each group",
-    )
-    return _nearest(candidates, wanted)
 
 
 def _together(channels: list[_Channel]) -> dict[int, list[_Channel]]:

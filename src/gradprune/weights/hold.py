@@ -94,12 +94,17 @@ class _Held:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
+        self.kept = mask.view(torch.int8)  # the same memory: of a small layer a view takes as long as the work
         self.prunes = count_kept(mask) < mask.numel()
 
     def mask_on(self, device: torch.device) -> Tensor:
         if self.mask.device != device:
             self.mask = self.mask.to(device)
+            self.kept = self.mask.view(torch.int8)
         return self.mask
+
+    def kept_on(self, device: torch.device) -> Tensor:
+        return self.kept if self.kept.device == device else self.mask_on(device).view(torch.int8)
 
 
 class _Keeper:
@@ -140,7 +145,7 @@ class _Keeper:
         zero_pruned_((grad, mask) for grad, mask in gradients if grad is not None and grad.layout == torch.strided)
 
     def _zero(self, *_: Any) -> None:
-        zero_pruned_(self._pruned())
+        zero_pruned_((p, held.kept_on(p.device)) for p, held in self.held.items() if held.prunes)
 
     def clear_state(self, optimizer: Optimizer) -> None:
         """Forget what the optimizer remembers of pruned entries: momentum, second moments and the like."""

@@ -13,14 +13,14 @@ from gradprune.core.sharded import digest, is_sharded
 from gradprune.core.words import in_our_words, instead
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity
-from gradprune.weights.groups import prune_groups
 from gradprune.weights.hold import warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.plan import Scope
 from gradprune.weights.replicated import decided
-from gradprune.weights.request import Request, Score
+from gradprune.weights.request import Score
+from gradprune.weights.request_groups import requested
 from gradprune.weights.score import magnitude
-from gradprune.weights.sharded import prune_sharded
+from gradprune.weights.sharded import prune_sharded, require_no_example
 
 
 class AsPrune(TypedDict, total=False):
@@ -137,9 +137,7 @@ def prune(
     Han et al. (2015), section 3; chapter 4.
     """
     if is_sharded(model):
-        require(
-            example is None, f"example is not supported where parameters are DTensors; got {type(example).__name__}"
-        )
+        require_no_example(example)
         return prune_sharded(
             model,
             score,
@@ -155,23 +153,9 @@ def prune(
         )
 
     def chosen(score: Score) -> Masks:
-        if isinstance(granularity, str) and granularity == "group":
-            require(min_keep is None, "granularity='group' leaves one channel of each group and takes no min_keep")
-            return prune_groups(
-                model,
-                score,
-                example,
-                sparsity=sparsity,
-                threshold=threshold,
-                scope=scope,
-                include=include,
-                exclude=exclude,
-                within=within,
-                axes=axes,
-            )
-        require(example is None, f"example is for granularity='group'; got granularity={granularity!r}")
-        request = Request.of(
+        request = requested(
             model,
+            example,
             scope=scope,
             granularity=granularity,
             include=include,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple, NoReturn, Unpack
+from typing import Any, Literal, NoReturn, Unpack
 
 from torch import Tensor, nn
 
@@ -17,13 +15,15 @@ from gradprune.core.checks import choice, fraction, function, module, number, re
 from gradprune.core.masked import zero_pruned_
 from gradprune.core.sharded import local
 from gradprune.core.steps import Optimizers, Steps, as_list, not_owned, parameters_of
+from gradprune.weights import event
 from gradprune.weights.deciding import Now, deciding_of
+from gradprune.weights.event import Event
 from gradprune.weights.hold import Hold, warn_of_revived
 from gradprune.weights.mask import Masks
 from gradprune.weights.named import some
 from gradprune.weights.prune import AsPrune, check_for_schedule
 from gradprune.weights.regrow import Regrow, checked_regrow
-from gradprune.weights.request import Score, checked_score
+from gradprune.weights.request import Request, Score, checked_score
 from gradprune.weights.schedule import values_of
 from gradprune.weights.score import magnitude
 from gradprune.weights.shown import by_layer, in_all
@@ -31,15 +31,6 @@ from gradprune.weights.shown import by_layer, in_all
 Schedule = Callable[[int], float]
 WRITES_BEFORE_STEPS = 2  # that are no sign of another optimizer: initialising, loading
 WRITES_BETWEEN_STEPS = 10  # likewise: an average put in and taken out again
-
-
-class Event(NamedTuple):
-    """What one pruning event changed: how many weights of each parameter went, and how many came back."""
-
-    step: int
-    amount: float
-    removed: dict[str, int]
-    regrown: dict[str, int]
 
 
 class Pruner:
@@ -68,6 +59,9 @@ class Pruner:
         amount: what the schedule gives, ``"sparsity"`` or ``"threshold"``.
         regrow: which pruned weights come back; none unless given.
         within: masks by name that say which weights may stay; ``{}`` for all, also those that are zero now.
+        example: as for ``prune``, for granularity ``"group"``: the network is traced once. With a channel its bias and
+            its norm's scale and shift are held at zero, so that ``shrink(model, example, pruner.masks)`` takes it out.
+            Channels do not come back by `regrow`.
         as_prune: scope, granularity, include, exclude and what else ``prune`` takes.
 
     Attributes:
@@ -97,6 +91,7 @@ class Pruner:
         amount: Literal["sparsity", "threshold"] = "sparsity",
         regrow: Regrow | None = None,
         within: Mapping[str, Tensor] | None = None,
+        example: Any = None,
         **as_prune: Unpack[AsPrune],
     ) -> None:
         self._deciding = deciding_of(model)
@@ -110,14 +105,14 @@ class Pruner:
             self.regrow = checked_regrow(regrow, as_prune.get("granularity", "weight"))
             choice("amount", amount, ("sparsity", "threshold"))
             self._kind = amount
-            check_for_schedule("Pruner", as_prune, own=("score", "regrow", "within"))
-            self._request = self._deciding.request(self.model, **as_prune)
+            check_for_schedule("Pruner", as_prune, own=("score", "regrow", "within", "example"))
+            self._request = self._deciding.request(self.model, example, **as_prune)
             self._layers = self._request.parameters
             first = self._wanted(0)
             self._request.check_amounts(_amounts_of(schedule, first), self._kind)
-            _require_owned(self._layers, self._optimizers)
+            _require_owned(self._request, self._optimizers)
             _require_no_other_pruner(self._layers)
-            self._masks = self._deciding.before(self._layers, within)
+            self._masks = self._deciding.before(self._request, within)
             return first
 
         def asked() -> dict[str, object]:
@@ -173,7 +168,7 @@ class Pruner:
             "step": self._step,
             "amount": self.amount,
             "masks": self._masks.state_dict(),
-            "events": json.dumps([event._asdict() for event in self.events]),  # a list would be saved in pieces
+            "events": event.written(self.events),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -191,7 +186,7 @@ class Pruner:
             state(state_dict, {"step": int, "amount": (int, float), "masks": Mapping, "events": (str, list)}, "Pruner")
             step = whole("the state's step", state_dict["step"], least=0)
             amount = number("the state's amount", state_dict["amount"], finite=False)
-            events = [_event(entry) for entry in _listed(state_dict["events"])]
+            events = event.read(state_dict["events"])
             masks = self._deciding.restored(state_dict["masks"], self._layers)
             if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in self._masks.items()}:
                 raise ValueError(f"the state has masks for {list(masks)}, this pruner prunes {list(self._masks)}")
@@ -217,10 +212,7 @@ class Pruner:
         memo[id(self)] = twin
         twin.__dict__ |= {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_hold")}
         twin.model, twin._optimizers = copy.deepcopy((self.model, self._optimizers), memo)
-        weights = self._request.layers.items()
-        parts = {name: copy.deepcopy((w.parameter, w.module), memo) for name, w in weights}
-        layers = {name: w._replace(parameter=parts[name][0], module=parts[name][1]) for name, w in weights}
-        twin._request = replace(self._request, layers=layers)
+        twin._request = self._request.copied(memo)
         twin._layers = twin._request.parameters
         twin.events, twin._growth = list(self.events), None
         twin._masks = copy.deepcopy(self._masks)
@@ -282,7 +274,7 @@ class Pruner:
                     f"the schedule falls from {self.amount} to {amount} at step {self._step}; pruned weights come back "
                     "only by regrow"
                 )
-            if before.sparsity >= amount:
+            if self._request.sparsity(before) >= amount:
                 return before
         amounts: dict[str, Any] = self._request.amount(amount, self._kind)
         return self._deciding.choose(self._now(), amounts)
@@ -334,7 +326,7 @@ class Pruner:
     def _warn_of_another_optimizer(self) -> None:
         if self not in _PRUNERS:  # removed
             return
-        if unowned := not_owned(self._layers, self._optimizers):
+        if unowned := not_owned(self._request.moved, self._optimizers):
             warn(f"the Pruner's optimizer no longer has {some(unowned)}: the steps of another are not seen")
         counted = set(map(id, parameters_of(self._optimizers[-1])))  # another's steps between are none of its own
         writes = max((p._version - self._written[n] for n, p in self._layers.items() if id(p) in counted), default=0)
@@ -364,16 +356,17 @@ def _checked_schedule(schedule: Any) -> Schedule:
     return function("schedule", schedule, hint=hint)
 
 
-def _require_owned(layers: Mapping[str, nn.Parameter], optimizers: list[Any]) -> None:
-    unowned = not_owned(layers, optimizers)
+def _require_owned(request: Request, optimizers: list[Any]) -> None:
+    unowned = not_owned(request.moved, optimizers)
     require(
-        len(unowned) < len(layers),
-        f"the optimizer owns none of {list(layers)}; was it made from another model or copy?",
+        len(unowned) < len(request.moved),
+        f"the optimizer owns none of {list(request.moved)}; was it made from another model or copy?",
     )
+    these = "these parameters" if request.layers.keys() & set(unowned) else "the filters that these go with"
     require(
         not unowned,
         f"the optimizer does not have {unowned}: what another optimizer moves would come back. Give all of the model's "
-        "optimizers as a list, or exclude these parameters",
+        f"optimizers as a list, or exclude {these}",
     )
 
 
@@ -381,20 +374,3 @@ def _require_no_other_pruner(layers: Mapping[str, nn.Parameter]) -> None:
     taken = {id(p) for pruner in _PRUNERS for p in pruner._layers.values()}
     both = [name for name, p in layers.items() if id(p) in taken]
     require(not both, f"{both} have a pruner already: call its remove() before you make another")
-
-
-def _listed(events: str | list[Any]) -> list[Any]:
-    """The events of a state, which are a list in those saved by earlier versions."""
-    try:
-        found = json.loads(events) if isinstance(events, str) else events
-    except ValueError:
-        found = None
-    if not isinstance(found, list):
-        raise ValueError(f"'events' in the state of Pruner must be a list in JSON, got {events!r:.60}")
-    return found
-
-
-def _event(entry: Any) -> Event:
-    wanted: dict[str, Any] = {"step": int, "amount": (int, float), "removed": Mapping, "regrown": Mapping}
-    state(entry, wanted, "an event of a Pruner")
-    return Event(**{name: entry[name] for name in Event._fields})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Weight, last_of
-from gradprune.core.masked import count_kept, pieces
+from gradprune.core.masked import count_kept
 from gradprune.core.sharded import layout, local
 from gradprune.weights.directions import with_no_row_empty
 from gradprune.weights.eligible import Patterns, StatedAxes, as_patterns, eligible, matches
@@ -32,13 +33,12 @@ from gradprune.weights.mask import Masks
 from gradprune.weights.named import some
 from gradprune.weights.plan import Choose, Scope, plan
 from gradprune.weights.score import magnitude
+from gradprune.weights.zeros import look_for_zeros
 
 Score = Callable[[nn.Module], Mapping[str, Tensor]]
 
 _SCOPES = ("global", "layer", "erk", "lamp")
 _SCORES = "magnitude, random, gradient, taylor, snip, grasp, synflow, fisher, activation, movement, rotation"
-ZEROS_NOTICED = 1e-3  # the share of the weights that may be zero and stay without a word
-ZEROS_SAMPLED = 2**16  # entries, over all tensors, that are looked at first
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ class Request:
         """The parameters by name."""
         return {name: weight.parameter for name, weight in self.layers.items()}
 
+    @property
+    def moved(self) -> dict[str, nn.Parameter]:
+        """Those of them that an optimizer must have."""
+        return self.parameters
+
     def masks(
         self,
         model: nn.Module,
@@ -119,7 +124,7 @@ class Request:
         if self.outputs:
             warn_of_unnamed_outputs(self.outputs, count_kept(keep[self.outputs]), keep[self.outputs].numel())
         if within is None:
-            _look_for_zeros(self.parameters, keep)
+            look_for_zeros(self.parameters, keep)
         return Masks(keep)
 
     def keep(self, ranked: Ranked, sparsity: float | None) -> dict[str, Tensor]:
@@ -168,6 +173,20 @@ class Request:
     def amount(self, value: float, kind: Literal["sparsity", "threshold"] = "sparsity") -> dict[str, float]:
         """Return a schedule's value as an argument of ``masks``; n:m is a sparsity by itself, and 0 is none yet."""
         return {} if self.n_of_m is not None and value == 0 else {kind: value}
+
+    def sparsity(self, masks: Masks) -> float:
+        """Return the share of the counted weights that masks prune."""
+        return masks.sparsity
+
+    def with_beside(self, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return masks of all parameters from those of the weights."""
+        return masks
+
+    def copied(self, memo: dict[int, Any]) -> Request:
+        """Return the same request about the copy of the model that `memo`, of ``copy.deepcopy``, knows."""
+        copies = {n: copy.deepcopy((w.parameter, w.module), memo) for n, w in self.layers.items()}
+        layers = {n: w._replace(parameter=copies[n][0], module=copies[n][1]) for n, w in self.layers.items()}
+        return replace(self, layers=layers)
 
     def check_amounts(self, values: Iterable[float], kind: Literal["sparsity", "threshold"] = "sparsity") -> None:
         """Raise ValueError where one of the values that a schedule takes does not fit."""
@@ -368,48 +387,3 @@ def _look_for_torchs_masks(layers: Mapping[str, Weight]) -> None:
             f"torch.nn.utils.prune prunes {some(masked)} too, and its masks stay in force, uncounted: "
             "Masks.from_torch_(model) takes them over and gives the parameters their own names back"
         )
-
-
-def _look_for_zeros(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:
-    """Warn where weights that are to stay are zero already, as an earlier pruning leaves them."""
-    weights = sum(p.numel() for p in parameters.values())
-    if zeros_by_a_sample(parameters, weights) > ZEROS_NOTICED / 2 * weights:
-        warn_of_zeros(zeros_that_stay(parameters, keep), weights)
-
-
-def zeros_by_a_sample(parameters: Mapping[str, Tensor], weights: int) -> int:
-    """Return about how many entries are zero, of so many weights in all."""
-    step = max(1, weights // ZEROS_SAMPLED)
-    return _total([_zeros_by_a_sample(p.detach(), step) for p in parameters.values()])
-
-
-def zeros_that_stay(parameters: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> int:
-    """Return how many entries are zero where their mask is True."""
-    return _total([_zeros(p.detach(), keep[name]) for name, p in parameters.items()])
-
-
-def warn_of_zeros(zeros: int, weights: int) -> None:
-    """Warn where more of the weights than a few are zero already and yet stay."""
-    if zeros > ZEROS_NOTICED * weights:
-        checks.warn(
-            f"{zeros:,} of the {weights:,} weights are zero already and yet stay, by these masks: if an earlier "
-            "pruning made them zero, give its masks as within=, or they come back"
-        )
-
-
-def _zeros_by_a_sample(tensor: Tensor, step: int) -> Tensor:
-    """About how many entries are zero, by every `step`-th of them."""
-    some = tensor.view(-1)[::step] if step > 1 and tensor.is_contiguous() else tensor
-    return (some.numel() - torch.count_nonzero(some)) * (tensor.numel() // max(1, some.numel()))
-
-
-def _zeros(tensor: Tensor, mask: Tensor) -> Tensor:
-    """How many entries are zero where a mask is True, without a temporary of the tensor's size."""
-    counts = [torch.count_nonzero((some == 0).logical_and_(kept)) for some, kept in pieces(tensor, mask)]
-    return torch.stack(counts).sum()
-
-
-def _total(counts: list[Tensor]) -> int:
-    """The sum, with one wait for the device where all are on one."""
-    devices = {count.device for count in counts}
-    return sum(int(torch.stack([c for c in counts if c.device == device]).sum()) for device in devices)

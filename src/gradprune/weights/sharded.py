@@ -20,7 +20,6 @@ from gradprune.weights.mask_sharded import ShardedMasks
 from gradprune.weights.pick_sharded import pick_over, require_whole_units, unit_shards
 from gradprune.weights.plan import Scope
 from gradprune.weights.request import (
-    ZEROS_NOTICED,
     Request,
     Score,
     checked_amount,
@@ -28,11 +27,9 @@ from gradprune.weights.request import (
     checked_within,
     ranked_by,
     warn_of_unnamed_outputs,
-    warn_of_zeros,
-    zeros_by_a_sample,
-    zeros_that_stay,
 )
 from gradprune.weights.score import magnitude
+from gradprune.weights.zeros import ZEROS_NOTICED, warn_of_zeros, zeros_by_a_sample, zeros_that_stay
 
 
 class Held(NamedTuple):
@@ -98,6 +95,11 @@ def request_over_ranks(model: nn.Module, **asked: Any) -> Request:
     for name, weight in request.layers.items():
         _refuse(weight.direction is not None, f"{name!r}, the direction of a weight_norm,")
     return request
+
+
+def require_no_example(example: Any) -> None:
+    """Raise ValueError where one is given."""
+    require(example is None, f"example is not supported where parameters are DTensors; got {type(example).__name__}")
 
 
 def ranked_over_ranks(
