@@ -9,9 +9,9 @@ from sphinx.application import Sphinx
 
 # What a reader gets through in a minute, as readers of seven pages estimated it.
 WORDS, CODE_LINES, OUTPUT_LINES, EQUATIONS = 130, 15, 30, 2
-# To follow each step takes this many times as long: 2.0 to 4.0 times in ten pages' readers, who were within 1.4 of this
-# on nine of them. Exercises come on top.
-FOLLOWING = 2.5
+# To follow each step takes this many times as long: 1.7 to 4.0 times in sixteen pages' readers; the last six, of pages
+# as they are, were all within 1.3 of this. Exercises come on top.
+FOLLOWING = 2.2
 NO_PROSE = "details, .cell, script, style, noscript, .math, table"
 
 
