@@ -4,6 +4,7 @@ import itertools
 
 import group
 import pytest
+import scored
 import torch
 import torch.distributed as dist
 from shards import HYBRID, bits, blocks_of, chain, hybrid_mesh, in_quiet, local, made, sharded
@@ -129,6 +130,25 @@ def copies_that_differ_in_their_last_bits_get_one_mask(rank, ranks):
     assert counts[0] + counts[1] == 256
 
 
+def scores_that_run_the_model_are_those_of_one_process(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = hybrid_mesh(ranks)
+    for how, on, names in (
+        ("hsdp", mesh, ("fisher", "grasp", "synflow")),
+        ("tp", mesh["first"], ("fisher", "movement", "activation")),
+    ):
+        for name in names:
+            model = scored.network(12, torch.float64)
+            if how == "tp":
+                parallelize_module(model, mesh["second"], {"3": ColwiseParallel(), "5": RowwiseParallel()})
+            for layer in (model[3], model[5], model):
+                fully_shard(layer, mesh=on)
+            at, shares = (rank, 4) if how == "hsdp" else (rank // 2, 2)
+            scored.check_as_one_process(name, model, scored.network(12, torch.float64), at, shares)
+
+
 def what_is_wrong_on_one_rank_is_raised_on_all(rank, ranks):
     mesh = hybrid_mesh(ranks)
     for how, at in itertools.product(HYBRID, (0, 3)):
@@ -171,6 +191,7 @@ CASES = (
     gradients_are_those_of_one_process,
     each_event_of_a_pruner_is_that_of_one_process,
     copies_that_differ_in_their_last_bits_get_one_mask,
+    scores_that_run_the_model_are_those_of_one_process,
     what_is_wrong_on_one_rank_is_raised_on_all,
     they_stay_zero_while_it_trains,
 )

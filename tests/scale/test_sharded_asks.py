@@ -4,6 +4,7 @@ from functools import partial
 
 import group
 import pytest
+import scored
 import torch
 import torch.distributed as dist
 from shards import bits, cases_for, chain, in_quiet, local, mesh_of, part, sharded
@@ -197,7 +198,73 @@ def data_of_all_ranks_decides_as_in_one_process(rank, ranks):
         lambda m: gp.gradient(m, batches(rank), wrong),
         sparsity=0.5,
     )
-    refused(model, "is not supported here", lambda m: gp.fisher(m, batches(rank), mean_square), TypeError, sparsity=0.5)
+
+
+def in_parallel(model, mesh):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    return parallelize_module(model, mesh, {"3": ColwiseParallel(), "5": RowwiseParallel()})
+
+
+def scores_that_run_the_model_are_those_of_one_process(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(ranks)
+    for at, name in enumerate(scored.SCORES):
+        dtype = (torch.float32, torch.float64)[at % 2]
+        model = scored.network(dtype=dtype)
+        for layer in (model[0], model[3]) if at != 2 else ():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        scored.check_as_one_process(name, model, scored.network(dtype=dtype), rank, ranks)
+        x = scored.batches(rank, dtype=dtype)[0][0]
+        model(x).sum().backward()  # by FSDP2's own hooks, which are back
+        assert all(p.grad is not None for p in model.parameters())
+    for name in [one for one in scored.SCORES if one != "grasp"]:
+        split = in_parallel(scored.network(12, torch.float64), mesh)
+        scored.check_as_one_process(name, split, scored.network(12, torch.float64), 0, 1)
+
+
+def scores_that_run_the_model_hold_whole_weights_a_module_at_a_time(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+
+    for name, score in scored.SCORES.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 16), *(nn.Linear(16, 16) for _ in range(9)), nn.Linear(16, 5))
+        for layer in model:
+            fully_shard(layer, mesh=mesh_of(ranks))
+        with scored.Whole() as seen:
+            score(model, scored.batches(rank, 1, 2))
+        assert 0 < seen.most <= 3 * 17 * 16, (name, seen.most)
+
+
+def what_is_wrong_with_a_pass_is_raised_on_all(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+
+    last, mesh = rank == ranks - 1, mesh_of(ranks)
+    model, alone = (scored.network() for _ in range(2))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    mine, x = scored.batches(rank), torch.ones(2, 4)
+    bad = [(torch.full((3, 4), torch.nan) if last else x, y) for x, y in mine]
+    for score, match in (
+        (lambda m: gp.fisher(m, scored.batches(rank, rows=2 + last), scored.LOSS), r"by their samples, is \[2, 2\] on"),
+        (lambda m: gp.activation(m, scored.batches(rank, 1 + last)), "batches, by their number, is 1 on rank 0, 2 on"),
+        (lambda m: gp.activation(m, bad), "what the weight of '0' multiplies contains NaN"),
+        (lambda m: gp.grasp(m, bad, scored.LOSS), "the loss is nan"),
+        (lambda m: gp.movement(m, mine, lambda *_: 1.0 if last else scored.LOSS(*_)), "must return a scalar tensor"),
+        (lambda m: gp.synflow(m, torch.empty(2 + last, 4)), r"inputs, by their shapes,"),
+        (lambda m: gp.activation(m, [torch.empty(0, 4)]), "batches held no sample"),
+    ):
+        kind = TypeError if "scalar tensor" in match else ValueError
+        refused(model, match, score, kind, sparsity=0.5)
+        torch.testing.assert_close(model(x), alone(x))
+        model.reshard()
+    split = in_parallel(scored.network(12), mesh)
+    refused(split, "where '3.weight' is split", lambda m: scored.SCORES["grasp"](m, mine), TypeError, sparsity=0.5)
+    for name in ("fisher", "activation"):
+        score = scored.SCORES[name]
+        refused(split, "must be given the same batches", lambda m, s=score: s(m, mine), sparsity=0.5)
 
 
 def chance_is_that_of_one_process(rank, ranks):
@@ -259,6 +326,9 @@ CASES = (
     what_went_before_stays_gone,
     rows_groups_and_blocks_are_chosen_where_shards_have_whole_ones,
     data_of_all_ranks_decides_as_in_one_process,
+    scores_that_run_the_model_are_those_of_one_process,
+    scores_that_run_the_model_hold_whole_weights_a_module_at_a_time,
+    what_is_wrong_with_a_pass_is_raised_on_all,
     chance_is_that_of_one_process,
     what_is_wrong_with_a_score_is_raised_on_all,
 )

@@ -298,3 +298,17 @@ def test_where_no_weight_matters_snip_is_zero_everywhere():
     layer = nn.Linear(3, 2)
     scores = gp.snip(layer, [(torch.zeros(1, 3), None)], lambda outputs, _: outputs.sum())
     assert scores["weight"].tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    "score", [lambda m, b, loss: gp.movement(m, b, loss, lr=0.1), lambda m, *_: gp.synflow(m, torch.ones(3, 4))]
+)
+def test_a_model_that_has_a_module_under_two_names_keeps_its_weights(score):
+    twice = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = nn.Sequential(twice, nn.Tanh(), twice)
+    before, own = {name: t.clone() for name, t in model.state_dict().items()}, list(model.parameters())
+    x = torch.linspace(-1, 1, 12).view(3, 4)
+    found = [score(model, [(x, x)] * 2, nn.functional.mse_loss) for _ in range(2)]
+    assert all(torch.equal(found[0][name], again) for name, again in found[1].items())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(p is q for p, q in zip(model.parameters(), own, strict=True))

@@ -13,6 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from gradprune.core.sharded import local
+
 aten = torch.ops.aten
 _ENTRY_BY_ENTRY = {aten._to_copy, aten.clone, aten.copy, aten.copy_}
 _SELECTED = {aten.index, aten.index_select}
@@ -107,6 +109,21 @@ class Owners(TorchDispatchMode):
         """Where the entries come from, if they are in a copy of a weight of which that is known entry by entry."""
         return self._copies.get(place.memory)
 
+    def stand_in(self, whole: Tensor, modules: Iterable[nn.Module]) -> int:
+        """Take a tensor for a parameter of modules, until ``no_more``; return the key of its memory."""
+        key = memory(whole)
+        assert key is not None
+        self.no_more(key)
+        self._owners[key] = list(modules)
+        self.parameters |= {key}
+        return key
+
+    def no_more(self, key: int) -> None:
+        """Forget a tensor that stood in for a parameter."""
+        self.parameters -= {key}
+        for known in (self._owners, self._alive, self._copies):
+            known.pop(key, None)
+
     def weight_among(self, operands: Iterable[Any]) -> tuple[nn.Module, Tensor | None]:
         """The weight among an operator's operands, and its module: the one that runs where it has one itself."""
         elsewhere = None
@@ -125,7 +142,7 @@ class Owners(TorchDispatchMode):
         key = memory(result) if isinstance(result, Tensor) and all(owners) else None
         if key is None or key in self.parameters or any(key == memory(source) for source in sources):
             return
-        entries = _entries(result)
+        entries = _entries(local(result))
         storage = entries.untyped_storage()
         if entries.numel() * entries.element_size() != storage.nbytes():
             return  # written into a part of something else
@@ -165,9 +182,9 @@ def _is_composite(func: Any) -> bool:
 
 
 def memory(tensor: Tensor) -> int | None:
-    """A key of the memory that the tensor's entries are in; None where it has none that can be told."""
+    """A key of the memory that the tensor's entries are in, those held here; None where it has none."""
     try:
-        return int(_entries(tensor).untyped_storage()._cdata)
+        return int(_entries(local(tensor)).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -181,7 +198,8 @@ def _entries(tensor: Tensor) -> Tensor:
 
 
 def place(tensor: Tensor) -> Place:
-    """Where the entries of a strided tensor lie."""
+    """Where the entries of a strided tensor lie; of a DTensor, those held here."""
+    tensor = local(tensor)
     storage = tensor.untyped_storage()
     entries = storage.nbytes() // tensor.element_size()
     return Place(storage._cdata, entries, tensor.size(), tensor.stride(), int(tensor.storage_offset()))

@@ -88,12 +88,12 @@ def is_sharded(model: Any) -> bool:
     if not hasattr(loaded, "DTensor") or not isinstance(model, nn.Module):
         return False
     plain = all(type(p) is nn.Parameter or not is_distributed(p) for p in model.parameters())
-    return not plain or any(True for _ in _fsdp_modules(model))
+    return not plain or any(True for _ in fsdp_modules(model))
 
 
 def reshard_(model: nn.Module) -> None:
     """Let FSDP2 give up gathered parameters, as the root's are after a forward pass: what is written there is lost."""
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         module.reshard()
 
 
@@ -171,9 +171,20 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return made.hexdigest()
 
 
-def _fsdp_modules(model: nn.Module) -> Iterable[Any]:
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+def fsdp_modules(model: nn.Module) -> Iterable[Any]:
+    """Return the modules that ``fully_shard`` was called with."""
+    kind = _fsdp_kind()
     return (module for module in model.modules() if isinstance(module, kind)) if kind is not None else ()
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called with this module."""
+    kind = _fsdp_kind()
+    return kind is not None and isinstance(module, kind)
+
+
+def _fsdp_kind() -> Any:
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def _block(name: str, tensor: Tensor, subject: Subject) -> Block:
@@ -184,7 +195,7 @@ def _block(name: str, tensor: Tensor, subject: Subject) -> Block:
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     coordinate = mesh.get_coordinate()
     layout = f"{subject.called} {name!r} is a DTensor {', '.join(map(str, placements))}"
-    found = None if coordinate is None else _ranges(shape, mesh.mesh.shape, placements, coordinate)
+    found = None if coordinate is None else ranges(shape, mesh.mesh.shape, placements, coordinate)
     if found is None:
         sizes = " x ".join(map(str, mesh.mesh.shape))
         raise TypeError(f"{layout} on a mesh of {sizes}, which is not supported: {subject.way_out}")
@@ -201,10 +212,10 @@ def _spans_all(tensor: Tensor) -> bool:
     return is_distributed(tensor) and tensor.device_mesh.size() == torch.distributed.get_world_size()  # type: ignore[attr-defined]
 
 
-def _ranges(
+def ranges(
     shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Any], coordinate: Sequence[int]
 ) -> list[tuple[int, int]] | None:
-    """From where to how far a rank's block goes, by axis, in a mesh of some sizes; None where that is not known.
+    """Return from where to how far a rank's block goes, by axis, in a mesh of some sizes; None if that is not known.
 
     An axis is cut once for each dimension of the mesh that shards it, from the left; but FSDP2 cuts what tensor
     parallelism, further to the right, has cut already, and calls that a strided shard.
@@ -263,7 +274,7 @@ def _holders_by_mesh(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, .
     """Which ranks hold each block that is not empty, by the mesh that has them all."""
     places: list[Place] = [((), ())] * mesh.size()
     for coordinate in itertools.product(*map(range, mesh.mesh.shape)):
-        found = _ranges(shape, mesh.mesh.shape, placements, coordinate) or []
+        found = ranges(shape, mesh.mesh.shape, placements, coordinate) or []
         places[int(mesh.mesh[coordinate])] = tuple(start for start, _ in found), tuple(size for _, size in found)
     return _holders(places)
 

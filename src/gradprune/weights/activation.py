@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from gradprune.core.batches import inputs_of, items
 from gradprune.core.checks import require
-from gradprune.core.evaluate import as_written, call, evaluated, plain_attention, plain_kernels
-from gradprune.core.owners import Place, aten, place
-from gradprune.core.products import Products
+from gradprune.core.evaluate import as_written, call, evaluated
+from gradprune.core.sharded import is_sharded
+from gradprune.weights.activation_sharded import activation_over_ranks
 from gradprune.weights.differentiate import floating
+from gradprune.weights.input_norms import NO_SAMPLE, REACH_NONE, InputNorms, seen_kernels
 from gradprune.weights.precision import product
-
-_SQUARES_FROM = 1e-30  # sums of squares in float32 below it may have lost some
 
 
 def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -29,7 +28,9 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         model: Any module. What a weight multiplies is seen operator by operator, so that it does not matter what kind
             of layer holds it, nor in which order of axes: linear and convolution layers, attention's joint matrices,
             recurrent layers, stacks of experts.
-        batches: Pairs (inputs, targets), whose targets are not used, or inputs alone: tensors or dicts.
+        batches: Pairs (inputs, targets), whose targets are not used, or inputs alone: tensors or dicts. Where
+            parameters are DTensors (FSDP2, tensor parallel), all ranks call this together, as ``gradient``, and the
+            norm is over the samples of all.
 
     Returns:
         The scores of the parameters of two dimensions or more that multiply something, and of no other.
@@ -47,117 +48,18 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
 
     Sun et al. (2024), equation 1; chapter 4.
     """
+    if is_sharded(model):
+        return activation_over_ranks(model, batches)
     parameters = floating(model)
     inputs = items(inputs_of(batches), "an iterable of batches")
-    norms = _InputNorms(model)
-    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    kernels = plain_kernels() if recurrent else plain_attention()
-    with evaluated(model), as_written(), torch.no_grad(), kernels, norms.watching():
+    norms = InputNorms(model)
+    with evaluated(model), as_written(), torch.no_grad(), seen_kernels(model), norms.watching():
         for batch in inputs:
             call(model, batch)
     scores = {}
     for name, p in parameters.items():
         if p.dim() >= 2 and p.layout == torch.strided and (total := norms.of(p)) is not None:
             scores[name] = product(name, p.detach().abs(), total)
-    require(bool(scores), "the batches reach no weight: nothing of two dimensions or more multiplies what they hold")
-    require(norms.entries > 0, "batches held no sample")
+    require(bool(scores), REACH_NONE)
+    require(norms.entries > 0, NO_SAMPLE)
     return scores
-
-
-class _InputNorms(Products):
-    """Adds up the squares of what each entry of a weight multiplies, by the memory of the weight and the layer."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.entries = 0
-        self._squares: dict[tuple[int, int, nn.Module], Tensor] = {}
-
-    def of(self, parameter: Tensor) -> Tensor | None:
-        """The norm of what each entry multiplied, summed over the layers that have it; None where it met nothing."""
-        at = place(parameter)
-        found = []
-        for (key, entries, _), total in self._squares.items():
-            if key == at.memory and entries == at.entries:
-                found.append(total)
-            elif key == at.memory and parameter.is_complex() and entries == 2 * at.entries:
-                found.append(total.view(-1, 2).sum(-1))  # a product that torch forms of real and imaginary parts
-        norms = [total.as_strided(at.size, at.stride, at.offset).sqrt() for total in found]
-        return torch.stack(norms).sum(dim=0) if norms else None
-
-    def multiplied(self, owner: nn.Module, x: Tensor, weight: Tensor) -> None:
-        self._add(owner, weight, self._sums(x, -2).unsqueeze(-1))
-
-    def convolved(self, owner: nn.Module, x: Tensor, weight: Tensor, options: tuple[Any, ...]) -> None:
-        *_, transposed, _, groups = options
-        channels = self._sums(x.transpose(0, 1).flatten(1), 1).view(groups, -1, *[1] * (weight.dim() - 2))
-        if transposed:  # [in, out / groups, ...]
-            self._add(owner, weight, channels.flatten(0, 1).unsqueeze(1))
-        else:  # group g of the filters sees the g-th share of the channels
-            self._add(owner, weight, channels.repeat_interleave(weight.shape[0] // groups, dim=0))
-
-    def _sums(self, x: Tensor, dim: int) -> Tensor:
-        """The sums of the squares over a dimension, in float32, or in float64 where that has not the range."""
-        self.entries += x.numel()
-        x = x if x.layout == torch.strided else x.to_dense()
-        size = x.abs() if x.is_complex() else x
-        if size.dtype == torch.float64:
-            sums = size.square().sum(dim)
-            lost = (sums < torch.finfo(sums.dtype).tiny) & (size.amax(dim) > 0) if size.numel() else sums.new_zeros(())
-            require(not bool(lost.any()), f"{self._input()} is too small to be squared: scale it up")
-            return self._finite(sums, size)
-        sums = size.float().square().sum(dim)
-        unsure = ~((sums >= _SQUARES_FROM) & sums.isfinite())
-        if not bool(unsure.any()):
-            return sums
-        exact = size.double().square().sum(dim)
-        return sums if not bool((exact[unsure] > 0).any()) and bool(exact.isfinite().all()) else self._finite(exact, x)
-
-    def _finite(self, sums: Tensor, x: Tensor) -> Tensor:
-        if not bool(sums.isfinite().all()):
-            what = "is too large to be squared" if bool(x.isfinite().all()) else "contains NaN or infinities"
-            raise ValueError(f"{self._input()} {what}")
-        return sums
-
-    def _input(self) -> str:
-        name = next((name for name, m in self._model.named_modules() if m is self.running), "")
-        return f"what the weight of {name or '(model)'!r} multiplies"
-
-    def _add(self, owner: nn.Module, weight: Tensor, squares: Tensor) -> None:
-        """Add to the squares of the entries of the weight, through its copies to the parameter itself."""
-        if weight.layout == torch.strided:
-            self._add_at(owner, place(weight), squares.expand(weight.shape))
-
-    def _add_at(self, owner: nn.Module, at: Place, squares: Tensor) -> None:
-        copy = self.copied_from(at)
-        if copy is not None:
-            total = _added(None, at, squares)
-            back = total.as_strided(copy.result.size, copy.result.stride, copy.result.offset)
-            if copy.indices is not None:
-                gathered = back.new_zeros(copy.source.size)
-                # as an operator it takes None, for an axis that was taken whole; as a method it does not
-                back = aten.index_put_(gathered, list(copy.indices), back, True)
-            self._add_at(owner, copy.source, back)
-        elif at.memory in self.parameters:
-            key = (at.memory, at.entries, owner)
-            self._squares[key] = _added(self._squares.get(key), at, squares)
-
-
-def _added(total: Tensor | None, at: Place, squares: Tensor) -> Tensor:
-    """The squares added to a total over the whole of a memory, at a place in it."""
-    if total is None:
-        total = torch.zeros(at.entries, dtype=squares.dtype, device=squares.device)
-    total = total.to(torch.promote_types(total.dtype, squares.dtype))
-    if _overlaps(at):  # entries that share memory, as where one matrix is expanded over a batch
-        entries = torch.arange(at.entries, device=total.device).as_strided(at.size, at.stride, at.offset)
-        return total.index_add_(0, entries.reshape(-1), squares.reshape(-1).to(total.dtype))
-    total.as_strided(at.size, at.stride, at.offset).add_(squares)
-    return total
-
-
-def _overlaps(at: Place) -> bool:
-    reach = 0
-    for stride, size in sorted((stride, size) for stride, size in zip(at.stride, at.size, strict=True) if size > 1):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -106,6 +106,28 @@ def loss_of(run: Callable[..., Any], batch: tuple[Any, Any], loss: Loss) -> Tens
         raise ValueError("the loss does not depend on the trainable parameters: it was detached, or made without them")
     require(bool(value.isfinite()), f"the loss is {value.item()}: a score of it would have no order")
     return value.reshape(())
+
+
+def run_with(model: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Run the model with other tensors, by name, in the place of its parameters and buffers.
+
+    torch's own functional_call leaves them in a module that the model has under two names.
+    """
+    names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    before: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, attribute, t)
+        for module in model.modules()
+        for held in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers))
+        for attribute, t in held.items()
+        if t is not None and names.get(id(t)) in tensors
+    ]
+    try:
+        for held, attribute, t in before:
+            held[attribute] = tensors[names[id(t)]]
+        return model(*args, **kwargs)
+    finally:
+        for held, attribute, t in before:
+            held[attribute] = t
 
 
 def gradients_of(value: Tensor, weights: list[Any], *, create_graph: bool = False) -> list[Tensor]:

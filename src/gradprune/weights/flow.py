@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gradprune.core.agree import agree
+from gradprune.core.blockwise import Blockwise, shares
 from gradprune.core.checks import module, require
 from gradprune.core.evaluate import arguments, tensors_in
-from gradprune.weights.differentiate import gradients_of, map_tensors, require_other_weights, trainable
+from gradprune.core.ranks import ranks_of
+from gradprune.core.sharded import is_sharded, local, reshard_
+from gradprune.weights.differentiate import gradients_of, map_tensors, require_other_weights, run_with, trainable
+from gradprune.weights.passes import as_it_lies
 from gradprune.weights.precision import product
+from gradprune.weights.score_sharded import CALLED, settled
+
+_NO_FLOW = "no flow reaches the output: every score would be 0"
 
 
 def synflow(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -24,6 +32,8 @@ def synflow(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
     Args:
         model: As for ``gradient``. R is the sum of its output, of the first floating tensor in it that is no scalar.
+            Where parameters are DTensors, all ranks call this together, with inputs of the same shapes, and the scores
+            of what FSDP2 alone has cut up are those of one process, bit for bit.
         inputs: A tensor, or a tuple or dict of the model's arguments; only shapes matter, so the score needs no data.
 
     Returns:
@@ -42,24 +52,61 @@ def synflow(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     Tanaka et al. (2020), equation 2 and algorithm 1; chapter 4.
     """
 
-    def ones(value: Tensor) -> Tensor:
-        return torch.ones_like(value, dtype=_double(value)) if _is_floating(value) else value
-
-    def absolute(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: t.detach().abs().to(_double(t)) if _is_floating(t) else t for name, t in tensors}
-
     require_other_weights(module(model), "synflow")
+    if is_sharded(model):
+        return _over_ranks(model, inputs)
     with trainable(model) as parameters, _GroupsInFloat64():
-        state = absolute(model.named_parameters()) | absolute(model.named_buffers())
+        state = _absolute(model.named_parameters()) | _absolute(model.named_buffers())
         weights = [state[name].requires_grad_() for name in parameters]
-        args, kwargs = arguments(map_tensors(ones, inputs))
-        total = _output(torch.func.functional_call(model, state, args, kwargs)).sum()
-        if not total.requires_grad:
-            raise ValueError("the model's output does not depend on the trainable parameters")
-        flow = gradients_of(total.real if total.is_complex() else total, weights)
+        args, kwargs = arguments(map_tensors(_ones, inputs))
+        flow = gradients_of(_total(run_with(model, state, *args, **kwargs)), weights)
     scores = {name: product(name, w.detach(), g).abs() for name, w, g in zip(parameters, weights, flow, strict=True)}
-    require(any(bool(s.any()) for s in scores.values()), "no flow reaches the output: every score would be 0")
+    require(any(bool(s.any()) for s in scores.values()), _NO_FLOW)
     return scores
+
+
+def _over_ranks(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """The scores of a model of which each rank has blocks, and all pass the same ones."""
+    reshard_(model)
+    with trainable(model, sharded=True) as parameters, _GroupsInFloat64():
+        blockwise = Blockwise(model, shares, as_given=True)
+        state = _absolute((n, local(p) if n in blockwise.cuts else p) for n, p in model.named_parameters())
+        weights = {name: state[name].requires_grad_() for name in parameters}
+        buffers = _absolute(model.named_buffers())
+        blockwise.take(state)
+
+        def total() -> tuple[Tensor, dict[str, object], None]:
+            args, kwargs = arguments(map_tensors(_ones, inputs))
+            return _total(run_with(model, buffers, *args, **kwargs)), {}, None
+
+        def shapes() -> tuple[None, dict[str, object], None]:
+            return None, {"inputs, by their shapes,": [tuple(t.shape) for t in tensors_in(inputs)]}, None
+
+        agree(CALLED, shapes)
+        with blockwise.running():
+            found = gradients_of(agree(CALLED, total)[0], list(weights.values()))
+        flow = {name: as_it_lies(g, w) for (name, w), g in zip(weights.items(), found, strict=True)}
+    held = {name: local(w).detach() for name, w in weights.items()}
+    scores = settled(lambda _: {name: product(name, w, flow[name]).abs() for name, w in held.items()}, parameters)
+    some = ranks_of(model.parameters()).on_any([any(bool(local(s).any()) for s in scores.values())])
+    require(some[0], _NO_FLOW)
+    return scores
+
+
+def _ones(value: Tensor) -> Tensor:
+    return torch.ones_like(value, dtype=_double(value)) if _is_floating(value) else value
+
+
+def _absolute(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: t.detach().abs().to(_double(t)) if _is_floating(t) else t for name, t in tensors}
+
+
+def _total(output: Any) -> Tensor:
+    """The sum of an output, by which the weights can be differentiated."""
+    total = _output(output).sum()
+    if not total.requires_grad:
+        raise ValueError("the model's output does not depend on the trainable parameters")
+    return total.real if total.is_complex() else total
 
 
 def _is_floating(value: Tensor) -> bool:

@@ -78,11 +78,12 @@ def prune(
     then its parameters are called ``..._orig``, and masks made here are of those names. Where weight_norm divides by
     the norm of a row, single weights are pruned so that each row keeps one, or the network would be NaN. Where
     parameters are DTensors (FSDP2, hybrid sharding, tensor parallel), all ranks call this together and choose as one
-    process would; scores, earlier masks and the masks are DTensors that lie as the parameters do. Rows, n:m, channels
-    and blocks need shards that cut none of them. Where
-    DistributedDataParallel wraps the model (give the wrapped one), all ranks call this together and get the same masks,
-    also by data or chance: scores that differ between ranks are averaged over them, those of ``gp.random`` are rank
-    0's. A rank that does not call it is named on all others after the process group's timeout.
+    process would, by any score (that of data on the batches of all ranks, ``grasp`` not where layers are split);
+    scores, earlier masks and the masks are DTensors that lie as the parameters do. Rows, n:m, channels and blocks need
+    shards that cut none of them. Where DistributedDataParallel wraps the model (give the wrapped one), all ranks call
+    this together and get the same masks, also by data or chance: scores that differ between ranks are averaged over
+    them, those of ``gp.random`` are rank 0's. A rank that does not call it is named on all others after the process
+    group's timeout.
 
     Args:
         model: the network; its weights are changed in place.

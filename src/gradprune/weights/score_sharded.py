@@ -19,7 +19,7 @@ from gradprune.core.sharded import Shard, layout, like, local, reshard_, togethe
 from gradprune.weights.differentiate import Batches, Loss, floating, loss_of, pairs, trainable
 from gradprune.weights.precision import wide
 
-_CALLED = "a score of sharded parameters"
+CALLED = "a score of sharded parameters"
 _PIECE = 2**17  # lots that are drawn at a time
 Work = Callable[[frozenset[str]], dict[str, Tensor]]
 
@@ -29,10 +29,10 @@ def settled(work: Work, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     `work` returns what is held here; those named in its argument in float64, which another rank has needed.
     """
-    found, told = agree(_CALLED, lambda: _with_dtypes(work(frozenset())))
+    found, told = agree(CALLED, lambda: _with_dtypes(work(frozenset())))
     if not equal_on_all(told):
         exact = frozenset(name for name in found if any(dtypes.get(name) == torch.float64 for dtypes in told))
-        found, _ = agree(_CALLED, lambda: _with_dtypes(work(exact)))
+        found, _ = agree(CALLED, lambda: _with_dtypes(work(exact)))
     return {name: like(parameters[name], score) for name, score in found.items()}
 
 
@@ -54,12 +54,12 @@ def mean_gradients(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, 
     before = [p.grad for p in every]
     with trainable(model, sharded=True) as parameters:
         try:
-            kept, _ = agree(_CALLED, lambda: _counted(pairs(batches)))
+            kept, _ = agree(CALLED, lambda: _counted(pairs(batches)))
             mean = {name: torch.zeros_like(local(p), dtype=wide(p.dtype)) for name, p in parameters.items()}
             for batch in kept:
                 for p in every:
                     p.grad = None
-                value, _ = agree(_CALLED, lambda: (loss_of(model, batch, loss), {}, None))  # noqa: B023 (used at once)
+                value, _ = agree(CALLED, lambda: (loss_of(model, batch, loss), {}, None))  # noqa: B023 (used at once)
                 value.backward()  # autograd.grad would pass by FSDP2, which reduces what goes into .grad
                 for name, p in parameters.items():
                     if p.grad is not None:

@@ -6,6 +6,13 @@ evaluated in eval mode (no dropout, stored batch statistics), so that a score do
 the samples are batched. Its mode, buffers, gradients and torch's random generators are put back as they were, also when
 an exception ends the call.
 
+Where parameters are DTensors, all ranks call a score together, each with as many batches. Under FSDP2 each has its own,
+and the score is of the batches of all ranks, as one process that has them all would compute it, up to the order in
+which floats are added up; the scores are DTensors, reduced over the ranks, so that all choose by the same. Ranks that
+share layers by tensor parallelism are given the same batches. ``gradient``, ``taylor`` and ``snip`` take the gradients
+as FSDP2 leaves them; the others run the model themselves, in the dtype of its parameters, and put these together a
+sharded module at a time.
+
 A complex number a + bi is one weight. g is then the gradient as torch gives it, dL/da + i dL/db, and w g stands for
 a dL/da + b dL/db, the real part of conj(w) g: what both parts contribute together.
 """
@@ -13,6 +20,7 @@ a dL/da + b dL/db, the real part of conj(w) g: what both parts contribute togeth
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,13 +34,10 @@ from gradprune.weights.differentiate import (
     Loss,
     entries,
     floating,
-    gradients_of,
-    loss_of,
-    pairs,
     require_other_weights,
     single_samples,
-    trainable,
 )
+from gradprune.weights.passes import Passes, passes
 from gradprune.weights.precision import add_products_, narrowed, product, require_finite, wide
 from gradprune.weights.score_sharded import mean_gradients, settled, stored_gradients, sum_over_ranks
 
@@ -135,15 +140,15 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
     -2 w (H g) to first order, so a low score is a weight that hinders learning. For a network before training.
 
     Args:
-        model: As for ``gradient``.
-        batches: Pairs (inputs, targets), passed twice.
+        model: As for ``gradient``; of layers that tensor parallelism splits, torch cannot differentiate a gradient.
+        batches: Pairs (inputs, targets), passed twice; over several ranks as for ``gradient``.
         loss: As for ``gradient``.
 
     Returns:
         The scores, of either sign.
 
     Raises:
-        TypeError: As ``gradient``.
+        TypeError: As ``gradient``; tensor parallelism splits a layer.
         ValueError: As ``taylor``.
 
     Example:
@@ -154,21 +159,24 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
 
     Wang et al. (2020), equation 8, with the sign turned round so that higher is kept; chapter 4.
     """
-    with trainable(model) as parameters, plain_attention():
-        weights, kept = list(parameters.values()), pairs(batches)
-        mean = _mean_gradient(model, kept, loss, weights)
+    with passes(model) as run, plain_attention():
+        run.require_twice("grasp")
+        kept = run.batches(batches)
+        mean = _mean_gradient(run, kept, loss)
         # H g is linear in g. A power of two changes no digit, and keeps its products with g in range.
-        scale = _power_of_two_above(mean)
+        scale = _power_of_two_above(run.largest(_size(mean)))
         hessian_times_mean = [torch.zeros_like(g) for g in mean]
         for batch in kept:
-            gradients = gradients_of(loss_of(model, batch, loss), weights, create_graph=True)
+            gradients = run.gradients(run.loss(batch, loss), create_graph=True)
             along = sum(_inner(g.to(v.dtype), v / scale) for g, v in zip(gradients, mean, strict=True))
             if isinstance(along, Tensor) and along.requires_grad:  # else the loss is linear in every weight: H is zero
-                _add(hessian_times_mean, gradients_of(along, weights), 1 / len(kept))
-    return {
-        name: product(name, p.detach(), h, scale)
-        for (name, p), h in zip(parameters.items(), hessian_times_mean, strict=True)
-    }
+                _add(hessian_times_mean, run.gradients_of_sum(along), 1 / len(kept))
+        weights = run.weights
+
+        def score(name: str, h: Tensor, exact: bool) -> Tensor:
+            return product(name, weights[name].detach(), h, scale, exact_at_once=exact)
+
+        return run.scores(score, hessian_times_mean)
 
 
 def fisher(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
@@ -178,7 +186,8 @@ def fisher(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
 
     Args:
         model: As for ``gradient``.
-        batches: Pairs (inputs, targets), whose tensors have one row a sample.
+        batches: Pairs (inputs, targets), whose tensors have one row a sample; over several ranks as for ``gradient``,
+            and with as many samples.
         loss: As for ``gradient``, of one sample.
 
     Returns:
@@ -196,24 +205,22 @@ def fisher(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
 
     LeCun, Denker and Solla (1990), equation 5; Theis et al. (2018), equation 9; chapter 4.
     """
-    with trainable(model) as parameters:
-        weights = list(parameters.values())
-        squares = _zeros(weights)
-        samples = 0
-        for batch in pairs(batches):
-            for sample in single_samples(batch):
-                gradients = gradients_of(loss_of(model, sample, loss), weights)
-                for total, w, g in zip(squares, weights, gradients, strict=True):
-                    change = _change(w.detach(), g)
-                    add_products_(total, change, change)
-                samples += 1
+    with passes(model) as run:
+        weights, squares = run.weights, _zeros(run.weights.values())
+        kept = [list(single_samples(batch)) for batch in run.batches(batches)]
+        samples = sum(run.same("batches, by their samples,", lambda: [len(batch) for batch in kept])) * run.ranks
+        for batch in kept:
+            for sample in batch:
+                run.add_squares_(run.loss(sample, loss), squares)
         if samples == 0:
             raise ValueError("batches held no sample; an iterator that was used up before cannot be used again")
-    scores = {}
-    for (name, p), total in zip(parameters.items(), squares, strict=True):
-        exact = total / (2 * samples) if p.is_complex() else total * p.detach().double().square() / (2 * samples)
-        scores[name] = narrowed(name, exact, p.dtype)
-    return scores
+
+        def score(name: str, total: Tensor, exact: bool) -> Tensor:
+            w = weights[name].detach()
+            value = total / (2 * samples) if w.is_complex() else total * w.double().square() / (2 * samples)
+            return value if exact else narrowed(name, value, w.dtype)
+
+        return run.scores(score, squares)
 
 
 def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) -> dict[str, Tensor]:
@@ -223,7 +230,8 @@ def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) ->
 
     Args:
         model: As for ``gradient``.
-        batches: Pairs (inputs, targets), one a step.
+        batches: Pairs (inputs, targets), one a step; over several ranks as for ``gradient``, and a step is by the mean
+            of their gradients.
         loss: As for ``gradient``.
         lr: The step size, 0 or more; 0 adds up over `batches` at the weights as they are.
 
@@ -244,31 +252,22 @@ def movement(model: nn.Module, batches: Batches, loss: Loss, lr: float = 0.0) ->
     """
     lr = number("lr", lr, least=0.0)
     require_other_weights(module(model), "movement")
-    with trainable(model) as parameters:
-        weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-        total = _zeros(list(weights.values()))
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, weights, args, kwargs)
-
-        for batch in pairs(batches):
-            gradients = gradients_of(loss_of(run, batch, loss), list(weights.values()))
+    with passes(model, copies=True) as run:
+        total = _zeros(run.weights.values())
+        for batch in run.batches(batches):
+            gradients = run.gradients(run.loss(batch, loss))
             with torch.no_grad():
-                for score, w, g in zip(total, weights.values(), gradients, strict=True):
+                for score, w, g in zip(total, run.weights.values(), gradients, strict=True):
                     add_products_(score, w, g, -1.0)
-                    w.sub_(g, alpha=lr)
-    return {name: narrowed(name, s, p.dtype) for (name, p), s in zip(parameters.items(), total, strict=True)}
+                run.step_(gradients, lr)
+        dtypes = {name: p.dtype for name, p in run.parameters.items()}
+        return run.scores(lambda name, s, exact: s if exact else narrowed(name, s, dtypes[name]), total)
 
 
 # ------------------------------------------------------------------------------------------------- what they share
 
 
-def _change(w: Tensor, g: Tensor) -> Tensor:
-    """What of w g changes from sample to sample: a real weight is a factor of the whole sum."""
-    return (w.to(torch.complex128).conj() * g).real if w.is_complex() else g
-
-
-def _zeros(weights: list[Any]) -> list[Tensor]:
+def _zeros(weights: Iterable[Tensor]) -> list[Tensor]:
     """One real total for each weight, in float64."""
     return [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in weights]
 
@@ -280,9 +279,9 @@ def _gradients(model: nn.Module, batches: Batches | None, loss: Loss | None) -> 
     else:
         if loss is None:
             raise ValueError("batches need a loss(outputs, targets) as well")
-        with trainable(model) as parameters:
-            mean = _mean_gradient(model, pairs(batches), loss, list(parameters.values()))
-        found = dict(zip(parameters, mean, strict=True))
+        with passes(model) as run:
+            mean = _mean_gradient(run, run.batches(batches), loss)
+        found = dict(zip(run.parameters, mean, strict=True))
     for name, g in found.items():
         require_finite(name, g)
     return found
@@ -330,10 +329,10 @@ def _stored_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
 
 
-def _mean_gradient(model: nn.Module, kept: list[Any], loss: Loss, weights: list[Any]) -> list[Tensor]:
-    mean = [torch.zeros_like(w, dtype=wide(w.dtype), requires_grad=False) for w in weights]
+def _mean_gradient(run: Passes, kept: list[Any], loss: Loss) -> list[Tensor]:
+    mean = [torch.zeros_like(w, dtype=wide(w.dtype), requires_grad=False) for w in run.weights.values()]
     for batch in kept:
-        _add(mean, gradients_of(loss_of(model, batch, loss), weights), 1 / len(kept))
+        _add(mean, run.gradients(run.loss(batch, loss)), 1 / len(kept))
     return mean
 
 
@@ -360,7 +359,12 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return ((b.conj() * a).real if a.is_complex() else b * a).sum()
 
 
-def _power_of_two_above(tensors: list[Tensor]) -> float:
-    """A power of two of the size of the largest entry, within what float32 can divide by."""
+def _size(tensors: list[Tensor]) -> float:
+    """The magnitude of the largest entry; infinite where one is not finite."""
     largest = max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
-    return 2.0 ** max(-120, min(120, math.frexp(largest)[1])) if math.isfinite(largest) else 1.0
+    return largest if math.isfinite(largest) else math.inf
+
+
+def _power_of_two_above(size: float) -> float:
+    """A power of two of a size, within what float32 can divide by."""
+    return 2.0 ** max(-120, min(120, math.frexp(size)[1])) if math.isfinite(size) else 1.0
