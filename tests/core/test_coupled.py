@@ -96,15 +96,15 @@ def test_outputs_are_named_as_what_stays():
 class Heads(nn.Module):
     """An attention whose layers are called so that its heads are known, or not."""
 
-    def __init__(self, known):
+    def __init__(self, known, heads=2):
         super().__init__()
-        self.num_heads, self.head_dim, self.known = 2, 4, known
+        self.num_heads, self.head_dim, self.known = heads, 8 // heads, known
         for name in ("q_proj", "k_proj", "v_proj", "o_proj") if known else ("alpha", "beta", "gamma", "delta"):
             setattr(self, name, nn.Linear(8, 8))
 
     def forward(self, x):
         layers = list(self.children())
-        q, k, v = (layer(x).view(*x.shape[:-1], -1, 4).transpose(1, 2) for layer in layers[:3])
+        q, k, v = (layer(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2) for layer in layers[:3])
         x = nn.functional.scaled_dot_product_attention(q, k, v)
         return layers[3](x.transpose(1, 2).flatten(2))
 
@@ -115,6 +115,8 @@ def test_heads_are_units_where_the_layers_are_called_as_usual_and_stay_where_the
     assert len(heads) == 1
     assert [list(unit.values()) for unit in heads[0].units] == [[tuple(range(4))] * 4, [tuple(range(4, 8))] * 4]
     assert heads[0].sizes == {"num_heads": 1}
+    (only,) = (group for group in coupled(Heads(known=True, heads=1), x, "a test") if group.owner is not None)
+    assert [list(unit.values()) for unit in only.units] == [[tuple(range(8))] * 4]  # and no channel of it by itself
     unknown = coupled(Heads(known=False), x, "a test")
     assert {group.stays for group in unknown if any(map(reads, group.parts))} == {
         "a view splits them, into heads or groups, in a way that is not followed"

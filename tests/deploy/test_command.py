@@ -125,6 +125,9 @@ def test_diff_exits_with_one_and_says_what_became_zero(capsys):
     capsys.readouterr()
     code, out, _ = answer(capsys, "diff", "m.safetensors", "p.safetensors")
     assert code == command.DIFFER == 1
+    assert re.search(
+        r"^tensor +times +differs +entries +changed +became zero +came back +largest change$", out, re.MULTILINE
+    )
     assert re.search(r"^h\.\*\.fc\.weight +12 +values +600 +540 +540 +0 +[\d.]+$", out, re.MULTILINE)
     assert "12 of 14 tensors differ" in out
     code, found = told(capsys, "diff", "p.safetensors", "m.safetensors")

@@ -201,7 +201,9 @@ def test_a_single_layer_and_one_that_runs_twice_are_compressed(scripted):
     scripted(sparse_faster)
     layer = nn.Linear(64, 64)
     gp.prune(layer, sparsity=0.9)
-    assert isinstance(gp.compress(layer, X), SparseLinear)
+    alone = gp.compress(layer, X)
+    assert isinstance(alone, SparseLinear)
+    assert [each.layer for each in alone.compressed.layers] == ["weight"]
     twice = nn.Sequential(layer, nn.ReLU(), layer)
     fast = gp.compress(twice, X)
     assert fast[0] is fast[2]

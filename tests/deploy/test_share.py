@@ -123,3 +123,13 @@ def test_what_cannot_be_shared_is_refused_in_words():
         gp.share_weights(model)
     with pytest.raises(TypeError, match=r"'0\.weight' is quantized"):
         gp.share_weights(gp.quantize(digits()))
+
+
+def test_a_step_that_would_empty_a_cluster_is_not_taken(monkeypatch):
+    monkeypatch.setattr(share, "EXACT", 10)
+    monkeypatch.setattr(share, "GROUPS", 0)  # so few that 1001 and 1099 are in one, whatever is nearest to each
+    far = np.arange(21) / 100
+    values = np.concatenate([far, [999.0, 1001.0, 1099.0, 1101.0], 2000 + far[2:]])
+    of_value, centers = share.clusters(values, np.ones(len(values), int), 5)
+    assert list(np.unique(of_value)) == list(range(5))
+    assert centers[1:4] == pytest.approx([999, 1050, 1101])

@@ -13,6 +13,7 @@ from networks import IMAGES, NETWORKS, Dense, Depthwise, Gated, Grouped, Residua
 from torch import nn
 
 import gradprune as gp
+from gradprune.deploy.constant import inputs_like
 from gradprune.lab import models
 
 tp = pytest.importorskip("torch_pruning")
@@ -458,3 +459,15 @@ def test_at_equal_channels_it_is_torch_prunings_own_network():
     with torch.no_grad():
         assert torch.allclose(small(x), theirs(x), atol=1e-5)
         assert not torch.allclose(small(x), model(x), atol=1e-2)
+
+
+def test_inputs_near_the_example_hold_its_own_whole_numbers_and_leave_truth_values():
+    tokens, where, waves = torch.arange(50), torch.arange(50) % 3 == 0, torch.polar(torch.ones(9), torch.arange(9.0))
+    first, *near = inputs_like({"tokens": tokens, "where": where, "waves": waves, "one": torch.tensor(7)})
+    assert first["tokens"] is tokens
+    for each in near:
+        assert not torch.equal(each["tokens"], tokens)
+        assert torch.equal(each["tokens"].sort().values, tokens)
+        assert torch.equal(each["where"], where)
+        assert sorted(each["waves"].tolist(), key=str) == sorted(waves.tolist(), key=str)
+        assert int(each["one"]) == 7

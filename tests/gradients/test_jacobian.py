@@ -201,6 +201,8 @@ def test_a_derivative_that_cannot_be_batched_is_taken_row_by_row():
     for k in (None, 2):
         found = gp.jacobian_singular_values(Stubborn.apply, torch.ones(3), k=k)
         assert np.allclose(found, 2.0)
+        found = gp.jacobian_singular_values(lambda x: Stubborn.apply(x).sin(), torch.ones(3), k=k)
+        assert np.allclose(found, -2 * np.cos(2.0))  # and what the graph has saved serves every row
 
 
 def test_a_tall_jacobian_takes_no_more_memory_than_itself():

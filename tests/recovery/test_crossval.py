@@ -217,3 +217,9 @@ def test_it_prints_a_table_and_draws_the_folds():
     assert "<table>" in table._repr_html_()
     assert list(table.to_frame().index) == list(VALUES)
     assert [text.get_text() for text in table.plot().axes[0].get_xticklabels()] == list(VALUES)
+
+
+def test_settings_are_called_as_functions_are_or_as_they_print():
+    given = {"build": build, "train": untrained, "evaluate": lambda m, d: 1.0, "data": X, "folds": 2}
+    found = gp.cross_validate(**given, settings=[gp.magnitude, 0.5, "a"])
+    assert list(found.to_frame().index) == ["magnitude", "0.5", "a"]

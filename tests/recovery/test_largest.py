@@ -1,5 +1,6 @@
 """The largest sparsity: found exactly without noise, with a confidence that holds with it, and nothing left behind."""
 
+import re
 import warnings
 
 import pytest
@@ -363,3 +364,13 @@ def test_it_prints_a_table_and_draws_the_looks():
     assert list(found.to_frame().sparsity) == sorted(look.sparsity for look in found.curve)
     axes = found.plot().axes[0]
     assert sum(len(line.get_xdata()) for line in axes.get_lines()[2:4]) == len(found.curve)
+
+
+@pytest.mark.parametrize("given", [{}, {"probes": 7}, {"lowest": 0.25, "probes": 0}])
+def test_the_tolerance_that_is_said_to_be_the_least_is_taken_and_half_of_it_is_not(given):
+    with pytest.raises(ValueError, match=r"a tolerance of (\S+) is the least") as refused:
+        gp.largest_sparsity(plain(), alive, at_least=0.5, tolerance=1e-300, **given)
+    least = float(re.search(r"a tolerance of (\S+) is the least", str(refused.value)).group(1))
+    gp.largest_sparsity(plain(), alive, at_least=0.5, tolerance=1.05 * least, **given)
+    with pytest.raises(ValueError, match="is the least"):
+        gp.largest_sparsity(plain(), alive, at_least=0.5, tolerance=least / 2, **given)

@@ -232,6 +232,7 @@ def test_threads_share_the_trials():
     [
         ({}, "space is empty"),
         ({"sparsity": (0.9, 0.1)}, "low < high"),
+        ({"sparsity": (0.5, 0.5)}, "low < high"),
         ({"sparsity": (0.1, 0.5, 0.9)}, "a pair"),
         ({"sparsity": []}, "empty"),
         ({"score": [lambda m: None, lambda m: 1]}, "need names, as a dict"),
@@ -268,3 +269,27 @@ def test_optunas_own_lines_are_silent_only_meanwhile(capfd):
     assert "<table>" in study._repr_html_()
     assert list(study.to_frame().trial) == [0, 1]
     assert study.plot().axes[0].get_xlabel() == "trial"
+
+
+def test_a_file_is_named_in_the_message_that_refuses_it(tmp_path):
+    gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=tmp_path / "study.db")
+    with pytest.raises(ValueError, match=r"study\.db' is of another space"):
+        gp.search(network(), correct, {"sparsity": (0.1, 0.8)}, trials=1, storage=tmp_path / "study.db")
+    with pytest.raises(ValueError, match=r"study\.db' is of a search without a cost"):
+        gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=tmp_path / "study.db", cost=nonzeros)
+    (tmp_path / "text").write_text("something else")
+    with pytest.raises(ValueError, match=r"text' is no SQLite file"):
+        gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=tmp_path / "text")
+
+
+@pytest.mark.parametrize(("granularity", "pruned"), [((2, 4), True), ("2:4", True), ((2, 2), False), ("2x2", False)])
+def test_only_n_of_m_prunes_without_an_amount(granularity, pruned):
+    given = []
+    gp.search(
+        network(),
+        correct,
+        {"granularity": {"drawn": granularity}},
+        sampler="grid",
+        train=lambda model, trial: given.append(trial.masks),
+    )
+    assert [masks is not None for masks in given] == [pruned]

@@ -2,6 +2,7 @@
 
 import itertools
 import tempfile
+from unittest import mock
 
 import group
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import gradprune as gp
 from gradprune.core import select_sharded
+from gradprune.core.collect import Values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUES = ("normal", "ties", "zeros", "equal", "extremes")
@@ -56,11 +58,24 @@ def larger_masks_are_those_of_one_process_whatever_a_sample_says(rank, ranks):
             sparsity = (0.333, 0.5, 0.87, 0.999)[seed % 4]
             for scope in ("global", "lamp"):
                 check_as_one_process(mesh, how, (seed, (401, 300, 257), dtype, values), sparsity=sparsity, scope=scope)
-    for missed in ((0, 0), (5, 2**20), (2**31 - 9, 2**31 - 1)):
+    size = 31 * 40 + 40 * 9
+    rank_of_cut = size - round(0.3 * size) + 1
+    weights = torch.cat([p.detach().abs().view(-1) for p in chain(7, (31, 40, 9)).parameters()])
+    cut = int(weights.sort().values[rank_of_cut - 1].view(torch.int32))
+    for missed in ((0, 0), (5, 2**20), (cut, cut), (cut + 1, 2**31 - 1), (0, cut - 1), (2**31 - 9, 2**31 - 1)):
         select_sharded._brackets = lambda groups, _, missed=missed: [missed] * len(groups)
         for scope in ("global", "layer"):
             check_as_one_process(mesh, "rows", (7, (31, 40, 9), torch.float32, "normal"), sparsity=0.7, scope=scope)
     select_sharded._brackets = brackets
+
+
+def an_accelerators_way_to_choose_gives_the_same_masks(rank, ranks):
+    mesh = mesh_of(ranks)
+    with mock.patch.object(Values, "on_cpu", False), mock.patch.object(select_sharded, "PIECE", 500):
+        for seed, (how, values) in cases_for(enumerate(itertools.product(LAYOUTS, VALUES)), ranks):
+            for sizes, scope in (((401, 30, 25), "global"), ((40, 90, 25), "layer")):
+                case = (seed, sizes, DTYPES[seed % 4], values)
+                check_as_one_process(mesh, how, case, sparsity=0.6, scope=scope)
 
 
 def layers_by_themselves_are_chosen_by_as_few_messages_as_one(rank, ranks):
@@ -248,6 +263,7 @@ def masks_go_through_a_distributed_checkpoint(rank, ranks):
 CASES = (
     masks_are_those_of_one_process,
     larger_masks_are_those_of_one_process_whatever_a_sample_says,
+    an_accelerators_way_to_choose_gives_the_same_masks,
     layers_by_themselves_are_chosen_by_as_few_messages_as_one,
     what_is_wrong_on_one_rank_is_raised_on_all,
     parameters_that_a_forward_pass_left_whole_are_pruned_in_their_blocks,

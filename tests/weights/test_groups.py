@@ -190,3 +190,15 @@ def test_channels_under_a_norm_over_channels_and_outputs_are_left():
     assert bool(masks["0.weight"].all())
     assert bool(masks["4.weight"].all())
     assert not bool(masks["2.weight"].all())
+
+
+def test_torchs_defaults_do_not_leak_into_the_masks_of_channels():
+    model = trained(Residual)
+    wanted = pruned(copy.deepcopy(model), sparsity=0.3)
+    torch.set_default_device("meta")
+    try:
+        found = gp.prune(model, granularity="group", example=IMAGES, sparsity=0.3)
+    finally:
+        torch.set_default_device(None)
+    assert found == wanted
+    assert any(mask.dim() == 1 for mask in found.values())  # biases and norms go with their channels

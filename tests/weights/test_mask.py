@@ -55,11 +55,16 @@ def assert_zero(model, masks):
     assert set(revived(model, masks).values()) == {0}
 
 
+class Own(torch.optim.SGD):
+    """A user's own, of which nothing is known but what its state looks like."""
+
+
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "SGD one by one": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=False),
     "SGD foreach": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True),
     "SGD fused": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "a user's own": lambda p: Own(p, 0.1, momentum=0.9),
     "Adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True),
     "Adam fused": lambda p: torch.optim.Adam(p, 0.01, fused=True),
     "AdamW": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.5),

@@ -190,6 +190,16 @@ def test_pruning_again_without_within_warns_that_zeros_come_back(again):
         gp.prune(model, **again)
 
 
+@pytest.mark.parametrize(("zeros", "noticed"), [(1, False), (2, True)])
+def test_one_in_a_thousand_is_few(zeros, noticed):
+    model = nn.Linear(10, 100)
+    model.weight.data.view(-1)[:zeros] = 0.0
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        gp.prune(model, gp.random, sparsity=0.0)
+    assert any("zero already" in str(w.message) for w in warned) == noticed
+
+
 @pytest.mark.parametrize(("zeros", "noticed"), [(0, False), (400, False), (40_000, True)])
 def test_few_zeros_among_many_weights_are_passed_over(zeros, noticed):
     model = nn.Sequential(nn.Linear(2000, 1000), nn.Linear(10, 10))  # of which a sample is looked at

@@ -80,11 +80,11 @@ class _Products(Owners):
             self._add(module, flops, flops * (1.0 if weight is None else self._density(weight)))
             self._add_to_weight(module, weight, flops)
         elif str(operator) in _GROUPED:
-            self._groups(*args, **kwargs)
+            self._groups(*args)
         elif self._multiplies(operator, args, kwargs):
             self.uncounted[str(operator)] = self.uncounted.get(str(operator), 0) + 1
 
-    def _groups(self, a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> None:
+    def _groups(self, a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any) -> None:
         """A product in groups: the rows of `a`, the columns of `b` or what they share, each up to its offset."""
         module, weight = self.weight_among((a, b))
         if offs is None:

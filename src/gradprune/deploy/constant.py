@@ -155,7 +155,7 @@ def _noisy(noise: float, seed: int) -> Any:
 
 def _reordered(tensor: Tensor, random: torch.Generator) -> Tensor:
     """Whole numbers are indices or tokens, of which only those in the example are known to be valid."""
-    if tensor.dtype == torch.bool or tensor.is_complex() or tensor.numel() < 2:
+    if tensor.dtype == torch.bool:
         return tensor
     return tensor.flatten()[torch.randperm(tensor.numel(), generator=random).to(tensor.device)].view(tensor.shape)
 

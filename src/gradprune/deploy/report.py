@@ -203,7 +203,7 @@ def _own(layer: nn.Module) -> dict[str, Tensor]:
     """A layer's own tensors: its parameters, or what gp.compress stored in their place."""
     own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
     if isinstance(layer, SparseLinear):
-        own |= {"weight": layer.weight} | ({} if layer.bias is None else {"bias": layer.bias})
+        own |= {name: t for name in ("weight", "bias") if (t := getattr(layer, name)) is not None}
     return own
 
 

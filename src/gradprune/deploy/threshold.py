@@ -89,7 +89,7 @@ def _look(tensors: Mapping[str, Tensors], keep: int, order: Order, seen: Seen) -
     tops: dict[str, _Top] = {}
     guess = True
     while True:
-        a, b = _bracket(tensors, order, rank / max(total, 1), seen) if guess and total else (low, high)
+        a, b = _bracket(tensors, order, rank / max(total, 1)) if guess and total else (low, high)
         guess = False
         count = _count(tensors, order, a, b, seen)
         tops = tops or count.tops
@@ -109,9 +109,9 @@ def _look(tensors: Mapping[str, Tensors], keep: int, order: Order, seen: Seen) -
     return Rule(low, equal - (keep - above)), tops  # of the ties, as many go as are not needed
 
 
-def _bracket(tensors: Mapping[str, Tensors], order: Order, fraction: float, seen: Seen) -> tuple[int, int]:
+def _bracket(tensors: Mapping[str, Tensors], order: Order, fraction: float) -> tuple[int, int]:
     """Two keys between which the one of that rank should lie, by a sample."""
-    sample = np.sort(np.concatenate([*_sample(tensors, order, seen)]))
+    sample = np.sort(np.concatenate([*_sample(tensors, order)]))
     worth = max(1.0, sample.size * WORTH / IN_BLOCK)
     slack = DEVIATIONS * math.sqrt(fraction * (1 - fraction) / worth) * sample.size + 2
     first, last = math.floor(fraction * sample.size - slack), math.ceil(fraction * sample.size + slack)
@@ -120,7 +120,7 @@ def _bracket(tensors: Mapping[str, Tensors], order: Order, fraction: float, seen
     return max(0, min(low, order.highest)), min(high, order.highest + 1)
 
 
-def _sample(tensors: Mapping[str, Tensors], order: Order, seen: Seen) -> Iterator[Array]:
+def _sample(tensors: Mapping[str, Tensors], order: Order) -> Iterator[Array]:
     """Keys of short blocks, evenly spread over all tensors, at places that are the same each time."""
     total = sum(t.entry.numel for t in tensors.values())
     step = max(IN_BLOCK, total // BLOCKS)
@@ -131,7 +131,6 @@ def _sample(tensors: Mapping[str, Tensors], order: Order, seen: Seen) -> Iterato
             start = min(stratum + int(rng.integers(max(1, step - IN_BLOCK + 1))), max(0, t.entry.numel - IN_BLOCK))
             stop = min(start + IN_BLOCK, t.entry.numel)
             yield keys_of(t.part.read(t.entry, start * size, stop * size), DTYPES[t.entry.dtype], order)
-            seen((stop - start) * size)
         at += t.entry.numel
     yield np.empty(0, f"i{order.dtype.itemsize}")
 

@@ -187,6 +187,7 @@ def scale_units_(units: Sequence[Unit], scales: Tensor, over: Tensor, order: Ord
             factor = factor.view((*gradient.shape[:axes], *(1,) * (gradient.ndim - axes)))
         grads.append(gradient)
         if gradient.device != scales.device:
-            factor = factor.to(gradient.device, torch.float32 if gradient.device.type == "mps" else scales.dtype)
+            single = gradient.device.type == "mps"  # pragma: no mutate: it has no float64
+            factor = factor.to(gradient.device, torch.float32 if single else scales.dtype)
         factors.append(factor)
     torch._foreach_mul_(grads, factors)

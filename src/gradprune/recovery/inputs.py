@@ -165,8 +165,7 @@ def _piece(weight: Weight, whole: Place, operand: Place) -> Piece:
     _require_known(weight, as_stored and outputs[0] <= rows[0] and (outputs[1] == rows[1] or outputs[0] == 1))
     left, first = operand.offset - whole.offset, 0
     for size, stride in outer:
-        at = left // stride if size > 1 else 0
-        at = min(at, size - 1)
+        at = min(left // stride, size - 1) if size > 1 else 0
         left -= at * stride
         first = first * size + at
     _require_known(weight, left == 0 and first % rows[0] + outputs[0] <= rows[0])

@@ -277,8 +277,7 @@ def _gradients(model: nn.Module, batches: Batches | None, loss: Loss | None) -> 
         require(loss is None, "a loss needs batches as well; without both, the gradients in .grad are taken")
         found = _stored_gradients(model)
     else:
-        if loss is None:
-            raise ValueError("batches need a loss(outputs, targets) as well")
+        loss = _needed(loss)
         with passes(model) as run:
             mean = _mean_gradient(run, run.batches(batches), loss)
         found = dict(zip(run.parameters, mean, strict=True))
@@ -293,9 +292,13 @@ def _sharded_gradients(model: nn.Module, batches: Batches | None, loss: Loss | N
     if batches is None:
         require(loss is None, "a loss needs batches as well; without both, the gradients in .grad are taken")
         return stored_gradients({name: p for name, p in _spread(model).items() if p.requires_grad})
+    return mean_gradients(model, batches, _needed(loss))
+
+
+def _needed(loss: Loss | None) -> Loss:
     if loss is None:
         raise ValueError("batches need a loss(outputs, targets) as well")
-    return mean_gradients(model, batches, loss)
+    return loss
 
 
 def _shares_over_ranks(model: nn.Module, held: dict[str, Tensor]) -> dict[str, Tensor]:
