@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gradprune.core import files
-from gradprune.deploy import header as headers
-from gradprune.deploy.header import NAMES, Entry, Header
+from gradprune.core import header as headers
+from gradprune.core.header import NAMES, Entry, Header
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

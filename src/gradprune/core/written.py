@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gradprune.core import files
+from gradprune.core.checkpoint import Checkpoint
 from gradprune.core.encoded import readable
-from gradprune.deploy.checkpoint import Checkpoint
-from gradprune.deploy.header import Header
+from gradprune.core.header import Header
 
 Place = Callable[[str], Path]
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
