@@ -94,8 +94,8 @@ class Resumed:
             if all(self.path(part.name).exists() for part in source.parts):  # else they have taken their place
                 self.done = told["done"]
         else:
-            empty = not self.folder.exists() or next(self.folder.rglob("*/*"), None) is None
-            if not empty or not (self.folder.is_dir() or not self.folder.exists()):
+            others = (p for p in self.folder.rglob("*") if p != self._files and not p.name.startswith(files.PREFIX))
+            if self.folder.exists() and not (self.folder.is_dir() and next(others, None) is None):
                 raise ValueError(f"{str(self.folder)!r} is needed to write {target.name!r}: move away what is there")
             require_room(target, source.size)
         self.outputs: dict[str, Output] = {}
@@ -184,7 +184,7 @@ class Output:
 @contextlib.contextmanager
 def _replacing_folder(target: Path) -> Iterator[Path]:
     real = Path(os.path.realpath(target))
-    folder = real.parent / f".gradprune-{secrets.token_hex(8)}.part"
+    folder = real.parent / f"{files.PREFIX}{secrets.token_hex(8)}.part"
     folder.mkdir()
     try:
         yield folder

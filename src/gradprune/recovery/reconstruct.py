@@ -250,8 +250,11 @@ class Where(Protocol):
     """Where the weights are that are pruned one after another."""
 
     once: bool  # whether reading them costs, so that no batch but the first runs all of the model
-    before: int  # how many weights were pruned by a call before
-    open: list[str]  # what is to be said of those whose batches left something open
+    open: list[str]  # what is to be said of weights whose batches left something open
+
+    @property
+    def before(self) -> int:
+        """How many weights were pruned by a call before."""
 
     def again(self, names: Sequence[str]) -> bool:
         """Whether weights were pruned by a call before; then they are as it left them from now on."""

@@ -17,6 +17,7 @@ from gradprune.core.checks import require
 from gradprune.core.evaluate import tensors_in
 from gradprune.core.files import StrPath
 from gradprune.core.layers import Weight
+from gradprune.core.words import in_our_words
 from gradprune.core.written import Resumed, target_of
 from gradprune.recovery.reconstruct import Share, Work, require_kind, shares
 from gradprune.recovery.stored import Stored, made_without_values
@@ -40,6 +41,7 @@ class Reconstructed(NamedTuple):
     sparsity: float
 
 
+@in_our_words
 def reconstruct_file(
     model: Callable[[], nn.Module] | nn.Module,
     source: StrPath,

@@ -7,9 +7,10 @@ that is pruned is written to another file, and is a view of that from then on.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,10 +71,11 @@ class Stored:
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Let a model have its values; at the end it is as it was."""
-        before, hooks = [], []
-        new: dict[int, Tensor] = {}
+        before: list[tuple[dict[str, Any], str, Tensor]] = []
+        hooks, new = [], dict[int, Tensor]()
         try:
             for module in model.modules():
+                held: dict[str, Any]
                 for held in (module._parameters, module._buffers):
                     for attribute, tensor in held.items():
                         if tensor is not None and id(tensor) in self._names:
@@ -142,6 +144,7 @@ class Stored:
     def finish(self, names: Sequence[str]) -> None:
         """Note that weights are written."""
         self._done += names
+        _trim_heap()
         self._result.note((self._done, self.open))
 
     def undo(self) -> None:
@@ -177,10 +180,16 @@ def made_without_values(make: Callable[[], nn.Module]) -> nn.Module:
         register(module, name, parameter)
 
     try:
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
         return checks.module(make(), "what model() makes")
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _trim_heap() -> None:
+    """Give back what is free in the heap: glibc's grows by what tensors of changing sizes leave between them."""
+    with suppress(AttributeError, TypeError):  # other systems have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mapped(path: Path) -> mmap.mmap:
