@@ -99,8 +99,8 @@ def rows(solve, folder, arguments):
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--width", type=int, default=768)
-    options.add_argument("--blocks", type=int, default=32)
+    options.add_argument("--width", type=int, default=512)
+    options.add_argument("--blocks", type=int, default=64)
     options.add_argument("--batches", type=int, default=2)
     options.add_argument("--length", type=int, default=256)
     options.add_argument("--rounds", type=int, default=1)
