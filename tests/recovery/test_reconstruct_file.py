@@ -236,7 +236,7 @@ import gradprune as gp
 from record import PeakMemory
 import transformers as tr
 torch.set_num_threads(1)
-config = tr.LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=40, num_attention_heads=4,
+config = tr.LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=24, num_attention_heads=4,
                         vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 make = lambda: tr.LlamaForCausalLM(config)
 folder = sys.argv[3]
