@@ -56,6 +56,12 @@ def _saved(model):
     return model
 
 
+def saved_at(model, path):
+    """The path of a file that the model is in now."""
+    gp.save(model, path)
+    return path
+
+
 def alive(model):
     """The share of the weights that are not zero."""
     return sum(int((p != 0).sum()) for p in model.parameters()) / sum(p.numel() for p in model.parameters())
@@ -187,6 +193,23 @@ CALLS = {
             "sparsity": 0.5,
             "masks": None,
             "score": None,
+            "scope": "layer",
+            "granularity": "weight",
+            "include": "*",
+            "exclude": "2.*",
+            "axes": None,
+            "solve": "exact",
+            "damp": 0.01,
+        },
+    ),
+    "reconstruct_file": (
+        lambda c: gp.reconstruct_file,
+        lambda c: {
+            "model": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+            "source": saved_at(c.model, "dense"),
+            "target": "pruned",
+            "batches": c.pairs(),
+            "sparsity": 0.5,
             "scope": "layer",
             "granularity": "weight",
             "include": "*",

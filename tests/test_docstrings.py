@@ -16,7 +16,7 @@ FURTHER = {f"weights.allocate.{name}": getattr(allocate, name) for name in ("uni
 # What functions return and nobody makes: each is shown by what returns it.
 RESULTS = {"Entry", "Event", "History", "Hold", "Packed", "Report", "Round", "Row", "Trace"}
 RESULTS |= {"CrossValidation", "Found", "Look", "Plan", "Sensitivity", "Study", "Trial"}
-RESULTS |= {"Compressed", "Exported", "Quantized", "Shared"}
+RESULTS |= {"Compressed", "Exported", "Quantized", "Reconstructed", "Shared"}
 
 
 def methods(name, kind):

@@ -28,6 +28,7 @@ from gradprune.recovery.found import Found, Look
 from gradprune.recovery.history import Entry, History, Round
 from gradprune.recovery.largest import largest_sparsity
 from gradprune.recovery.reconstruct import reconstruct_
+from gradprune.recovery.reconstruct_file import Reconstructed, reconstruct_file
 from gradprune.recovery.scan import Sensitivity, sensitivity
 from gradprune.recovery.search import search
 from gradprune.recovery.study import Study, Trial
@@ -68,6 +69,7 @@ __all__ = [
     "Plan",
     "Pruner",
     "Quantized",
+    "Reconstructed",
     "Recorder",
     "Regrow",
     "Report",
@@ -108,6 +110,7 @@ __all__ = [
     "random",
     "recalibrate_",
     "reconstruct_",
+    "reconstruct_file",
     "report",
     "rotation",
     "save",

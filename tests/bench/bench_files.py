@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from record import _SETTINGS, CLOCKS, parser, ratios, settle, write
 
-from gradprune.deploy import header
+from gradprune.core import header
 
 WAYS = {
     "prune, global": {"sparsity": 0.5},

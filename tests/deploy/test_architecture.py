@@ -9,8 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from configurations; nothi
 import pytest
 import torch
 
+from gradprune.core.checkpoint import opened
 from gradprune.deploy.architecture import layers_of
-from gradprune.deploy.checkpoint import opened
 from gradprune.weights.eligible import eligible
 
 tr = pytest.importorskip("transformers")

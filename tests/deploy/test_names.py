@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
+from gradprune.core.checkpoint import Memory
+from gradprune.core.header import Entry
 from gradprune.core.layers import Axes, weights_of
 from gradprune.deploy import names
-from gradprune.deploy.checkpoint import Memory
-from gradprune.deploy.header import Entry
 from gradprune.weights.eligible import eligible
 
 pytest.importorskip("transformers")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gradprune as gp
-from gradprune.deploy import checkpoint, pack
+from gradprune.core import checkpoint
+from gradprune.deploy import pack
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.int64, torch.bool]
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gradprune as gp
+from gradprune.core.checkpoint import File
 from gradprune.deploy import stays, threshold
-from gradprune.deploy.checkpoint import File
 from gradprune.deploy.pruned import prune_file
 
 tr = pytest.importorskip("transformers")

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradprune.core.checkpoint import Memory, Tensors
 from gradprune.deploy import threshold
-from gradprune.deploy.checkpoint import Memory, Tensors
 from gradprune.deploy.threshold import Rule, order_of, rules
 
 SOURCE = Path(__file__).parents[2] / "src"

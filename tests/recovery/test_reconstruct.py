@@ -201,7 +201,9 @@ def test_what_is_kept_between_blocks_is_what_the_whole_model_would_give(name, ho
     whole = copy.deepcopy(model)
     masks = gp.reconstruct_(model, batches, **how)
     seen = replay.look
-    monkeypatch.setattr(reconstruct, "look", lambda *given: ([[n] for g in seen(*given)[0] for n in g], None))
+    monkeypatch.setattr(
+        reconstruct, "look", lambda *given, **how: ([[n] for g in seen(*given, **how)[0] for n in g], None)
+    )
     assert gp.reconstruct_(whole, batches, **how) == masks
     for p, q in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)
@@ -665,7 +667,7 @@ def test_blocks_are_no_chain_where_one_batch_gives_them_different_things(monkeyp
         groups, chain = replay.look(model, batches, layers)
     assert chain is None
     masks = gp.reconstruct_(model, batches, sparsity=0.5)
-    monkeypatch.setattr(reconstruct, "look", lambda *_: (groups, None))
+    monkeypatch.setattr(reconstruct, "look", lambda *_, **__: (groups, None))
     assert gp.reconstruct_(whole, batches, sparsity=0.5) == masks
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 StrPath = str | os.PathLike[str]
+PREFIX = ".gradprune-"  # of names that are renamed when they are whole
 
 
 class Kind(NamedTuple):
@@ -158,7 +159,7 @@ class _New:
     """A new empty file in a folder, gone at ``close`` unless it was renamed."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / f".gradprune-{secrets.token_hex(8)}.part"
+        self.path = folder / f"{PREFIX}{secrets.token_hex(8)}.part"
         handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # less what the umask takes
         os.close(handle)
 

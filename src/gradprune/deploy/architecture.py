@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from gradprune.core.checkpoint import Checkpoint
 from gradprune.core.layers import Weight, weights_of
-from gradprune.deploy.checkpoint import Checkpoint
 from gradprune.deploy.names import is_matrix
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradprune.core.checkpoint import Bytes, Checkpoint, Tensors, opened, pieces
 from gradprune.core.encoded import bits_and_values
+from gradprune.core.header import DTYPES
 from gradprune.core.progress import bar
 from gradprune.deploy import names
-from gradprune.deploy.checkpoint import Bytes, Checkpoint, Tensors, opened, pieces
-from gradprune.deploy.header import DTYPES
 
 STEP = 2**18  # entries at a time
 

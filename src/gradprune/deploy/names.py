@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from gradprune.core.header import DTYPES, Entry
 from gradprune.core.layers import Axes, Weight
-from gradprune.deploy.header import DTYPES, Entry
 from gradprune.weights.eligible import as_patterns
 
 FLOATING = ("F64", "F32", "F16", "BF16")

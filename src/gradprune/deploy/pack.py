@@ -14,16 +14,16 @@ import numpy as np
 from torch import nn
 
 from gradprune.core import checks, files
+from gradprune.core import header as headers
+from gradprune.core.checkpoint import Checkpoint, Memory, Part, Tensors, marked, opened, spans
 from gradprune.core.checks import require
 from gradprune.core.encoded import bits_and_values, readable
+from gradprune.core.header import Entry, Header
 from gradprune.core.progress import bar
 from gradprune.core.threads import mapped, threads_of_torch
+from gradprune.core.written import Output, target_of, whole
 from gradprune.deploy import coded
-from gradprune.deploy import header as headers
-from gradprune.deploy.checkpoint import Checkpoint, Memory, Part, Tensors, marked, opened, spans
-from gradprune.deploy.header import Entry, Header
 from gradprune.deploy.packed import BITS, CODED, KEY, STEP, VALUES, Array, Seen, state_of, units
-from gradprune.deploy.written import Output, target_of, whole
 
 Code = Literal["bits", "book", "entropy"]
 CODES = ("bits", "book", "entropy")

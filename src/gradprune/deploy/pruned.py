@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradprune.core import checks
+from gradprune.core.checkpoint import Checkpoint, Tensors, opened, spans
 from gradprune.core.checks import require
+from gradprune.core.header import DTYPES
 from gradprune.core.layers import Weight
 from gradprune.core.progress import bar
 from gradprune.core.threads import behind, mapped, threads_of_torch
+from gradprune.core.written import Output, require_room, target_of, whole
 from gradprune.deploy import names
 from gradprune.deploy.architecture import layers_of
-from gradprune.deploy.checkpoint import Checkpoint, Tensors, opened, spans
-from gradprune.deploy.header import DTYPES
 from gradprune.deploy.packed import KEY
 from gradprune.deploy.stays import Seen, Way, read_before, ways
 from gradprune.deploy.threshold import VALUES
-from gradprune.deploy.written import Output, require_room, target_of, whole
 from gradprune.weights.granularity import Granularity, Units, check_channels, check_fits, parse_granularity
 from gradprune.weights.plan import Scope, kept_of, rows_in
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks
+from gradprune.core.checkpoint import Tensors
 from gradprune.core.checks import require
 from gradprune.core.collect import raise_nan
+from gradprune.core.header import DTYPES
 from gradprune.core.layers import Axes, Weight
 from gradprune.core.order import Order
 from gradprune.core.select import keep_largest
-from gradprune.deploy.checkpoint import Tensors
-from gradprune.deploy.header import DTYPES
 from gradprune.deploy.threshold import VALUES, Rule, keys_of, order_of, rules
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical
 from gradprune.weights.named import some

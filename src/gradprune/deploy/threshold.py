@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from gradprune.core.checkpoint import Tensors, spans
 from gradprune.core.collect import raise_nan
+from gradprune.core.header import DTYPES
 from gradprune.core.order import Order, compared_as
 from gradprune.core.threads import mapped, threads_of_torch
-from gradprune.deploy.checkpoint import Tensors, spans
-from gradprune.deploy.header import DTYPES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Seen = Callable[[int], None]  # told how many bytes were read

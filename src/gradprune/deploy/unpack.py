@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import files
+from gradprune.core import header as headers
+from gradprune.core.checkpoint import Checkpoint, Part, Tensors, opened, pieces, stored_once, unmarked
 from gradprune.core.checks import require
+from gradprune.core.header import DTYPES, Entry, Header
 from gradprune.core.progress import bar
 from gradprune.core.threads import behind, threads_of_torch
+from gradprune.core.written import Output, target_of, whole
 from gradprune.deploy import coded
-from gradprune.deploy import header as headers
-from gradprune.deploy.checkpoint import Checkpoint, Part, Tensors, opened, pieces, stored_once, unmarked
-from gradprune.deploy.header import DTYPES, Entry, Header
 from gradprune.deploy.packed import BITS, CODED, KEY, STEP, VALUES, VERSIONS, Array, state_of, units
-from gradprune.deploy.written import Output, target_of, whole
 from gradprune.weights.named import some
 
 

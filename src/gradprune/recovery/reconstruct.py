@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def reconstruct_(
     """
     damp = checks.number("damp", damp, least=0.0)
     checks.choice("solve", solve, ("exact", "one pass"))
-    choices: dict[str, _Share] = {}
+    choices: dict[str, Share] = {}
     wanted: Mapping[str, Tensor] = {}
     if masks is not None:
         others: dict[str, Any] = {"sparsity": sparsity, "score": score, "include": include, "exclude": exclude}
@@ -113,17 +113,17 @@ def reconstruct_(
         request = Request.of(model, scope=scope, granularity=granularity, include=include, exclude=exclude, axes=axes)
         layers = with_axes(request.layers)
         if score is None:
-            choices = _choices(request, layers, sparsity)
+            choices = shares(request, layers, sparsity)
     for weight in layers.values():
-        _check_kind(weight)
+        require_kind(weight)
     inputs = items(inputs_of(batches), "an iterable of batches")
     if masks is None and score is not None:
         wanted = request.masks(model, score, sparsity=sparsity)
     _check_weights(layers, wanted)
-    work = _Work(model, layers, wanted, choices, exact=solve == "exact", damp=damp)
-    with evaluated(model), as_written(), torch.no_grad(), plain_layers(), _without_cache(model):
-        found = work.done(inputs)
-    return Masks(found).apply_(model)
+    where = _InMemory()
+    Work(model, layers, wanted, choices, where, exact=solve == "exact", damp=damp).do(inputs)
+    whole = {name: torch.ones_like(w.parameter, dtype=torch.bool) for name, w in layers.items()}
+    return Masks(whole | where.masks).apply_(model)
 
 
 # ------------------------------------------------------------------------------------------------------ what is wanted
@@ -147,14 +147,18 @@ def _masked(
     return with_axes(layers), {name: masks[name].to(p.device) for name, p in parameters.items()}
 
 
-class _Share(NamedTuple):
+class Share(NamedTuple):
     """How many weights of a layer stay: so many in all, in each row, or n of each m."""
 
     kept: int
     of: Literal["all", "row"] | tuple[int, int] = "all"
 
+    def count(self, weight: Weight) -> int:
+        """How many of its weights stay."""
+        return self.kept * (weight.parameter.numel() // max(columns_of(weight), 1) if self.of == "row" else 1)
 
-def _choices(request: Request, layers: Mapping[str, Weight], sparsity: float | None) -> dict[str, _Share]:
+
+def shares(request: Request, layers: Mapping[str, Weight], sparsity: float | None) -> dict[str, Share]:
     """How many weights of each layer stay, where which is not known before."""
     if request.block is not None or request.scope in ("global", "lamp"):
         what = "channels and blocks" if request.block is not None else f"scope={request.scope!r}"
@@ -167,16 +171,16 @@ def _choices(request: Request, layers: Mapping[str, Weight], sparsity: float | N
     request.plan(sparsity=sparsity)
     if request.n_of_m is not None:
         n, m = request.n_of_m
-        return {name: _Share(w.parameter.numel() // m * n, (n, m)) for name, w in layers.items()}
+        return {name: Share(w.parameter.numel() // m * n, (n, m)) for name, w in layers.items()}
     if request.scope == "row":
-        return {name: _Share(kept_of(columns_of(w), float(sparsity or 0)), "row") for name, w in layers.items()}
+        return {name: Share(kept_of(columns_of(w), float(sparsity or 0)), "row") for name, w in layers.items()}
     counts, warning = kept_of_layers(Units(layers, None, None), sparsity, request.scope)
     if warning:
         checks.warn(warning)
-    return {name: _Share(count) for name, count in counts.items()}
+    return {name: Share(count) for name, count in counts.items()}
 
 
-def _choose(share: _Share, name: str, part: tuple[int, int, int], columns: int) -> tuple[Choose, int]:
+def _choose(share: Share, name: str, part: tuple[int, int, int], columns: int) -> tuple[Choose, int]:
     """What stays of each block of columns of the rows (first, rows, of all), and how wide a block is."""
     first, rows, every = part
 
@@ -200,7 +204,7 @@ def _between(count: int, start: int, stop: int, every: int) -> int:
     return count * stop // every - count * start // every
 
 
-def _check_kind(weight: Weight) -> None:
+def require_kind(weight: Weight) -> None:
     """Raise ValueError for what has no inputs of its own that could be recorded."""
     why = ""
     if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
@@ -224,7 +228,7 @@ def _check_weights(layers: Mapping[str, Weight], wanted: Mapping[str, Tensor]) -
     pruned = anything = False
     for name, weight in layers.items():
         p = weight.parameter.detach()
-        require(bool(p.isfinite().all()), f"{name!r} contains NaN or infinities")
+        _require_finite(name, p)
         if name in wanted:
             pruned = pruned or not bool(wanted[name].all())
             anything = anything or bool(p.masked_fill(wanted[name], 0.0).any())
@@ -235,10 +239,73 @@ def _check_weights(layers: Mapping[str, Weight], wanted: Mapping[str, Tensor]) -
     )
 
 
+def _require_finite(name: str, tensor: Tensor) -> None:
+    require(bool(tensor.isfinite().all()), f"{name!r} contains NaN or infinities")
+
+
 # ------------------------------------------------------------------------------------------------------------ the work
 
 
-class _Work:
+class Where(Protocol):
+    """Where the weights are that are pruned one after another."""
+
+    once: bool  # whether reading them costs, so that no batch but the first runs all of the model
+    open: list[str]  # what is to be said of weights whose batches left something open
+
+    @property
+    def before(self) -> int:
+        """How many weights were pruned by a call before."""
+
+    def again(self, names: Sequence[str]) -> bool:
+        """Whether weights were pruned by a call before; then they are as it left them from now on."""
+
+    def enter(self, block: nn.Module | None) -> None:
+        """Called before a block runs alone, or for None all of the model."""
+
+    def write(self, weight: Weight, values: Tensor, mask: Tensor) -> None:
+        """Put values in the place of a weight's."""
+
+    def finish(self, names: Sequence[str]) -> None:
+        """Called when weights that share their inputs are all written."""
+
+    def undo(self) -> None:
+        """Called where something is raised."""
+
+
+class _InMemory:
+    """Weights that are changed where they are; what stood there is kept until all are done."""
+
+    once, before = False, 0
+
+    def __init__(self) -> None:
+        self.masks: dict[str, Tensor] = {}
+        self.open: list[str] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def again(self, names: Sequence[str]) -> bool:
+        """There was no call before."""
+        return False
+
+    def enter(self, block: nn.Module | None) -> None:
+        """All are at hand."""
+
+    def write(self, weight: Weight, values: Tensor, mask: Tensor) -> None:
+        """Keep the values of before and the mask."""
+        parameter = weight.parameter.detach()
+        self._before.append((parameter, parameter.clone()))
+        parameter.copy_(values)
+        self.masks[weight.name] = mask
+
+    def finish(self, names: Sequence[str]) -> None:
+        """Nothing is noted."""
+
+    def undo(self) -> None:
+        """Put every value back."""
+        for parameter, values in self._before:
+            parameter.copy_(values)
+
+
+class Work:
     """Layers that are pruned one after another."""
 
     def __init__(
@@ -246,50 +313,50 @@ class _Work:
         model: nn.Module,
         layers: Mapping[str, Weight],
         wanted: Mapping[str, Tensor],
-        choices: Mapping[str, _Share],
+        choices: Mapping[str, Share],
+        where: Where,
         *,
         exact: bool,
         damp: float,
     ) -> None:
         self._model, self._layers, self._wanted, self._choices = model, layers, wanted, choices
-        self._exact, self._damp = exact, damp
-        self._masks: dict[str, Tensor] = {}
-        self._before: list[tuple[Tensor, Tensor]] = []
-        self._open: list[str] = []
+        self._where, self._exact, self._damp = where, exact, damp
 
-    def done(self, batches: Sequence[Any]) -> dict[str, Tensor]:
-        """Prune every layer and return the masks; where something is raised, every weight is as it was."""
+    def do(self, batches: Sequence[Any]) -> None:
+        """Prune every layer; where something is raised, that is undone."""
+        model, where = self._model, self._where
         left = {name: weight for name, weight in self._layers.items() if self._prunes(name)}
-        groups, chain = look(self._model, batches, left) if left else ([], None)
-        passes = Passes(self._model, batches, chain)
-        later = set(left)
-        try:
-            with bar(len(left), "reconstruct") as progress:
-                for group in groups:
-                    later -= set(group)
-                    self._prune(group, self._grams(passes, group, left, later), progress.update)
-            self._say_what_is_open()
-        except BaseException:
-            self._put_back()
-            raise
-        whole = {name: torch.ones_like(w.parameter, dtype=torch.bool) for name, w in self._layers.items()}
-        return whole | self._masks
+        with evaluated(model), as_written(), torch.no_grad(), plain_layers(), _without_cache(model):
+            groups, chain = look(model, batches, left, once=where.once) if left else ([], None)
+            passes = Passes(model, batches, chain, where.enter)
+            later = set(left)
+            try:
+                with bar(len(left), "reconstruct", where.before) as progress:
+                    for group in groups:
+                        later -= set(group)
+                        if not where.again(group):
+                            self._prune(group, self._grams(passes, group, left, later), progress.update)
+                            where.finish(group)
+                self._say_what_is_open()
+            except BaseException:
+                where.undo()
+                raise
 
     def _prunes(self, name: str) -> bool:
         if name in self._wanted:
             return not bool(self._wanted[name].all())
-        weight, share = self._layers[name], self._choices[name]
-        of = columns_of(weight) if share.of == "row" else weight.parameter.numel()
-        return share.kept < of
+        weight = self._layers[name]
+        return self._choices[name].count(weight) < weight.parameter.numel()
 
     def _grams(
         self, passes: Passes, group: list[str], layers: Mapping[str, Weight], later: set[str]
     ) -> dict[Piece, Gram]:
         """X'X of all that a group multiplies."""
+        passes.advance(group[0])
         for share in (True, False):
             seen = Collected(self._model, layers, group, later, share=share)
             with suppress(NotShared):
-                passes.run(group[0], seen)
+                passes.run(seen)
                 seen.check_shared()
                 break
         for piece, gram in seen.grams.items():
@@ -301,6 +368,7 @@ class _Work:
         for name in group:
             weight = self._layers[name]
             dense = as_matrix(weight, weight.parameter)
+            _require_finite(name, dense)
             pieces = {piece: gram for piece, gram in grams.items() if piece.name == name}
             new = torch.empty(dense.shape, dtype=dtype_on(dense.device), device=dense.device)
             keep = torch.empty(dense.shape, dtype=torch.bool, device=dense.device)
@@ -309,7 +377,7 @@ class _Work:
                     systems[id(gram)] = System(gram.full(), self._damp)
                 system = systems[id(gram)]
                 if gram.samples < max(system.inputs, 1) or system.raised:
-                    self._open.append(f"{name!r} ({gram.samples:,} for {dense.shape[1]:,} columns)")
+                    self._where.open.append(f"{name!r} ({gram.samples:,} for {dense.shape[1]:,} columns)")
                 at = slice(piece.first, piece.first + piece.rows)
                 new[at], keep[at] = self._solve(piece, dense[at].to(system.h.dtype), system, len(dense))
             self._write(weight, new, keep)
@@ -327,24 +395,20 @@ class _Work:
         return least_squares(dense, system, keep) if self._exact else new, keep
 
     def _write(self, weight: Weight, new: Tensor, keep: Tensor) -> None:
-        parameter = weight.parameter
-        mask = torch.empty(parameter.shape, dtype=torch.bool, device=parameter.device)
+        new = new.to(weight.parameter.dtype)
+        finite = bool(new.isfinite().all())
+        require(finite, f"the weights of {weight.name!r} leave the range of {weight.parameter.dtype}")
+        mask = torch.empty_like(weight.parameter, dtype=torch.bool)
+        values = torch.empty_like(weight.parameter)
         write_matrix_(weight, mask, keep)
-        new = new.to(parameter.dtype)
-        require(bool(new.isfinite().all()), f"the weights of {weight.name!r} leave the range of {parameter.dtype}")
-        self._before.append((parameter, parameter.detach().clone()))
-        write_matrix_(weight, parameter.detach(), new)
-        self._masks[weight.name] = mask
-
-    def _put_back(self) -> None:
-        for parameter, values in self._before:
-            parameter.detach().copy_(values)
+        write_matrix_(weight, values, new.masked_fill_(~keep, 0.0))
+        self._where.write(weight, values, mask)
 
     def _say_what_is_open(self) -> None:
-        if self._open:
-            more = f" and {len(self._open) - 3} more" if len(self._open) > 3 else ""
+        if found := self._where.open:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             checks.warn(
-                f"fewer inputs than columns, or inputs that follow from each other: {', '.join(self._open[:3])}{more}; "
+                f"fewer inputs than columns, or inputs that follow from each other: {', '.join(found[:3])}{more}; "
                 "what the batches leave open, the damping decides. Give more batches"
             )
 

@@ -7,7 +7,7 @@ run again: what it takes is kept for every batch. Where a model is none, every l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -42,50 +42,60 @@ class Chain:
     slot: int | str  # which argument that is
     first: list[bool]  # whether it is the first of several things returned
     writes: list[bool]
+    keeps_shape: bool  # of what is handed on
     inside: dict[str, int] = field(default_factory=dict)  # weight -> its block
 
 
 class Passes:
-    """Runs every batch through what is needed of the model, once the weights before have their final values."""
+    """Runs every batch through what is needed of the model, once the weights before have their final values.
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], chain: Chain | None) -> None:
-        self._model, self._batches, self._chain = model, batches, chain
+    `entered` is told which block runs from then on, so that its weights can be there; None where the whole model does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        chain: Chain | None,
+        entered: Callable[[nn.Module | None], None] = lambda _: None,
+    ) -> None:
+        self._model, self._batches, self._chain, self._entered = model, batches, chain, entered
         self._at: int | None = None  # the block whose arguments are kept
         self._kept: list[Arguments] = []
 
-    def run(self, name: str, seen: _Seen) -> None:
-        """Let all batches pass by the weight of this name.
+    def run(self, seen: _Seen) -> None:
+        """Let all batches pass by the weight that was advanced to."""
+        with seen.watching():
+            for each in self._batches if self._at is None else self._kept:
+                seen.begin()
+                with suppress(Passed):
+                    if self._at is None:
+                        call(self._model, each)
+                    else:
+                        self._run(self._at, each)
+
+    def advance(self, name: str) -> None:
+        """Keep what the block of this weight is given.
 
         Weights that autocast has cast are forgotten: they are from before the last one was changed.
         """
         torch.clear_autocast_cache()
         block = None if self._chain is None else self._chain.inside.get(name)
-        if block is None:
+        if self._chain is None or block is None:
             self._kept, self._at = [], None
-            with seen.watching():
-                for batch in self._batches:
-                    seen.begin()
-                    with suppress(Passed):
-                        call(self._model, batch)
+            self._entered(None)
             return
-        self._advance(block)
-        torch.clear_autocast_cache()
-        with seen.watching():
-            for arguments in self._kept:
-                seen.begin()
-                with suppress(Passed):
-                    self._run(block, arguments)
-
-    def _advance(self, block: int) -> None:
-        """Keep what a block is given."""
-        assert self._chain is not None
         if self._at is None or self._at > block:
+            self._entered(None)
             self._kept = [_given_to(self._chain.blocks[0], self._model, batch) for batch in self._batches]
             self._at = 0
         while self._at < block:
+            self._entered(self._chain.blocks[self._at])
             for arguments in self._kept:
                 arguments[self._chain.slot] = self._run(self._at, arguments)
             self._at += 1
+        self._entered(self._chain.blocks[block])
+        torch.clear_autocast_cache()
 
     def _run(self, block: int, arguments: Arguments) -> Any:
         assert self._chain is not None
@@ -119,12 +129,13 @@ def _given_to(block: nn.Module, model: nn.Module, batch: Any) -> Arguments:
 
 
 def look(
-    model: nn.Module, batches: Sequence[Any], layers: Mapping[str, Weight]
+    model: nn.Module, batches: Sequence[Any], layers: Mapping[str, Weight], *, once: bool = False
 ) -> tuple[list[list[str]], Chain | None]:
     """Return the weights in order of execution, those of common inputs together, and the chain that most are in.
 
     Products are looked at in the first batch, and in others while there are weights that none has reached; whether the
-    model is a chain, in all: what its blocks are given beside may be the same for one batch and not for another.
+    model is a chain, in all: what its blocks are given beside may be the same for one batch and not for another. With
+    `once`, blocks that keep the shape of what they are given run no more than that, and hand it on in other batches.
     """
     seen = Look(model, layers)
     chain: Chain | None = None
@@ -133,9 +144,11 @@ def look(
         watched = len(seen.order) < len(layers)
         if not watched and chain is None:
             break
+        passing = once and not watched and chain is not None and chain.keeps_shape
         with seen.watching() if watched else nullcontext(), _recorded(model, calls):
             seen.begin()
-            call(model, batch)
+            with _handed_on(chain) if passing and chain is not None else nullcontext():
+                call(model, batch)
         found = _longest(calls, layers)
         chain = found if number == 0 else _both(chain, found)
     missing = [name for name in layers if name not in seen.order]
@@ -155,6 +168,35 @@ def _both(one: Chain | None, other: Chain | None) -> Chain | None:
     if (one.slot, one.first) != (other.slot, other.first):
         return None
     return replace(one, writes=[a or b for a, b in zip(one.writes, other.writes, strict=True)])
+
+
+@contextmanager
+def _handed_on(chain: Chain) -> Iterator[None]:
+    """Let the blocks of a chain return what they are given, and the model end after the last."""
+
+    def hand_on(several: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = (dict(enumerate(args)) | kwargs)[chain.slot]
+            return (x,) if several else x
+
+        return forward
+
+    def stop(*_: Any) -> None:
+        raise Passed
+
+    before = [block.__dict__.get("forward") for block in chain.blocks]
+    handle = chain.blocks[-1].register_forward_hook(stop)
+    try:
+        for block, several in zip(chain.blocks, chain.first, strict=True):
+            block.__dict__["forward"] = hand_on(several)
+        with suppress(Passed):
+            yield
+    finally:
+        handle.remove()
+        for block, forward in zip(chain.blocks, before, strict=True):
+            block.__dict__["forward"] = forward
+            if forward is None:
+                del block.__dict__["forward"]
 
 
 @contextmanager
@@ -228,7 +270,9 @@ def _chained(done: list[_Call], layers: Mapping[str, Weight]) -> Chain | None:
     inside = {name: i for name, weight in layers.items() for i, part in enumerate(parts) if weight.module in part}
     if len(set(inside.values())) < 2:
         return None
-    return Chain(blocks, slot, [*first, False], [each.writes for each in done], inside)
+    handed = [each.arguments[slot] for each in done]
+    keeps_shape = all((x.shape, x.dtype) == (handed[0].shape, handed[0].dtype) for x in handed)
+    return Chain(blocks, slot, [*first, False], [each.writes for each in done], keeps_shape, inside)
 
 
 def _plain_and_same(one: Any, other: Any) -> bool:

@@ -80,7 +80,10 @@ class System:
     def upper(self) -> Tensor:
         """The upper triangular U with H^-1 = U'U: with H = R R', R upper triangular, it is R^-1."""
         r = torch.linalg.cholesky(self.h.flip(0, 1)).flip(0, 1)
-        u: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+        u = torch.eye(
+            len(r), dtype=r.dtype, device=r.device
+        ).mT  # by columns, as it is solved: in place, nothing copied
+        torch.linalg.solve_triangular(r, u, upper=True, out=u)
         return u
 
 

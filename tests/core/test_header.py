@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gradprune.deploy import header
+from gradprune.core import header
 
 
 def written(path, told, data, *, length=None):

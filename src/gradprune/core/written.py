@@ -2,24 +2,25 @@
 
 Under a new name beside the target, synced to the disk, then renamed. A process that is killed in between leaves the
 new name there (``.gradprune-....part``), and nothing else changed. A folder must be new: no system replaces one that
-holds files in one step.
+holds files in one step. What takes hours is ``Resumed``: what is done stays, in ``<target>.unfinished``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gradprune.core import files
+from gradprune.core.checkpoint import Checkpoint
 from gradprune.core.encoded import readable
-from gradprune.deploy.checkpoint import Checkpoint
-from gradprune.deploy.header import Header
+from gradprune.core.header import Header
 
 Place = Callable[[str], Path]
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -69,13 +70,86 @@ def whole(source: Checkpoint, target: Path, size: int, renamed: Callable[[str], 
                 _take_along(source, folder, renamed)
 
 
-class Output:
-    """A new safetensors file of known layout, whose bytes may come in any order."""
+class Resumed:
+    """A checkpoint that is written bit by bit, by one process or by several after each other.
 
-    def __init__(self, path: Path, header: Header) -> None:
+    It stands in the folder ``<target>.unfinished`` and takes its place at the end of a `with` block; where that raises
+    or the process is killed, the folder stays. ``done`` is what was noted last.
+
+    Args:
+        source: what it is made from: each part has the header of one of its.
+        target: a file or a folder, from ``target_of``.
+        call: of what it depends on, by what it is; ValueError where what stands there is of another call.
+    """
+
+    def __init__(self, source: Checkpoint, target: Path, call: Mapping[str, Any]) -> None:
+        self._source, self._target = source, Path(os.path.realpath(target))
+        self.folder = self._target.with_name(self._target.name + ".unfinished")
+        self._files, self._note = self.folder / "files", self.folder / "done.json"
+        self._call = json.loads(json.dumps(call))  # as it will come back
+        self.done: Any = None
+        if self._note.exists():
+            told = json.loads(self._note.read_text(encoding="utf-8"))
+            self._require_same(told["call"])
+            if all(self.path(part.name).exists() for part in source.parts):  # else they have taken their place
+                self.done = told["done"]
+        else:
+            others = (p for p in self.folder.rglob("*") if p != self._files and not p.name.startswith(files.PREFIX))
+            if self.folder.exists() and not (self.folder.is_dir() and next(others, None) is None):
+                raise ValueError(f"{str(self.folder)!r} is needed to write {target.name!r}: move away what is there")
+            require_room(target, source.size)
+        self.outputs: dict[str, Output] = {}
+
+    def path(self, name: str) -> Path:
+        """Where a part is written."""
+        return self._files / name
+
+    def note(self, done: Any) -> None:
+        """Note what is done, once it is on the disk."""
+        for output in self.outputs.values():
+            output.sync()
+        with files.replacing(self._note) as new:
+            new.write_text(json.dumps({"call": self._call, "done": done}), encoding="utf-8")
+
+    def __enter__(self) -> Resumed:
+        self._files.mkdir(parents=True, exist_ok=True)
+        if self.done is None:
+            self.note(None)
+        for part in self._source.parts:
+            self.outputs[part.name] = Output(self.path(part.name), part.header, whole=True)
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        for output in self.outputs.values():
+            output.__exit__(kind)
+        if kind is not None:
+            return
+        if self._source.folder is None:
+            with files.replacing(self._target) as new:
+                os.replace(self.path(self._source.parts[0].name), new)
+        else:
+            _take_along(self._source, self._files, str)
+            _take_place(self._files, self._target)
+        shutil.rmtree(self.folder)
+
+    def _require_same(self, theirs: Mapping[str, Any]) -> None:
+        for what, ours in self._call.items():
+            if theirs.get(what) != ours:
+                raise ValueError(
+                    f"what stands unfinished in {str(self.folder)!r} is of another call: {what} differ. Repeat that "
+                    "call, or delete the folder"
+                )
+
+
+class Output:
+    """A safetensors file of known layout, whose bytes may come in any order; `whole`, it has its size at once."""
+
+    def __init__(self, path: Path, header: Header, *, whole: bool = False) -> None:
         self.header = header
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         self._write(0, memoryview(header.opening))
+        if whole:
+            os.truncate(path, header.size)
 
     def write(self, name: str, start: int, data: Any) -> None:
         """Write bytes of a tensor, from a place counted from its first."""
@@ -85,6 +159,10 @@ class Output:
             raise ValueError(f"{name!r} has {entry.nbytes:,} bytes, {start + len(view):,} were to be written")
         self._write(self.header.start + entry.start + start, view)
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fsync(self._handle)
+
     def __enter__(self) -> Output:
         return self
 
@@ -93,7 +171,7 @@ class Output:
             if kind is None and os.fstat(self._handle).st_size != self.header.size:
                 raise ValueError("fewer bytes were written than the header says")
             if kind is None:
-                os.fsync(self._handle)
+                self.sync()
         finally:
             os.close(self._handle)
 
@@ -106,18 +184,23 @@ class Output:
 @contextlib.contextmanager
 def _replacing_folder(target: Path) -> Iterator[Path]:
     real = Path(os.path.realpath(target))
-    folder = real.parent / f".gradprune-{secrets.token_hex(8)}.part"
+    folder = real.parent / f"{files.PREFIX}{secrets.token_hex(8)}.part"
     folder.mkdir()
     try:
         yield folder
-        _sync(folder)
-        if os.name != "posix" and real.is_dir():  # there an empty folder is in the way
-            real.rmdir()
-        os.rename(folder, real)
+        _take_place(folder, real)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    _sync(real.parent)
+
+
+def _take_place(folder: Path, target: Path) -> None:
+    """Give a folder that is finished its name."""
+    _sync(folder)
+    if os.name != "posix" and target.is_dir():  # there an empty folder is in the way
+        target.rmdir()
+    os.rename(folder, target)
+    _sync(target.parent)
 
 
 def _take_along(source: Checkpoint, folder: Path, renamed: Callable[[str], str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gradprune.deploy.checkpoint import Memory, opened, pieces
+from gradprune.core.checkpoint import Memory, opened, pieces
 
 
 def values(checkpoint, name):

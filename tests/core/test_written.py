@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradprune.deploy import checkpoint, written
-from gradprune.deploy.checkpoint import opened
+from gradprune.core import checkpoint, written
+from gradprune.core.checkpoint import opened
 from gradprune.deploy.pruned import prune_file
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -52,7 +52,7 @@ def files_of(folder):
 
 STOPS = """
 import os, sys
-from gradprune.deploy import written
+from gradprune.core import written
 from gradprune.deploy.pruned import prune_file
 
 def stop():

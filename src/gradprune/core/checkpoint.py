@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gradprune.core import files
-from gradprune.deploy import header as headers
-from gradprune.deploy.header import NAMES, Entry, Header
+from gradprune.core import header as headers
+from gradprune.core.header import NAMES, Entry, Header
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -169,7 +169,7 @@ class File:
         self._alone = Lock()  # threads read it, each from a place of its own
         try:
             self.header = headers.read(path)
-            self._version = self._now()
+            self.version = self._now()
         except BaseException:
             self.close()
             raise
@@ -189,7 +189,7 @@ class File:
 
     def check(self) -> None:
         """Raise OSError where the file was written meanwhile."""
-        if self._now() != self._version:
+        if self._now() != self.version:
             raise OSError(f"{self.name!r} was written while it was read: nothing was made of it")
 
     def close(self) -> None:
