@@ -23,8 +23,8 @@ from gradprune.core.checks import fraction, function, module, require
 from gradprune.core.masked import zero_pruned_
 from gradprune.core.progress import bar
 from gradprune.core.tables import Table, cell
-from gradprune.core.unchanged import Keeper
 from gradprune.core.words import in_our_words
+from gradprune.recovery.original import Original
 from gradprune.recovery.outcome import Measure, measured, name_of
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Ranked
@@ -127,12 +127,16 @@ def sensitivity(
 
     L layers at S sparsities are L times S evaluations and one of the dense network. The masks are those of
     ``prune(model, score, scope={layer: sparsity})``, and each of a layer's lies within the one before. The model is
-    left bit by bit as it was, its buffers, modes and gradients too, whatever is raised meanwhile.
+    left bit by bit as it was, its buffers, modes and gradients too, whatever is raised meanwhile: a copy of its
+    parameters is kept until then.
 
     Args:
         model: the network; it is pruned while the call runs.
         evaluate: a function from the model to a number, or to a tensor with one result an example, of which the mean
             is taken; the higher, the better (of a loss, give the negative). Use validation data.
+            It may change buffers, modes and gradients, not the weights, their dtype or requires_grad, nor which there
+            are: give it a copy for that, ``copy.deepcopy(model)``. A change is noticed after the evaluation; one
+            through ``.data``, which torch does not count, after the first and at the end.
         sparsities: in (0, 1], growing; 0.3, 0.5, 0.7, 0.8, 0.9, 0.95 and 0.98 unless given. None for n of m.
         score: as for ``prune``; asked once.
         granularity: as for ``prune``; with ``"group"`` what is pruned alone is a group, which has the name of the first
@@ -150,7 +154,8 @@ def sensitivity(
     Raises:
         TypeError: where an argument is of a wrong kind.
         ValueError: where one is out of range, nothing is eligible, or the file is damaged, of another call or cannot be
-            written: before anything is evaluated. Also where `evaluate` returns anything but finite numbers.
+            written: before anything is evaluated. Also where `evaluate` returns anything but finite numbers, or changes
+            the weights.
 
     Example:
         >>> x = torch.ones(1, 8)
@@ -178,13 +183,13 @@ def sensitivity(
         weights = {name: weight.parameter.numel() for name, weight in request.layers.items()}
         notes = _Notes(file, model, weights, levels, score, granularity)
         steps = _alone(request, ranked_by(score, model, request.parameters))
-    keeper = Keeper(model)
-    with bar(1 + len(levels) * len(weights), "sensitivity", notes.done) as progress:
+    original = Original(model)
+    with original.kept(), bar(1 + len(levels) * len(weights), "sensitivity", notes.done) as progress:
         if notes.dense is None:
-            notes.add_dense(measured(evaluate, model, "for the dense network").mean)
+            notes.add_dense(measured(evaluate, model, "for the dense network", original).mean)
             progress.update()
         for name in weights:
-            _scan_layer(model, keeper, evaluate, steps, name, levels, notes, progress.update)
+            _scan_layer(model, original, evaluate, steps, name, levels, notes, progress.update)
     assert notes.dense is not None
     return Sensitivity(notes.dense, notes.values, weights, score, granularity, patterns)
 
@@ -247,7 +252,7 @@ def _coupled(groups: Groups, ranked: Ranked, levels: list[float]) -> Steps:
 
 def _scan_layer(
     model: nn.Module,
-    keeper: Keeper,
+    original: Original,
     evaluate: Measure,
     steps: Steps,
     name: str,
@@ -260,10 +265,11 @@ def _scan_layer(
     if not left:
         return
     written, pruned = steps(name)
-    with keeper.unchanged(written):
+    with original.keeper.unchanged(written):
         for sparsity in left:
             zero_pruned_(pruned(sparsity))
-            notes.add(name, sparsity, measured(evaluate, model, f"with {name!r} at sparsity {sparsity:g}", keeper).mean)
+            where = f"with {name!r} at sparsity {sparsity:g}"
+            notes.add(name, sparsity, measured(evaluate, model, where, original, written).mean)
             update()
 
 
