@@ -149,7 +149,6 @@ def test_training_between_may_change_the_weights_and_evaluate_may_not():
 def test_what_was_kept_is_the_same_memory_that_the_network_had():
     model = nn.Linear(2, 2)
     place = model.weight.data_ptr()
-    with pytest.raises(ValueError, match="evaluate changed"), Original(model).kept():
-        with torch.no_grad():
-            model.weight.mul_(2)
+    with pytest.raises(ValueError, match="evaluate changed"), Original(model).kept(), torch.no_grad():
+        model.weight.mul_(2)
     assert model.weight.data_ptr() == place

@@ -84,8 +84,8 @@ def largest_sparsity(
             two are compared example by example, which is by far the sharper comparison.
         confidence: such as 0.95: a look passes only where it is shown to, and the answer is "at least this sparsity"
             with this confidence, all looks taken together, where the true curve falls. The unit is the example (bounds
-            by Wilson and Tango for zeros and ones, else by Student's t), or where `evaluate` gives one number the
-            repetition. None takes what `evaluate` gives as exact.
+            by Wilson and Tango for two values, such as zeros and ones, else by Student's t), or where `evaluate` gives
+            one number the repetition, which must then vary. None takes what `evaluate` gives as exact.
         repeats: how often each look, and the dense network, is evaluated.
         tolerance: the length of the interval at which bisection ends; a sparsity more than this above the answer did
             not pass.
@@ -235,6 +235,12 @@ class _Search:
             self._wish.confidence is None or found.size > 1,
             "a statement with a confidence needs results example by example, a tensor from evaluate, or repeats of at "
             f"least 2; evaluate returned one number and repeats={self._wish.repeats}",
+        )
+        dense = self._looked.dense is None
+        require(
+            self._wish.confidence is None or sizes[0] > 1 or not dense or bool((found != found[0]).any()),
+            f"evaluate does not vary: {found.size} repetitions gave {found[0]:g} {where}, so that they say nothing of "
+            "how far to trust it. For a confidence give one result an example, a tensor; else repeats=1 and none",
         )
         return Outcome(float(found.mean()), found)
 

@@ -43,7 +43,7 @@ class Wish:
             return None
         level = 1 - (1 - self.confidence) / looks
         if self.at_least is not None:
-            return mean_at_least(outcome.each, level, by_example=by_example)
+            return mean_at_least(outcome.each, level, by_example=by_example, beside=dense.each)
         return difference_at_least(outcome.each, dense.each, level, by_example=by_example)
 
 
