@@ -101,6 +101,8 @@ def test_it_goes_on_from_the_file_and_ends_as_if_it_had_not_stopped(tmp_path):
         ({"folds": 3}, "other folds"),
         ({"seed": 1}, "other seed"),
         ({"settings": ["a", "c"]}, "other settings"),
+        ({"settings": {"a": "a", "b": "c"}}, "other values of settings"),
+        ({"settings": {"a": "a", "b": {"rate": 0.1}}}, "other values of settings"),
         ({"data": X + 1}, "other data"),
         ({"data": X[:40]}, "other examples"),
         ({"text": "[]"}, "is no file of gp.cross_validate, or damaged"),

@@ -173,10 +173,14 @@ def test_choices_without_a_name_are_refused():
 def test_a_file_of_another_space_or_kind_is_refused(tmp_path):
     file = tmp_path / "study.db"
     gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=file)
-    with pytest.raises(ValueError, match="another space"):
+    with pytest.raises(ValueError, match="other space"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.8)}, trials=1, storage=file)
     with pytest.raises(ValueError, match=r"without a cost|with a cost"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=file, cost=nonzeros)
+    other = network()
+    other[0].bias.data.add_(1)
+    with pytest.raises(ValueError, match="other weights"):
+        gp.search(other, lambda m: 1 / 0, {"sparsity": (0.1, 0.9)}, trials=1, storage=file)
     (tmp_path / "text").write_text("something else")
     with pytest.raises(ValueError, match="no SQLite file"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=tmp_path / "text")
@@ -236,6 +240,7 @@ def test_threads_share_the_trials():
         ({"sparsity": []}, "empty"),
         ({"score": [lambda m: None, lambda m: 1]}, "need names, as a dict"),
         ({"score": [object()]}, "need names, as a dict"),
+        ({"score": [lambda m: None]}, "need names, as a dict"),
         ({"sparsity": [0.5, 0.5]}, "need names, as a dict"),
     ],
 )

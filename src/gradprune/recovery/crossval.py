@@ -22,6 +22,7 @@ from gradprune.core.progress import bar
 from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import mean_of
+from gradprune.recovery.told import name_of, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,7 +176,8 @@ def cross_validate(
         reference: the name of the setting that the others are compared with; the first unless given.
         seed: of the folds and of each training.
         file: where each result is written down, in JSON, whole or not at all. The same call with the file there goes
-            on from it.
+            on from it. It knows plain settings and tensors by their values, functions by their names, other objects by
+            how they are written or by their type, and `build`, `train` and `evaluate` not at all.
 
     Returns:
         A ``CrossValidation``.
@@ -212,6 +214,7 @@ def cross_validate(
     path, call = None if file is None else files.place("file", file), {}
     if path is not None:
         call = {"settings": list(named), "folds": folds, "seed": seed, "examples": examples, "data": _digest(data)}
+        call["values of settings"] = [told(setting) for setting in named.values()]
         values = _read(path, call) if path.exists() else values
     done = sum(map(len, values.values()))
     with torch.random.fork_rng(), bar(folds * len(named), "folds", done) as progress:
@@ -231,8 +234,8 @@ def cross_validate(
                 values[name].append(value)
                 if path is not None:
                     with files.replacing(path) as part_written:
-                        told = json.dumps({_KEY: call, "values": values})
-                        part_written.write_text(told, encoding="utf-8")
+                        written = json.dumps({_KEY: call, "values": values})
+                        part_written.write_text(written, encoding="utf-8")
                 progress.update()
     return CrossValidation(values, first)
 
@@ -241,8 +244,8 @@ def _read(path: Path, call: Mapping[str, Any]) -> dict[str, list[float]]:
     """What a file knows of this call."""
     wrong = f"{str(path)!r} is no file of gp.cross_validate, or damaged: give another file, or remove it"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        theirs, values = dict(told[_KEY]), dict(told["values"])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        theirs, values = dict(found[_KEY]), dict(found["values"])
         lengths = [len(row) for row in values.values()]
         finite = all(isinstance(v, float) and math.isfinite(v) for row in values.values() for v in row)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -277,9 +280,7 @@ def _named(settings: Any) -> dict[str, Any]:
         names, every = list(settings), list(settings.values())
     else:
         every = list(settings)
-        names = [
-            value if isinstance(value, str) else getattr(value, "__name__", None) or repr(value) for value in every
-        ]
+        names = [name_of(value) for value in every]
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"settings must have names as keys, got {name!r}")

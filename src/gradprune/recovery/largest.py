@@ -30,8 +30,8 @@ from gradprune.recovery.found import Found, Look
 from gradprune.recovery.history import Round
 from gradprune.recovery.looked import Looked
 from gradprune.recovery.original import Original
-from gradprune.recovery.outcome import Measure, Outcome, measured, name_of
-from gradprune.recovery.scan import digest
+from gradprune.recovery.outcome import Measure, Outcome, measured
+from gradprune.recovery.told import digest, score_of
 from gradprune.recovery.wish import Correction, Ends, Train, Wish, correction_of, ends_of, wish_of
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Ranked
@@ -105,7 +105,8 @@ def largest_sparsity(
         min_keep: as for ``prune``.
         axes: as for ``prune``.
         file: where each look is written down, whole or not at all, with `train` the best corrected network too. The
-            same call with the file there goes on from it; torch's random state is the process's own.
+            same call, told by as much as with ``sensitivity``, goes on from it; torch's random state is the process's
+            own.
 
     Returns:
         A ``Found``.
@@ -148,18 +149,22 @@ def largest_sparsity(
             f"largest_sparsity: at most {runs} runs of train, {runs * len(correction.steps):,} steps, and "
             f"{total * wish.repeats} evaluations"
         )
-    call = {
-        "layers": list(request.layers),
-        "weights": digest(model),
-        "wish": vars(wish),
-        "ends": vars(ends),
-        "score": name_of(score),
-        "scope": str(scope),
-        "granularity": str(granularity),
-        "min_keep": min_keep,
-        "steps": None if correction is None else len(correction.steps),
-    }
-    looked = Looked(file, model, call if file is not None else {}, trains=correction is not None)
+    call = (
+        {}
+        if file is None
+        else {
+            "layers": list(request.layers),
+            "weights": digest(model),
+            "wish": vars(wish),
+            "ends": vars(ends),
+            "score": score_of(score),
+            "scope": str(scope),
+            "granularity": str(granularity),
+            "min_keep": min_keep,
+            "steps": None if correction is None else len(correction.steps),
+        }
+    )
+    looked = Looked(file, model, call, trains=correction is not None)
     ranked = ranked_by(score, model, request.parameters)
     search = _Search(model, evaluate, request, ranked, wish, ends, correction, looked)
     with bar(total, "largest sparsity", (looked.dense is not None) + len(looked.looks)) as progress:

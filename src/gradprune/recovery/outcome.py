@@ -58,11 +58,6 @@ def mean_of(value: Any, where: str) -> float:
     return float(_numbers(value, where).mean())
 
 
-def name_of(value: Any) -> str:
-    """What a setting or a choice is called: itself, its own name, or as it is written."""
-    return value if isinstance(value, str) else getattr(value, "__name__", None) or repr(value)
-
-
 def _numbers(value: Any, where: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What was returned as a vector of doubles; ValueError where it is something else."""
     if isinstance(value, Tensor):

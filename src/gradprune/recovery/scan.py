@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from gradprune.core import files
@@ -25,7 +23,8 @@ from gradprune.core.progress import bar
 from gradprune.core.tables import Table, cell
 from gradprune.core.words import in_our_words
 from gradprune.recovery.original import Original
-from gradprune.recovery.outcome import Measure, measured, name_of
+from gradprune.recovery.outcome import Measure, measured
+from gradprune.recovery.told import digest, score_of
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Ranked
 from gradprune.weights.groups import Groups
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 _KEY = "gradprune.sensitivity"
 _LABELLED = 10  # layers that a picture names
-_SAMPLED = 2**14  # entries of a weight that tell it from another's
 
 
 @dataclass(frozen=True)
@@ -146,16 +144,18 @@ def sensitivity(
         axes: as for ``prune``.
         example: as for ``prune``, for ``"group"``.
         file: where each result is written down, in JSON, whole or not at all. The same call with the file there goes
-            on from it.
+            on from it. It knows the model by a sample of its weights, and the score by its name, with the arguments of
+            a ``functools.partial`` and the numbers and words that a function encloses; a data loader's contents and
+            `evaluate` it does not know.
 
     Returns:
         A ``Sensitivity``.
 
     Raises:
         TypeError: where an argument is of a wrong kind.
-        ValueError: where one is out of range, nothing is eligible, or the file is damaged, of another call or cannot be
-            written: before anything is evaluated. Also where `evaluate` returns anything but finite numbers, or changes
-            the weights.
+        ValueError: where one is out of range, nothing is eligible, the score has no name, as a lambda, for a `file` to
+            know it by, or the file is damaged, of another call or cannot be written: before anything is evaluated. Also
+            where `evaluate` returns anything but finite numbers, or changes the weights.
 
     Example:
         >>> x = torch.ones(1, 8)
@@ -292,7 +292,7 @@ class _Notes:
             self._call: dict[str, Any] = {
                 "layers": list(self.values),
                 "sparsities": levels,
-                "score": name_of(score),
+                "score": score_of(score),
                 "granularity": str(granularity),
                 "weights": digest(model),
             }
@@ -348,14 +348,3 @@ def _parsed(path: Path) -> tuple[dict[str, Any], float | None, dict[str, list[fl
         raise ValueError(wrong) from None
     require(sound, wrong)
     return call, dense, values
-
-
-def digest(model: nn.Module) -> int:
-    """Return a number that tells these weights from those of another training, by a sample of each."""
-    found = 0
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
-            flat = tensor.detach().flatten() if not tensor.is_contiguous() else tensor.detach().view(-1)
-            some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
-            found = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), found))
-    return found

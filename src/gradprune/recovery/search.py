@@ -22,6 +22,7 @@ from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import Measure, mean_of
 from gradprune.recovery.space import SearchSpace, Space, space_of
 from gradprune.recovery.study import Study, Trial, optuna_library
+from gradprune.recovery.told import digest
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 
@@ -69,6 +70,8 @@ def search(
         cost: a function from the pruned network to a number, such as
             ``lambda model: gp.report(model).total.nonzeros``: then two aims are pursued, a high value and a low cost.
         storage: an SQLite file. The same call with the file there goes on from it; several processes may work on one.
+            It knows the space by its names and the model by a sample of its weights; `evaluate` and `train` it does not
+            know.
         n_jobs: trials at a time, as threads; processes on one `storage` share the interpreter with nobody.
         seed: of the sampler; every process on one file needs another, or none.
 
@@ -78,7 +81,7 @@ def search(
     Raises:
         ImportError: Optuna is not installed.
         TypeError: where an argument is of a wrong kind, or the model cannot be copied.
-        ValueError: where one is out of range, or the file is of another space: before anything is tried. A
+        ValueError: where one is out of range, or the file is of another space or model: before anything is tried. A
             combination that ``prune`` refuses is noted and passed over, as is a result that is not finite; where
             all are, the first reason is raised.
 
@@ -107,7 +110,7 @@ def search(
             function(name, given)
     _check_copy(model)
     with _quiet(library):
-        study = _study(library, storage, known, sampler, seed, two_aims=cost is not None)
+        study = _study(library, storage, model, known, sampler, seed, two_aims=cost is not None)
         _run(library, study, _Objective(library, model, evaluate, known, train, cost), trials, n_jobs)
     found = Study(study, known)
     rows = found.rows()
@@ -134,21 +137,34 @@ def _quiet(library: Any) -> Iterator[None]:
         library.logging.set_verbosity(before)
 
 
-def _study(library: Any, storage: Any, space: SearchSpace, sampler: str, seed: int | None, *, two_aims: bool) -> Any:
+def _study(
+    library: Any,
+    storage: Any,
+    model: nn.Module,
+    space: SearchSpace,
+    sampler: str,
+    seed: int | None,
+    *,
+    two_aims: bool,
+) -> Any:
     """Optuna's study, from the file where there is one."""
     path = None if storage is None else files.place("storage", storage)
     directions = ["maximize", "minimize"] if two_aims else ["maximize"]
     if path is not None:
         _check_database(path)
     study = _created(library, path, directions)
-    told = json.dumps(space.described(), sort_keys=True)
-    before = study.user_attrs.get("space", told)
-    require(before == told, f"{str(path)!r} is of another space: give another file, or remove it")
+    told = {"space": json.dumps(space.described(), sort_keys=True), "weights": digest(model)}
+    begun = bool(study.get_trials(deepcopy=False))  # asked first: another process may be setting what follows
+    before = study.user_attrs
+    for key, wanted in told.items():
+        same = before[key] == wanted if key in before else not begun
+        require(same, f"{str(path)!r} is of a search with other {key}: give another file, or remove it")
     require(
         len(study.directions) == len(directions),
         f"{str(path)!r} is of a search {'without' if two_aims else 'with'} a cost: give another file, or remove it",
     )
-    study.set_user_attr("space", told)
+    for key, wanted in told.items():
+        study.set_user_attr(key, wanted)
     # A seed alone would draw again what an earlier run drew.
     drawn = None if seed is None else (seed + 7919 * len(study.get_trials(deepcopy=False))) % 2**32
     if sampler == "grid":

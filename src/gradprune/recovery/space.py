@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradprune.core.checks import require
-from gradprune.recovery.outcome import name_of
+from gradprune.recovery.told import name_of
 
 Space = Mapping[str, Any]  # as a user gives it
 
@@ -94,6 +94,7 @@ def _labelled(name: str, of: Any) -> dict[str, Any]:
     every = list(of) if isinstance(of, list | range) else [of]
     require(bool(every), f"space[{name!r}] is empty")
     labels = [name_of(value) for value in every]
-    twice = {label for label in labels if labels.count(label) > 1} | {label for label in labels if " at 0x" in label}
+    twice = {label for label in labels if labels.count(label) > 1}
+    twice |= {label for label in labels if " at 0x" in label or "<lambda>" in label}
     require(not twice, f"choices of space[{name!r}] need names, as a dict: {', '.join(sorted(twice))} tells too little")
     return dict(zip(labels, every, strict=True))
