@@ -98,6 +98,15 @@ def test_a_falling_curve_is_not_said_to_rise():
         assert gp.largest_sparsity(plain(), alive, at_least=0.5).falls
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "wish"),
+    [(lambda m: 1 - alive(m), {"margin": 0.02}), (lambda m: 100 * alive(m) + 1, {"at_least": 0.9})],
+)
+def test_that_every_look_passes_is_said(evaluate, wish):
+    with pytest.warns(UserWarning, match=r"every look passes, up to sparsity 0\.999.* a loss .* per cent"):
+        gp.largest_sparsity(plain(10_000), evaluate, **wish)
+
+
 @pytest.mark.parametrize("returned", [float("nan"), None, "x", float("-inf")])
 def test_what_is_no_finite_number_is_a_value_error_that_says_at_which_sparsity(returned):
     model = plain()

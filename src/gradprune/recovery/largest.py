@@ -118,7 +118,8 @@ def largest_sparsity(
             the weights; where the file is damaged, of another call or cannot be written.
         RuntimeError: where `train` left a pruned weight other than zero.
 
-    Warns where the curve rises again: a higher sparsity passes than one that does not.
+    Warns where the curve rises again: a higher sparsity passes than one that does not; and where every look passes, as
+    where `evaluate` returns a loss.
 
     Example:
         >>> model = nn.Linear(10, 10)
@@ -334,6 +335,12 @@ class _Search:
             warn(
                 f"the curve rises again: sparsity {above[-1].sparsity:.4g} passes with {above[-1].value:.4g}, and "
                 f"{failed[0].sparsity:.4g} does not with {failed[0].value:.4g}: the answer is one crossing of several"
+            )
+        if looks and all(look.passed for look in looks):
+            warn(
+                f"every look passes, up to sparsity {looks[-1].sparsity:.4g} with {looks[-1].value:.6g}: the answer is "
+                "the highest that was looked at. If evaluate returns a loss or an error, give its negative; if it "
+                "returns per cent, so must at_least and margin be"
             )
         return Found(
             masks.sparsity,

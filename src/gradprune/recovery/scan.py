@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from gradprune.core import files
-from gradprune.core.checks import fraction, function, module, require
+from gradprune.core.checks import fraction, function, module, require, warn
 from gradprune.core.masked import zero_pruned_
 from gradprune.core.progress import bar
 from gradprune.core.tables import Table, cell
@@ -157,6 +157,8 @@ def sensitivity(
             know it by, or the file is damaged, of another call or cannot be written: before anything is evaluated. Also
             where `evaluate` returns anything but finite numbers, or changes the weights.
 
+    Warns where every layer gains at the highest sparsity, as where `evaluate` returns a loss.
+
     Example:
         >>> x = torch.ones(1, 8)
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
@@ -191,7 +193,14 @@ def sensitivity(
         for name in weights:
             _scan_layer(model, original, evaluate, steps, name, levels, notes, progress.update)
     assert notes.dense is not None
+    _warn_of_gains(notes.dense, notes.values, levels[-1])
     return Sensitivity(notes.dense, notes.values, weights, score, granularity, patterns)
+
+
+def _warn_of_gains(dense: float, values: Mapping[str, Mapping[float, float]], most: float) -> None:
+    """Warn where every layer gains."""
+    if values and all(row[most] > dense for row in values.values()):
+        warn(f"every layer gains with {most:g} of it pruned: if evaluate returns a loss or an error, give its negative")
 
 
 def _levels(sparsities: Any, n_of_m: tuple[int, int] | None) -> list[float]:

@@ -20,8 +20,8 @@ from gradprune.core.checks import choice, function, module, require, whole
 from gradprune.core.progress import bar
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import Measure, mean_of
-from gradprune.recovery.space import SearchSpace, Space, space_of
-from gradprune.recovery.study import Study, Trial, optuna_library
+from gradprune.recovery.space import AMOUNTS, SearchSpace, Space, is_n_of_m, space_of
+from gradprune.recovery.study import BROKEN_OFF, HOPELESS, Study, Trial, optuna_library
 from gradprune.recovery.told import digest
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
@@ -59,8 +59,9 @@ def search(
         evaluate: a function from the pruned network to a number, or to a tensor with one result an example; the
             higher, the better. Use data that will not judge the outcome: the best of many trials is the luckiest too.
         space: name -> what to draw from: a list of choices, a dict of them by name, a pair (low, high) of whole numbers
-            or of others, or an Optuna distribution; anything else is taken as it is. Choices without a name of their
-            own, such as lambdas, need a dict.
+            or of others (of a sparsity or threshold always others), or an Optuna distribution; anything else is taken
+            as it is. Choices without a name of their own, such as lambdas, need a dict. Without `train` all names are
+            ``prune``'s, and one says how much goes.
         trials: how many there are to be in all, with those in `storage`; of a grid all, unless given.
         sampler: ``"tpe"`` models what was good (Optuna's tree-structured Parzen estimator); ``"random"``; or
             ``"grid"``, which needs choices only.
@@ -108,13 +109,15 @@ def search(
     for name, given in (("train", train), ("cost", cost)):
         if given is not None:
             function(name, given)
+    if train is None:
+        known.require_used(_PRUNE)
     _check_copy(model)
     with _quiet(library):
         study = _study(library, storage, model, known, sampler, seed, two_aims=cost is not None)
         _run(library, study, _Objective(library, model, evaluate, known, train, cost), trials, n_jobs)
     found = Study(study, known)
     rows = found.rows()
-    reasons = [row["ended"] for row in rows if row["value"] is None and row["ended"] != "hopeless"]
+    reasons = [row["ended"] for row in rows if row["value"] is None and row["ended"] not in (HOPELESS, BROKEN_OFF)]
     require(len(reasons) < len(rows) or not rows, f"no trial fitted; the first: {reasons[0] if reasons else ''}")
     return found
 
@@ -148,6 +151,10 @@ def _study(
     two_aims: bool,
 ) -> Any:
     """Optuna's study, from the file where there is one."""
+    require(
+        not (isinstance(storage, str) and "://" in storage),
+        f"storage is the path of an SQLite file, such as 'study.db', not an address: got {storage!r}",
+    )
     path = None if storage is None else files.place("storage", storage)
     directions = ["maximize", "minimize"] if two_aims else ["maximize"]
     if path is not None:
@@ -246,8 +253,8 @@ class _Objective:
     def _pruned(self, model: nn.Module, settings: Mapping[str, Any], drawing: Any) -> Masks | None:
         """The masks, where the settings say how much; a combination that does not fit ends the trial."""
         given = {name: value for name, value in settings.items() if name in _PRUNE}
-        amounts = any(given.get(name) is not None for name in ("sparsity", "threshold"))
-        if not (amounts or isinstance(given.get("scope"), Mapping) or _is_n_of_m(given.get("granularity"))):
+        amounts = any(given.get(name) is not None for name in AMOUNTS)
+        if not (amounts or isinstance(given.get("scope"), Mapping) or is_n_of_m(given.get("granularity"))):
             return None
         try:
             return prune(model, **given)
@@ -264,9 +271,3 @@ class _Objective:
             return False
         drawing.report(value, step)
         return bool(drawing.should_prune())
-
-
-def _is_n_of_m(granularity: Any) -> bool:
-    if isinstance(granularity, tuple):
-        return len(granularity) == 2 and granularity[0] < granularity[1]
-    return isinstance(granularity, str) and ":" in granularity
