@@ -312,3 +312,21 @@ def test_a_study_says_in_a_line_how_many_trials_and_the_best_value():
 def test_an_address_of_a_database_is_refused_in_words():
     with pytest.raises(ValueError, match=r"the path of an SQLite file, such as 'study\.db', not an address"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage="sqlite:///study.db")
+
+
+def test_a_combination_that_was_broken_off_is_tried_again(tmp_path):
+    seen, space = [], {"sparsity": [0.1, 0.3, 0.5, 0.7], "scope": ["global", "layer"]}
+
+    def evaluate(model):
+        seen.append(1)
+        if len(seen) in (2, 5):
+            raise KeyboardInterrupt
+        return nonzeros(model)
+
+    how = {"sampler": "grid", "storage": tmp_path / "study.db"}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            gp.search(network(), evaluate, space, **how)
+    rows = [row for row in gp.search(network(), evaluate, space, **how).rows() if row["value"] is not None]
+    assert len(rows) == len({(row["sparsity"], row["scope"]) for row in rows}) == 8
+    assert len(seen) == 8 + 2

@@ -112,9 +112,10 @@ def search(
     if train is None:
         known.require_used(_PRUNE)
     _check_copy(model)
+    combinations = known.combinations() if sampler == "grid" else []
     with _quiet(library):
         study = _study(library, storage, model, known, sampler, seed, two_aims=cost is not None)
-        _run(library, study, _Objective(library, model, evaluate, known, train, cost), trials, n_jobs)
+        _run(library, study, _Objective(library, model, evaluate, known, train, cost), trials, n_jobs, combinations)
     found = Study(study, known)
     rows = found.rows()
     reasons = [row["ended"] for row in rows if row["value"] is None and row["ended"] not in (HOPELESS, BROKEN_OFF)]
@@ -212,17 +213,33 @@ def _check_database(path: Any) -> None:
         require(start == b"SQLite format 3\0", f"storage {str(path)!r} is no SQLite file")
 
 
-def _run(library: Any, study: Any, objective: Callable[[Any], Any], trials: int, n_jobs: int) -> None:
-    """Run what is left of so many trials, counted over all processes."""
+def _run(
+    library: Any, study: Any, objective: Callable[[Any], Any], trials: int, n_jobs: int, grid: list[dict[str, str]]
+) -> None:
+    """Run what is left of so many trials, counted over all processes; of a grid, of so many combinations."""
     state = library.trial.TrialState
     counted = (state.COMPLETE, state.PRUNED)
-    done = len(study.get_trials(deepcopy=False, states=counted))
-    if done >= trials:
+
+    def done(states: tuple[Any, ...] = counted) -> int:
+        found = study.get_trials(deepcopy=False, states=states)
+        return len({tuple(sorted(trial.params.items())) for trial in found}) if grid else len(found)
+
+    def stop_when_done(study: Any, trial: Any) -> None:
+        if done() >= trials:
+            study.stop()
+
+    if done() >= trials:
         return
-    enough = library.study.MaxTrialsCallback(trials, states=counted)
-    with bar(trials, "search", done) as progress:
-        callbacks = [enough, lambda study, trial: progress.update()]
-        study.optimize(objective, n_trials=trials - done, n_jobs=n_jobs, callbacks=callbacks)
+    with bar(trials, "search", done()) as progress:
+        callbacks = [stop_when_done, lambda study, trial: progress.update()]
+        tried = done((*counted, state.FAIL) if grid else counted)
+        if tried < trials:
+            study.optimize(objective, n_trials=trials - tried, n_jobs=n_jobs, callbacks=callbacks)
+        while grid and done() < trials:  # Optuna takes a combination that was broken off as tried
+            known = [trial.params for trial in study.get_trials(deepcopy=False, states=counted)]
+            study.sampler = library.samplers.RandomSampler()  # draws nothing: all is fixed
+            study.enqueue_trial(next(combination for combination in grid if combination not in known))
+            study.optimize(objective, n_trials=1, callbacks=callbacks)
 
 
 class _Objective:

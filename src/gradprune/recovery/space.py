@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class SearchSpace:
     def grid(self) -> dict[str, list[str]]:
         """All labels."""
         return {name: list(of) for name, of in self.choices.items()}
+
+    def combinations(self) -> list[dict[str, str]]:
+        """Every combination of labels."""
+        return [dict(zip(self.choices, labels, strict=True)) for labels in itertools.product(*self.choices.values())]
 
     def grid_size(self) -> int:
         """How many combinations there are; ValueError where they cannot be counted."""
