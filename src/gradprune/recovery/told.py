@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradprune.core.checks import require
 
@@ -22,6 +23,8 @@ def digest(model: nn.Module) -> int:
     """Return a number that tells these weights from those of another training, by a sample of each."""
     found = 0
     for name, tensor in model.state_dict().items():
+        if is_lazy(tensor):  # what is to prune it says so
+            continue
         if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
             flat = tensor.detach().flatten() if not tensor.is_contiguous() else tensor.detach().view(-1)
             some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
