@@ -241,7 +241,7 @@ CALLS = {
         lambda c: gp.largest_sparsity,
         lambda c: {
             "model": c.model,
-            "evaluate": alive,
+            "evaluate": lambda model: alive(model) + torch.arange(8) / 100,
             "at_least": 0.5,
             "margin": None,
             "confidence": 0.95,

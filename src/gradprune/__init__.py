@@ -20,13 +20,14 @@ from gradprune.gradients.probe import gradient_norms
 from gradprune.gradients.recorder import Recorder
 from gradprune.gradients.sparsify import keep_top_gradients_, threshold_gradients_
 from gradprune.gradients.trace import Trace
-from gradprune.recovery.budget import Plan, fit_budget
+from gradprune.recovery.budget import fit_budget
 from gradprune.recovery.correct import iterate
 from gradprune.recovery.crossval import CrossValidation, cross_validate
 from gradprune.recovery.distill import distill_loss
 from gradprune.recovery.found import Found, Look
 from gradprune.recovery.history import Entry, History, Round
 from gradprune.recovery.largest import largest_sparsity
+from gradprune.recovery.planned import Plan
 from gradprune.recovery.reconstruct import reconstruct_
 from gradprune.recovery.reconstruct_file import Reconstructed, reconstruct_file
 from gradprune.recovery.scan import Sensitivity, sensitivity

@@ -21,9 +21,32 @@ def test_of_other_numbers_the_mean_is_bounded_by_students_t():
     assert difference_at_least(results + 1.0, results, 0.95) == pytest.approx(1.0)
 
 
-def test_zeros_and_ones_that_are_no_examples_are_numbers_like_others():
-    assert mean_at_least(np.ones(3), 0.95, by_example=False) == 1.0
+def test_results_that_do_not_vary_are_refused_where_nothing_says_how_they_could():
+    with pytest.raises(ValueError, match="all 3 results are 1, which says nothing about how they vary"):
+        mean_at_least(np.ones(3), 0.95, by_example=False)
+    with pytest.raises(ValueError, match="all 40 results are 100"):
+        mean_at_least(np.full(40, 100.0), 0.95)
     assert mean_at_least(np.ones(3), 0.95) < 0.6
+
+
+def test_repetitions_that_are_alike_vary_as_much_as_those_beside_them():
+    varied = np.array([0.9, 1.0, 1.1])
+    wanted = stats.t.interval(0.9, 2, 1.0, stats.sem(varied))[0]
+    assert mean_at_least(np.ones(3), 0.95, by_example=False, beside=varied) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 100.0), (-1.0, 1.0), (0.0, 1 / 7)])
+def test_two_values_of_any_size_are_bounded_as_zeros_and_ones_are(low, high):
+    these, those = np.repeat([1.0, 0.0], [37, 13]), np.repeat([1.0, 0.0, 1.0], [36, 12, 2])
+    scaled = lambda x: low + (high - low) * x  # noqa: E731
+    assert mean_at_least(scaled(these), 0.95) == pytest.approx(scaled(mean_at_least(these, 0.95)))
+    wanted = (high - low) * difference_at_least(these, those, 0.95)
+    assert difference_at_least(scaled(these), scaled(those), 0.95) == pytest.approx(wanted)
+    unchanged = (high - low) * difference_at_least(these, these, 0.95)
+    assert unchanged < -0.04 * (high - low)
+    assert difference_at_least(scaled(these), scaled(these), 0.95) == pytest.approx(unchanged)
+    right = mean_at_least(scaled(np.ones(50)), 0.95, beside=scaled(those))
+    assert right == pytest.approx(scaled(mean_at_least(np.ones(50), 0.95)))
 
 
 def test_that_nothing_changed_on_n_examples_leaves_a_difference_of_z_squared_over_n_plus_z_squared():

@@ -275,6 +275,41 @@ def test_what_cannot_be_met_is_said_with_the_least_that_can():
         gp.fit_budget(model, parameters=3, sensitivities={"0.weight": {0.5: 0.1}, "1.weight": {0.5: 0.1}})
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"parameters": 1}, "parameters=1 cannot be met"),
+        ({"bytes": 1}, "bytes=1 cannot be met"),
+        ({"flops": 1, "example": X}, "flops=1 cannot be met"),
+        ({"flops": 1e4, "example": X[:, :2]}, "does not run on the example"),
+        ({"latency": 1, "example": X, "granularity": "channel", "seconds": lambda n, s: 2.0}, "cannot be met"),
+    ],
+)
+def test_what_cannot_be_met_or_priced_is_said_before_anything_is_evaluated(given, said):
+    with pytest.raises(ValueError, match=said):
+        gp.fit_budget(network(), evaluate=lambda model: 1 / 0, **given)
+
+
+def test_the_scan_of_a_plan_is_written_down_and_gone_on_from(tmp_path):
+    calls = []
+
+    def evaluate(model):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return correct(model)
+
+    with pytest.raises(KeyboardInterrupt):
+        gp.fit_budget(network(), parameters=800, evaluate=evaluate, file=tmp_path / "scan.json")
+    plan = gp.fit_budget(network(), parameters=800, evaluate=evaluate, file=tmp_path / "scan.json")
+    assert len(calls) == 1 + 3 * 7 + 1  # the one that was broken off
+    assert plan == gp.fit_budget(network(), parameters=800, evaluate=correct)
+    again = gp.fit_budget(network(), bytes=2000, evaluate=lambda m: 1 / 0, file=tmp_path / "scan.json")
+    assert again.predicted <= 2000
+    with pytest.raises(ValueError, match="file is where the scan of evaluate is written down"):
+        gp.fit_budget(network(), parameters=800, sensitivities={"0.weight": {0.5: 0.1}}, file=tmp_path / "x")
+
+
 def test_a_budget_above_the_cost_plans_nothing_and_a_gain_is_no_loss():
     model = layers([10, 10])
     plan = gp.fit_budget(model, parameters=100, sensitivities={"0.weight": {0.5: -0.1}})

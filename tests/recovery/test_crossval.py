@@ -1,5 +1,7 @@
 """Folds that are the same for every setting, intervals that know of their overlap, and the choice beside the best."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,8 @@ def test_it_goes_on_from_the_file_and_ends_as_if_it_had_not_stopped(tmp_path):
         ({"folds": 3}, "other folds"),
         ({"seed": 1}, "other seed"),
         ({"settings": ["a", "c"]}, "other settings"),
+        ({"settings": {"a": "a", "b": "c"}}, "other values of settings"),
+        ({"settings": {"a": "a", "b": {"rate": 0.1}}}, "other values of settings"),
         ({"data": X + 1}, "other data"),
         ({"data": X[:40]}, "other examples"),
         ({"text": "[]"}, "is no file of gp.cross_validate, or damaged"),
@@ -209,6 +213,24 @@ def test_what_does_not_fit_is_refused_in_words(given, said):
     }  # fmt: skip
     with pytest.raises(ValueError, match=said):
         gp.cross_validate(**(arguments | given))
+
+
+def test_a_network_that_was_trained_before_is_refused_whole_or_in_part():
+    net, trained = nn.Linear(4, 1), []
+    train = lambda model, data, setting: trained.append(1)  # noqa: E731
+    for build in (lambda: net, lambda: nn.Sequential(net, nn.ReLU())):
+        with pytest.raises(ValueError, match="build returned a network that was trained before"):
+            gp.cross_validate(build, train, lambda m, d: 1.0, X, folds=2, settings=["a"])
+    assert len(trained) == 2
+    gp.cross_validate(lambda: copy.deepcopy(net), train, lambda m, d: 1.0, X, folds=2, settings=["a"])
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    build = lambda: nn.Sequential(frozen, nn.Linear(4, 1))  # noqa: E731
+    gp.cross_validate(build, train, lambda m, d: 1.0, X, folds=2, settings=["a"])
+
+
+def test_a_network_in_the_place_of_what_builds_one_is_said():
+    with pytest.raises(TypeError, match=r"build must be a function that returns a new network, got a Linear.*deepcopy"):
+        gp.cross_validate(nn.Linear(4, 1), untrained, lambda m, d: 1.0, X, folds=2, settings=["a"])
 
 
 def test_it_prints_a_table_and_draws_the_folds():

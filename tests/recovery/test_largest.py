@@ -99,6 +99,15 @@ def test_a_falling_curve_is_not_said_to_rise():
         assert gp.largest_sparsity(plain(), alive, at_least=0.5).falls
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "wish"),
+    [(lambda m: 1 - alive(m), {"margin": 0.02}), (lambda m: 100 * alive(m) + 1, {"at_least": 0.9})],
+)
+def test_that_every_look_passes_is_said(evaluate, wish):
+    with pytest.warns(UserWarning, match=r"every look passes, up to sparsity 0\.999.* a loss .* per cent"):
+        gp.largest_sparsity(plain(10_000), evaluate, **wish)
+
+
 @pytest.mark.parametrize("returned", [float("nan"), None, "x", float("-inf")])
 def test_what_is_no_finite_number_is_a_value_error_that_says_at_which_sparsity(returned):
     model = plain()
@@ -215,6 +224,31 @@ def test_repeated_evaluations_of_one_number_carry_a_statement_too():
     )
     assert found.evaluations == 8 * (1 + 6)
     assert 0.2 < found.sparsity < 0.3
+
+
+@pytest.mark.parametrize("wish", [{"margin": 0.02}, {"at_least": 0.9}])
+def test_a_number_that_does_not_vary_is_no_evidence_however_often_it_is_repeated(wish):
+    calls = []
+    with pytest.raises(ValueError, match="evaluate does not vary: 3 repetitions gave 1 for the dense network"):
+        gp.largest_sparsity(plain(), lambda m: calls.append(1) or alive(m), confidence=0.95, repeats=3, **wish)
+    assert len(calls) == 3
+
+
+def test_repetitions_may_be_alike_where_those_of_the_dense_network_vary():
+    generator = torch.Generator().manual_seed(3)
+
+    def evaluate(model):
+        return alive(model) + 0.01 * float(torch.randn((), generator=generator)) * (alive(model) > 0.6)
+
+    how = {"confidence": 0.95, "repeats": 8, "tolerance": 0.1, "probes": 0}
+    assert 0.5 < gp.largest_sparsity(plain(), evaluate, at_least=0.3, **how).sparsity < 0.7
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+def test_results_in_percent_give_the_sparsity_that_shares_give(scale):
+    how = {"confidence": 0.95, "tolerance": 0.02}
+    found = gp.largest_sparsity(network(), lambda m: scale * correct(m).double(), margin=0.1 * scale, **how)
+    assert found.sparsity == gp.largest_sparsity(network(), correct, margin=0.1, **how).sparsity
 
 
 def train(model, work):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradprune.recovery.outcome import mean_of, measured, name_of
+from gradprune.recovery.outcome import mean_of, measured
 
 ONE_NUMBER = [0.5, 1, np.float32(0.5), np.int64(2), torch.tensor(0.5), torch.tensor([[2]]), np.array(0.5)]
 SEVERAL = [torch.tensor([True, False]), torch.tensor([1.0, 0.0]).bfloat16(), np.array([1, 0]), np.array([True, False])]
@@ -40,7 +40,3 @@ def test_a_nan_is_refused_but_where_it_is_asked_for():
     with pytest.raises(ValueError, match="evaluate returned NaN here"):
         measured(lambda m: torch.tensor([1.0, float("nan")]), nn.Linear(1, 1), "here")
     assert np.isnan(mean_of(float("nan"), "here"))
-
-
-def test_a_name_is_a_words_own_a_functions_or_how_it_is_written():
-    assert [name_of(value) for value in ("a", len, 0.5, (2, 4))] == ["a", "len", "0.5", "(2, 4)"]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -281,3 +282,13 @@ def test_a_scan_takes_no_longer_than_its_evaluations_in_calls():
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     gp.sensitivity(model, correct, LEVELS)
     assert len(passes) == 1 + 2 * len(LEVELS)
+
+
+def test_that_every_layer_gains_is_said_and_that_one_does_is_not():
+    loss = lambda model: float(sum((p == 0).sum() for p in model.parameters()))  # noqa: E731
+    with pytest.warns(UserWarning, match=r"every layer gains with 0\.9 of it pruned.*give its negative"):
+        gp.sensitivity(network(), loss, LEVELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.sensitivity(network(), lambda m: -loss(m), LEVELS)
+        gp.sensitivity(network(), lambda m: float((m[0].weight == 0).sum()), LEVELS)

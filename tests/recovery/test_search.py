@@ -154,6 +154,9 @@ def test_an_error_of_the_users_passes_and_the_file_goes_on_after_it(tmp_path):
     study = gp.search(network(), evaluate, space, trials=8, storage=file, seed=0)
     assert sum(row["value"] is not None for row in study.rows()) == 8
     assert len(calls) == 9
+    ended = [row["ended"] for row in study.rows()]
+    assert (ended.count("broken off"), ended.count("hopeless")) == (1, 0)
+    assert "0 ended as hopeless, 0 did not fit, 1 were broken off" in str(study)
     assert len({row["sparsity"] for row in study.rows()}) == len(study)
     assert len(gp.search(network(), lambda m: 1 / 0, space, trials=8, storage=file).rows()) == len(study)
 
@@ -173,10 +176,14 @@ def test_choices_without_a_name_are_refused():
 def test_a_file_of_another_space_or_kind_is_refused(tmp_path):
     file = tmp_path / "study.db"
     gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=file)
-    with pytest.raises(ValueError, match="another space"):
+    with pytest.raises(ValueError, match="other space"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.8)}, trials=1, storage=file)
     with pytest.raises(ValueError, match=r"without a cost|with a cost"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=file, cost=nonzeros)
+    other = network()
+    other[0].bias.data.add_(1)
+    with pytest.raises(ValueError, match="other weights"):
+        gp.search(other, lambda m: 1 / 0, {"sparsity": (0.1, 0.9)}, trials=1, storage=file)
     (tmp_path / "text").write_text("something else")
     with pytest.raises(ValueError, match="no SQLite file"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=tmp_path / "text")
@@ -219,7 +226,7 @@ def test_several_processes_share_one_file(tmp_path):
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
     outputs = [process.communicate()[0].split() for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert all(int(found) >= 8 for _, found, _ in outputs)
+    assert [int(distinct) for _, _, distinct in outputs] == [8, 8]
 
 
 def test_threads_share_the_trials():
@@ -237,6 +244,11 @@ def test_threads_share_the_trials():
         ({"sparsity": []}, "empty"),
         ({"score": [lambda m: None, lambda m: 1]}, "need names, as a dict"),
         ({"score": [object()]}, "need names, as a dict"),
+        ({"score": [lambda m: None]}, "need names, as a dict"),
+        ({"sparsty": (0.0, 0.9)}, "names 'sparsty', which prune does not take; did you mean 'sparsity'"),
+        ({"sparsity": 0.5, "lr": (0.1, 0.2)}, "names 'lr', which prune does not take: Only train"),
+        ({"score": [gp.magnitude, gp.random]}, "says nowhere how much"),
+        ({"model": [1]}, "names 'model', which prune does not take"),
         ({"sparsity": [0.5, 0.5]}, "need names, as a dict"),
     ],
 )
@@ -246,7 +258,7 @@ def test_a_space_that_says_too_little_is_refused(space, said):
 
 
 def test_distributions_of_optuna_are_taken_as_they_are():
-    space = {"sparsity": optuna.distributions.FloatDistribution(0.001, 0.9, log=True), "k": range(3)}
+    space = {"sparsity": optuna.distributions.FloatDistribution(0.001, 0.9, log=True), "min_keep": range(1, 3)}
     row = gp.search(network(), correct, space, trials=1, seed=0).rows()[0]
     assert 0.001 <= row["sparsity"] <= 0.9
     with pytest.raises(ValueError, match="a grid needs lists"):
@@ -293,3 +305,53 @@ def test_only_n_of_m_prunes_without_an_amount(granularity, pruned):
         train=lambda model, trial: given.append(trial.masks),
     )
     assert [masks is not None for masks in given] == [pruned]
+
+
+@pytest.mark.parametrize("name", ["sparsity", "threshold"])
+def test_a_sparsity_between_whole_numbers_is_a_fraction(name):
+    rows = gp.search(network(), lambda m: 0.0, {name: (0, 1)}, trials=5, seed=0).rows()
+    assert all(0 < row[name] < 1 for row in rows)
+    drawn = gp.search(network(), correct, {"sparsity": 0.5, "min_keep": (1, 3)}, trials=3, seed=0).rows()
+    assert all(row["min_keep"] in (1, 2, 3) for row in drawn)
+
+
+def test_an_interrupted_trial_is_not_said_to_be_hopeless(tmp_path):
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    file, space = tmp_path / "study.db", {"sparsity": (0.1, 0.9)}
+    with pytest.raises(KeyboardInterrupt):
+        gp.search(network(), interrupted, space, trials=2, storage=file)
+    assert [row["ended"] for row in gp.search(network(), correct, space, trials=2, storage=file).rows()] == [
+        "broken off",
+        "",
+        "",
+    ]
+
+
+def test_a_study_says_in_a_line_how_many_trials_and_the_best_value():
+    study = gp.search(network(), lambda m: 0.25, {"sparsity": [0.2, 0.5]}, sampler="grid")
+    assert repr(study) == "Study(2 trials, the best value 0.25, see .best)"
+
+
+def test_an_address_of_a_database_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"the path of an SQLite file, such as 'study\.db', not an address"):
+        gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage="sqlite:///study.db")
+
+
+def test_a_combination_that_was_broken_off_is_tried_again(tmp_path):
+    seen, space = [], {"sparsity": [0.1, 0.3, 0.5, 0.7], "scope": ["global", "layer"]}
+
+    def evaluate(model):
+        seen.append(1)
+        if len(seen) in (2, 5):
+            raise KeyboardInterrupt
+        return nonzeros(model)
+
+    how = {"sampler": "grid", "storage": tmp_path / "study.db"}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            gp.search(network(), evaluate, space, **how)
+    rows = [row for row in gp.search(network(), evaluate, space, **how).rows() if row["value"] is not None]
+    assert len(rows) == len({(row["sparsity"], row["scope"]) for row in rows}) == 8
+    assert len(seen) == 8 + 2

@@ -2,124 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from gradprune.core.checks import fraction, function, module, number, require
-from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
 from gradprune.recovery.hull import Point, Segment, loss_at, lower_hull, steps_to
 from gradprune.recovery.outcome import Measure
+from gradprune.recovery.planned import UNIT, Plan
 from gradprune.recovery.prices import Cost, Losses, Price, priced
-from gradprune.recovery.scan import Sensitivity, sensitivity
+from gradprune.recovery.scan import SPARSITIES, Sensitivity, sensitivity
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Units
 from gradprune.weights.groups import Groups
-from gradprune.weights.mask import Masks
-from gradprune.weights.prune import prune
 from gradprune.weights.request import Request, Score, checked_score
 from gradprune.weights.score import magnitude
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_UNIT = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latency": "seconds"}
-
-
-@dataclass(frozen=True, eq=False)
-class Plan(Table, Mapping[str, float]):
-    """A sparsity for each layer, as ``prune(model, scope=plan)`` takes it, and what it is predicted to cost.
-
-    Printed, it is a table.
-
-    Args:
-        sparsities: layer -> sparsity; the plan is a mapping of these.
-        cost: which cost is bounded: ``"parameters"``, ``"flops"``, ``"bytes"`` or ``"latency"``.
-        limit: what the whole network may cost.
-        predicted: what it will cost, at most `limit`.
-        dense: what it costs with all of these weights.
-        loss: the predicted loss in what was evaluated, the sum over the layers; a sum is a guess, so evaluate what
-            comes out.
-        multiplier: the loss per cost saved of the last step: what a little more of the cost is worth.
-        layers: one row a layer.
-        granularity: what goes together; to be given to ``prune`` too where it is not ``"weight"``.
-        score: what ranks the weights.
-        eligible: which layers took part, as arguments of ``prune``.
-
-    Chapter 6.
-    """
-
-    _named_by: ClassVar[str | None] = "layer"
-
-    sparsities: dict[str, float]
-    cost: Cost
-    limit: float
-    predicted: float
-    dense: float
-    loss: float
-    multiplier: float
-    layers: tuple[dict[str, Any], ...]
-    granularity: Granularity = "weight"
-    score: Score = magnitude
-    eligible: Mapping[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> float:
-        return self.sparsities[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sparsities)
-
-    def __len__(self) -> int:
-        return len(self.sparsities)
-
-    def apply_(self, model: nn.Module, example: Any = None) -> Masks:
-        """Prune a model by this plan: ``prune`` with its sparsities, score and granularity.
-
-        Args:
-            model: the network that was planned for; its weights are changed in place.
-            example: its input, as for ``prune``, where the granularity is ``"group"``.
-
-        Returns:
-            The masks.
-
-        Raises:
-            TypeError: as ``prune``.
-            ValueError: as ``prune``, before anything is changed.
-        """
-        as_planned = {"scope": self, "granularity": self.granularity, "example": example} | dict(self.eligible)
-        return prune(model, self.score, **as_planned)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one flat row a layer: its weights, how many stay, its cost before and after, its predicted loss."""
-        return [dict(row) for row in self.layers]
-
-    def __repr__(self) -> str:
-        return (
-            f"Plan({_UNIT[self.cost]} {self.predicted:,.6g} of {self.dense:,.6g}, at most {self.limit:,.6g}; predicted "
-            f"loss {self.loss:.4g}; {len(self)} layers)"
-        )
-
-    def plot(self) -> Figure:
-        """Draw the sparsity of each layer. Needs matplotlib.
-
-        Returns:
-            The figure, which no window shows.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        from gradprune.gradients.plotting import new_figure
-
-        figure = new_figure(1.0 + 0.22 * max(len(self), 4))
-        axes = figure.subplots()
-        names = list(self)[::-1]
-        axes.barh(names, [self[name] for name in names])
-        axes.set(xlim=(0, 1), xlabel=f"sparsity, for at most {self.limit:,.4g} {_UNIT[self.cost]}")
-        axes.tick_params(axis="y", labelsize="small")
-        return figure
 
 
 @in_our_words
@@ -139,6 +40,7 @@ def fit_budget(
     include: Patterns = None,
     exclude: Patterns = None,
     axes: StatedAxes = None,
+    file: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Return sparsities by layer that meet a cost with the least predicted loss; nothing is pruned yet.
 
@@ -155,7 +57,7 @@ def fit_budget(
         bytes: the most bytes with one bit a weight and the nonzeros (``bytes_bitmask`` of a report).
         latency: the most seconds of a forward pass on `example`, with the pruned channels cut out; only for
             ``granularity="channel"`` and ``"group"``, as zeros alone save no time.
-        evaluate: as for ``sensitivity``, which is then called.
+        evaluate: as for ``sensitivity``, which is then called, once it is known that the cost can be met.
         sensitivities: what ``sensitivity`` returned, or losses, layer -> {sparsity: loss}; give either this or
             `evaluate`. Layers that are not in it stay as they are.
         seconds: for `latency`: a function from a layer's name and the share of its channels that stay to the seconds of
@@ -171,6 +73,7 @@ def fit_budget(
         include: as for ``prune``; what `sensitivities` says, else None.
         exclude: as for ``prune``; what `sensitivities` says, else None.
         axes: as for ``prune``; what `sensitivities` says, else None.
+        file: as for ``sensitivity``, where `evaluate` is given.
 
     Returns:
         A ``Plan``, a mapping from layers to sparsities for ``prune(model, scope=plan)``.
@@ -211,21 +114,25 @@ def fit_budget(
         'granularity="group" goes with latency and seconds: what coupled channels cost is measured, not counted',
     )
     require(cost not in ("flops", "latency") or example is not None, f"{cost} needs an example: the model's input")
-    if sensitivities is None:
-        require(evaluate is not None, "give evaluate, or the sensitivities that gp.sensitivity returned")
-        assert evaluate is not None
-        function("evaluate", evaluate)
-        traced = {"example": example} if coupled else {}
-        as_planned = {"score": way.score, "granularity": way.granularity} | dict(way.eligible) | traced
-        sensitivities = sensitivity(model, evaluate, **as_planned)
-    else:
-        require(evaluate is None, "give either evaluate or sensitivities, not both")
+    require(sensitivities is None or evaluate is None, "give either evaluate or sensitivities, not both")
+    require(sensitivities is None or file is None, "file is where the scan of evaluate is written down: give evaluate")
     units: Units | Groups = Units(request.layers, request.block, None)
     if coupled:
         units = Groups.of(model, example, **way.eligible)
-    known = units.numbers if isinstance(units, Groups) else request.layers
-    losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, list(known))
-    price = priced(cost, model, example, request, losses, seconds, units)
+    known = list(units.numbers if isinstance(units, Groups) else request.layers)
+    if sensitivities is None:
+        require(evaluate is not None, "give evaluate, or the sensitivities that gp.sensitivity returned")
+        measure = function("evaluate", evaluate)
+        tried: Losses = {name: dict.fromkeys(SPARSITIES, 0.0) for name in known}
+        price = priced(cost, model, example, request, tried, seconds, units)
+        _require_met(cost, limit, _layers(tried, units), price)
+        traced = {"example": example} if coupled else {}
+        as_planned = {"score": way.score, "granularity": way.granularity, "file": file} | dict(way.eligible) | traced
+        losses: Losses = sensitivity(model, measure, **as_planned).losses()
+    else:
+        losses = sensitivities.losses() if isinstance(sensitivities, Sensitivity) else _checked(sensitivities, known)
+        price = priced(cost, model, example, request, losses, seconds, units)
+        _require_met(cost, limit, _layers(losses, units), price)
     return _planned(cost, limit, _layers(losses, units), way, price)
 
 
@@ -303,17 +210,22 @@ def _layers(losses: Losses, units: Units | Groups) -> dict[str, _Layer]:
     }
 
 
+def _require_met(cost: Cost, limit: float, layers: Mapping[str, _Layer], price: Price) -> None:
+    """Raise ValueError where even the fewest units cost more."""
+    cheapest = (min(price.of(name, units) for units in layer.losses) for name, layer in layers.items())
+    least = price.cost(price.fixed + sum(cheapest))
+    require(
+        least <= limit,
+        f"{cost}={limit:,.10g} cannot be met: at the highest sparsities that were tried the least is {least:,.10g}",
+    )
+
+
 def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, price: Price) -> Plan:
     """The steps down the hulls until the limit is met, and back up as far as it allows."""
     hulls = {
         name: lower_hull([Point(units, price.of(name, units), loss) for units, loss in layer.losses.items()])
         for name, layer in layers.items()
     }
-    least = price.cost(price.fixed + sum(hull[-1].cost for hull in hulls.values()))
-    require(
-        least <= limit,
-        f"{cost}={limit:,.10g} cannot be met: at the highest sparsities that were tried the least is {least:,.10g}",
-    )
     most = price.summed(limit) - price.fixed
     kept = {name: hull[0].units for name, hull in hulls.items()}
     taken = steps_to(hulls, most)
@@ -335,8 +247,8 @@ def _planned(cost: Cost, limit: float, layers: Mapping[str, _Layer], way: _Way, 
             "weights": layer.weights(layer.units),
             "stay": layer.weights(kept[name]),
             "sparsity": 1 - kept[name] / layer.units if layer.units else 0.0,
-            f"{_UNIT[cost]} dense": price.cost(price.of(name, layer.units)),
-            f"{_UNIT[cost]} planned": price.cost(price.of(name, kept[name])),
+            f"{UNIT[cost]} dense": price.cost(price.of(name, layer.units)),
+            f"{UNIT[cost]} planned": price.cost(price.of(name, kept[name])),
             "loss": loss_at(hulls[name], kept[name]) if price.tried is None else layer.losses[kept[name]],
         }
         for name, layer in layers.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from gradprune.core.progress import bar
 from gradprune.core.tables import Table
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import mean_of
+from gradprune.recovery.told import name_of, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,7 +165,7 @@ def cross_validate(
     of the settings. torch's random state is put back at the end.
 
     Args:
-        build: returns a new network.
+        build: returns a new network each time, which shares no trainable parameter with an earlier one.
         train: ``train(model, data, setting)`` trains and prunes it on the examples that are not in the fold.
         evaluate: ``evaluate(model, data)`` gives a number on the fold's examples, or a tensor with one an example, of
             which the mean is taken; the higher, the better.
@@ -175,7 +177,8 @@ def cross_validate(
         reference: the name of the setting that the others are compared with; the first unless given.
         seed: of the folds and of each training.
         file: where each result is written down, in JSON, whole or not at all. The same call with the file there goes
-            on from it.
+            on from it. It knows plain settings and tensors by their values, functions by their names, other objects by
+            how they are written or by their type, and `build`, `train` and `evaluate` not at all.
 
     Returns:
         A ``CrossValidation``.
@@ -185,7 +188,7 @@ def cross_validate(
         TypeError: where an argument is of a wrong kind.
         ValueError: where one is out of range, two settings have one name, or there are fewer examples than folds:
             or the file is damaged, of another call or cannot be written: before anything is trained. Also where
-            `evaluate` returns anything but a finite number.
+            `evaluate` returns anything but a finite number, or `build` a network that was trained before.
 
     Example:
         >>> x = torch.randn(40, 3)
@@ -199,6 +202,11 @@ def cross_validate(
 
     Nadeau and Bengio (2003), section 3, for the variance; chapter 6.
     """
+    if isinstance(build, nn.Module):
+        raise TypeError(
+            f"build must be a function that returns a new network, got a {type(build).__name__}: to start each time "
+            "from this one give lambda: copy.deepcopy(network)"
+        )
     for name, given in (("build", build), ("train", train), ("evaluate", evaluate)):
         function(name, given)
     named = _named(settings)
@@ -212,8 +220,10 @@ def cross_validate(
     path, call = None if file is None else files.place("file", file), {}
     if path is not None:
         call = {"settings": list(named), "folds": folds, "seed": seed, "examples": examples, "data": _digest(data)}
+        call["values of settings"] = [told(setting) for setting in named.values()]
         values = _read(path, call) if path.exists() else values
     done = sum(map(len, values.values()))
+    seen: dict[int, weakref.ref[Any]] = {}
     with torch.random.fork_rng(), bar(folds * len(named), "folds", done) as progress:
         for fold, part in enumerate(parts):
             rest = torch.cat([other for at, other in enumerate(parts) if at != fold]).sort().values
@@ -225,24 +235,37 @@ def cross_validate(
                 if not isinstance(model, nn.Module):
                     kind = "nothing" if model is None else f"a {type(model).__name__}"
                     raise TypeError(f"build must return a torch.nn.Module; it returned {kind}")
+                _require_new(model, seen)
                 train(model, _taken(data, rest), setting)
                 value = mean_of(evaluate(model, _taken(data, part)), f"for {name!r} on fold {fold}")
                 require(math.isfinite(value), f"evaluate returned {value} for {name!r} on fold {fold}")
                 values[name].append(value)
                 if path is not None:
                     with files.replacing(path) as part_written:
-                        told = json.dumps({_KEY: call, "values": values})
-                        part_written.write_text(told, encoding="utf-8")
+                        written = json.dumps({_KEY: call, "values": values})
+                        part_written.write_text(written, encoding="utf-8")
                 progress.update()
     return CrossValidation(values, first)
+
+
+def _require_new(model: nn.Module, seen: dict[int, weakref.ref[Any]]) -> None:
+    """Raise ValueError where a network, or a part of it that trains, has been trained on another fold."""
+    for part in (model, *(p for p in model.parameters() if p.requires_grad)):
+        known = seen.get(id(part))
+        require(
+            known is None or known() is not part,
+            "build returned a network that was trained before, with the examples that are now to judge it: build a new "
+            "one each time, such as copy.deepcopy(network), and freeze what is shared by requires_grad_(False)",
+        )
+        seen[id(part)] = weakref.ref(part)
 
 
 def _read(path: Path, call: Mapping[str, Any]) -> dict[str, list[float]]:
     """What a file knows of this call."""
     wrong = f"{str(path)!r} is no file of gp.cross_validate, or damaged: give another file, or remove it"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        theirs, values = dict(told[_KEY]), dict(told["values"])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        theirs, values = dict(found[_KEY]), dict(found["values"])
         lengths = [len(row) for row in values.values()]
         finite = all(isinstance(v, float) and math.isfinite(v) for row in values.values() for v in row)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -277,9 +300,7 @@ def _named(settings: Any) -> dict[str, Any]:
         names, every = list(settings), list(settings.values())
     else:
         every = list(settings)
-        names = [
-            value if isinstance(value, str) else getattr(value, "__name__", None) or repr(value) for value in every
-        ]
+        names = [name_of(value) for value in every]
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"settings must have names as keys, got {name!r}")

@@ -12,28 +12,27 @@ so with at most 1 - confidence (Bonferroni).
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from gradprune.core.checks import function, module, number, require, require_writable, warn, whole
+from gradprune.core.checks import function, module, require, warn, whole
 from gradprune.core.masked import count_alive, zero_pruned_
 from gradprune.core.progress import bar, state
-from gradprune.core.unchanged import Keeper
 from gradprune.core.words import in_our_words
-from gradprune.recovery.bounds import difference_at_least, mean_at_least
 from gradprune.recovery.found import Found, Look
 from gradprune.recovery.history import Round
 from gradprune.recovery.looked import Looked
-from gradprune.recovery.outcome import Measure, Outcome, measured, name_of
-from gradprune.recovery.scan import digest
+from gradprune.recovery.original import Original
+from gradprune.recovery.outcome import Measure, Outcome, measured
+from gradprune.recovery.told import digest, score_of
+from gradprune.recovery.wish import Correction, Ends, Train, Wish, correction_of, ends_of, wish_of
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Ranked
 from gradprune.weights.mask import Masks
@@ -42,10 +41,7 @@ from gradprune.weights.request import Request, Score, checked_score, ranked_by
 from gradprune.weights.score import magnitude
 
 MOST_LOOKS = 20  # evaluations, where each look takes one
-MOST_REPEATS = 10_000
 PROBES = 4
-
-Train = Callable[[nn.Module, Round], object]
 
 
 @in_our_words
@@ -75,19 +71,21 @@ def largest_sparsity(
     """Return the largest sparsity at which `evaluate` still gives what is wanted, found by bisection.
 
     The score is asked once, of the dense network; its masks at growing sparsities lie within each other (with ``"erk"``
-    but for rounding). The model is left bit by bit as it was, whatever is raised meanwhile.
+    but for rounding). The model is left bit by bit as it was, whatever is raised meanwhile: a copy of its
+    parameters is kept until then.
 
     Args:
         model: the network; it is pruned, and with `train` trained, while the call runs.
         evaluate: a function from the model to a number, or to a tensor with one result an example (the same examples
-            each time, in one order); the higher, the better. Use data that neither trained it nor will judge it.
+            each time, in one order); the higher, the better. Use data that neither trained it nor will judge it. It
+            may not change the weights, as for ``sensitivity``.
         at_least: what `evaluate` must reach in the mean.
         margin: how much less than the dense network it may give; give either this or `at_least`. With a confidence the
             two are compared example by example, which is by far the sharper comparison.
         confidence: such as 0.95: a look passes only where it is shown to, and the answer is "at least this sparsity"
             with this confidence, all looks taken together, where the true curve falls. The unit is the example (bounds
-            by Wilson and Tango for zeros and ones, else by Student's t), or where `evaluate` gives one number the
-            repetition. None takes what `evaluate` gives as exact.
+            by Wilson and Tango for two values, such as zeros and ones, else by Student's t), or where `evaluate` gives
+            one number the repetition, which must then vary. None takes what `evaluate` gives as exact.
         repeats: how often each look, and the dense network, is evaluated.
         tolerance: the length of the interval at which bisection ends; a sparsity more than this above the answer did
             not pass.
@@ -107,7 +105,8 @@ def largest_sparsity(
         min_keep: as for ``prune``.
         axes: as for ``prune``.
         file: where each look is written down, whole or not at all, with `train` the best corrected network too. The
-            same call with the file there goes on from it; torch's random state is the process's own.
+            same call, told by as much as with ``sensitivity``, goes on from it; torch's random state is the process's
+            own.
 
     Returns:
         A ``Found``.
@@ -115,11 +114,12 @@ def largest_sparsity(
     Raises:
         TypeError: where an argument is of a wrong kind.
         ValueError: where one is out of range, before anything is evaluated; where `lowest` does not pass, or there are
-            too few examples to show that it does; where `evaluate` returns anything but finite numbers; where the file
-            is damaged, of another call or cannot be written.
+            too few examples to show that it does; where `evaluate` returns anything but finite numbers, or changes
+            the weights; where the file is damaged, of another call or cannot be written.
         RuntimeError: where `train` left a pruned weight other than zero.
 
-    Warns where the curve rises again: a higher sparsity passes than one that does not.
+    Warns where the curve rises again: a higher sparsity passes than one that does not; and where every look passes, as
+    where `evaluate` returns a loss.
 
     Example:
         >>> model = nn.Linear(10, 10)
@@ -131,12 +131,12 @@ def largest_sparsity(
     """
     module(model)
     function("evaluate", evaluate)
-    wish = _wish(at_least, margin, confidence, repeats)
-    ends = _ends(tolerance, lowest, highest)
+    wish = wish_of(at_least, margin, confidence, repeats)
+    ends = ends_of(tolerance, lowest, highest)
     as_prune = {"include": include, "exclude": exclude, "min_keep": min_keep, "axes": axes}
     request = _request(model, scope, granularity, as_prune)
     score = checked_score(score)
-    correction = _correction(model, train, steps)
+    correction = correction_of(model, train, steps)
     spare = (PROBES if train is None else 0) if probes is None else whole("probes", probes, least=0, most=MOST_LOOKS)
     total = 1 + ends.gate + ends.looks + spare
     require(
@@ -150,92 +150,26 @@ def largest_sparsity(
             f"largest_sparsity: at most {runs} runs of train, {runs * len(correction.steps):,} steps, and "
             f"{total * wish.repeats} evaluations"
         )
-    call = {
-        "layers": list(request.layers),
-        "weights": digest(model),
-        "wish": vars(wish),
-        "ends": vars(ends),
-        "score": name_of(score),
-        "scope": str(scope),
-        "granularity": str(granularity),
-        "min_keep": min_keep,
-        "steps": None if correction is None else len(correction.steps),
-    }
-    looked = Looked(file, model, call if file is not None else {}, trains=correction is not None)
+    call = (
+        {}
+        if file is None
+        else {
+            "layers": list(request.layers),
+            "weights": digest(model),
+            "wish": vars(wish),
+            "ends": vars(ends),
+            "score": score_of(score),
+            "scope": str(scope),
+            "granularity": str(granularity),
+            "min_keep": min_keep,
+            "steps": None if correction is None else len(correction.steps),
+        }
+    )
+    looked = Looked(file, model, call, trains=correction is not None)
     ranked = ranked_by(score, model, request.parameters)
     search = _Search(model, evaluate, request, ranked, wish, ends, correction, looked)
     with bar(total, "largest sparsity", (looked.dense is not None) + len(looked.looks)) as progress:
         return search.run(spare, progress.update)
-
-
-@dataclass(frozen=True)
-class _Wish:
-    """What a look must reach to pass."""
-
-    at_least: float | None
-    margin: float | None
-    confidence: float | None
-    repeats: int
-
-    @property
-    def wanted(self) -> float:
-        """The value, or the difference to the dense one."""
-        return self.at_least if self.at_least is not None else -(self.margin or 0.0)
-
-    def gained(self, value: float, dense: float) -> float:
-        """What is compared with what is wanted."""
-        return value if self.at_least is not None else value - dense
-
-    def bound(self, outcome: Outcome, dense: Outcome, looks: int, *, by_example: bool) -> float | None:
-        """The lower bound of that, for one of so many looks."""
-        if self.confidence is None:
-            return None
-        level = 1 - (1 - self.confidence) / looks
-        if self.at_least is not None:
-            return mean_at_least(outcome.each, level, by_example=by_example)
-        return difference_at_least(outcome.each, dense.each, level, by_example=by_example)
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Between which sparsities is looked, and how finely."""
-
-    lowest: float
-    highest: float
-    tolerance: float
-
-    @property
-    def looks(self) -> int:
-        """How many halvings there are."""
-        return max(0, math.ceil(math.log2((self.highest - self.lowest) / self.tolerance) - 1e-9))
-
-    @property
-    def gate(self) -> int:
-        """How many looks it takes to see whether the lowest passes: at 0, that of the dense network."""
-        return int(self.lowest > 0)
-
-
-@dataclass(frozen=True)
-class _Correction:
-    train: Train
-    steps: range
-
-
-def _wish(at_least: Any, margin: Any, confidence: Any, repeats: Any) -> _Wish:
-    if (at_least is None) == (margin is None):
-        raise ValueError(f"give exactly one of at_least and margin; got {'neither' if margin is None else 'both'}")
-    at_least = None if at_least is None else number("at_least", at_least)
-    margin = None if margin is None else number("margin", margin, least=0.0)
-    confidence = None if confidence is None else number("confidence", confidence, least=0.5, below=1.0)
-    return _Wish(at_least, margin, confidence, whole("repeats", repeats, least=1, most=MOST_REPEATS))
-
-
-def _ends(tolerance: Any, lowest: Any, highest: Any) -> _Ends:
-    tolerance = number("tolerance", tolerance, above=0.0, below=1.0)
-    lowest = number("lowest", lowest, least=0.0, below=1.0)
-    highest = number("highest", highest, above=0.0, most=1.0)
-    require(lowest < highest, f"lowest must be below highest, got {lowest} and {highest}")
-    return _Ends(lowest, highest, tolerance)
 
 
 def _request(model: nn.Module, scope: Any, granularity: Any, as_prune: Mapping[str, Any]) -> Request:
@@ -244,17 +178,6 @@ def _request(model: nn.Module, scope: Any, granularity: Any, as_prune: Mapping[s
     require(request.n_of_m is None, f"granularity={granularity!r} is itself a sparsity: there is nothing to find")
     request.plan(sparsity=0.5)
     return request
-
-
-def _correction(model: nn.Module, train: Any, steps: Any) -> _Correction | None:
-    if train is None:
-        require(steps is None, f"steps={steps!r} needs train")
-        return None
-    function("train", train)
-    require(steps is not None, "train needs steps: how many each run takes")
-    for name, parameter in model.named_parameters():
-        require_writable(name, parameter)
-    return _Correction(train, range(whole("steps", steps, least=1, most=2**62)))
 
 
 class _Search:
@@ -266,21 +189,25 @@ class _Search:
         evaluate: Measure,
         request: Request,
         ranked: Ranked,
-        wish: _Wish,
-        ends: _Ends,
-        correction: _Correction | None,
+        wish: Wish,
+        ends: Ends,
+        correction: Correction | None,
         looked: Looked,
     ) -> None:
         self._model, self._evaluate, self._request = model, evaluate, request
         self._wish, self._ends, self._correction = wish, ends, correction
         self._values = {name: value.detach().clone() for name, value in ranked.values.items()}
         self._by = ranked.by
-        self._keeper = Keeper(model)
+        self._original = Original(model)
         self._looked = looked
         self._curve: list[tuple[float, Look]] = []  # with the sparsity that was asked for
 
     def run(self, probes: int, update: Callable[[], Any]) -> Found:
         """Look at the dense network, then between the ends; say whether the curve falls."""
+        with self._original.kept():
+            return self._run(probes, update)
+
+    def _run(self, probes: int, update: Callable[[], Any]) -> Found:
         if self._looked.dense is None:
             self._looked.dense = self._measured("for the dense network")
             self._looked.write()
@@ -295,9 +222,10 @@ class _Search:
             self._look(self._widest_gap(), update, probe=True)
         return self._found(low)
 
-    def _measured(self, where: str) -> Outcome:
+    def _measured(self, where: str, written: Iterable[nn.Parameter] = ()) -> Outcome:
         """One result an example, averaged over the repetitions; where `evaluate` gives one number, one a repetition."""
-        runs = [measured(self._evaluate, self._model, where, self._keeper) for _ in range(self._wish.repeats)]
+        repeats = range(self._wish.repeats)
+        runs = [measured(self._evaluate, self._model, where, self._original, written) for _ in repeats]
         self._looked.evaluations += len(runs)
         sizes = [run.each.size for run in runs]
         sizes = sizes if self._looked.size is None else [self._looked.size, *sizes]
@@ -313,6 +241,12 @@ class _Search:
             self._wish.confidence is None or found.size > 1,
             "a statement with a confidence needs results example by example, a tensor from evaluate, or repeats of at "
             f"least 2; evaluate returned one number and repeats={self._wish.repeats}",
+        )
+        dense = self._looked.dense is None
+        require(
+            self._wish.confidence is None or sizes[0] > 1 or not dense or bool((found != found[0]).any()),
+            f"evaluate does not vary: {found.size} repetitions gave {found[0]:g} {where}, so that they say nothing of "
+            "how far to trust it. For a confidence give one result an example, a tensor; else repeats=1 and none",
         )
         return Outcome(float(found.mean()), found)
 
@@ -334,11 +268,11 @@ class _Search:
             return same[0]
         parameters = self._request.parameters
         written = list(parameters.values()) if self._correction is None else list(self._model.parameters())
-        with self._keeper.unchanged(written):
+        with self._original.keeper.unchanged(written):
             zero_pruned_([(parameters[name], mask) for name, mask in masks.items()])
             if self._correction is not None:
                 self._correct(masks, sparsity)
-            outcome = self._measured(f"at sparsity {sparsity:.4g}")
+            outcome = self._measured(f"at sparsity {sparsity:.4g}", written)
             bound = self._bound(outcome)
             reached = self._wish.gained(outcome.mean, self._dense.mean) if bound is None else bound
             look = Look(masks.sparsity, outcome.mean, bound, reached >= self._wish.wanted, probe)
@@ -401,6 +335,12 @@ class _Search:
             warn(
                 f"the curve rises again: sparsity {above[-1].sparsity:.4g} passes with {above[-1].value:.4g}, and "
                 f"{failed[0].sparsity:.4g} does not with {failed[0].value:.4g}: the answer is one crossing of several"
+            )
+        if looks and all(look.passed for look in looks):
+            warn(
+                f"every look passes, up to sparsity {looks[-1].sparsity:.4g} with {looks[-1].value:.6g}: the answer is "
+                "the highest that was looked at. If evaluate returns a loss or an error, give its negative; if it "
+                "returns per cent, so must at_least and margin be"
             )
         return Found(
             masks.sparsity,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core.checks import require
-from gradprune.core.unchanged import Keeper
+from gradprune.recovery.original import Original
 
 Measure = Callable[[nn.Module], float | Tensor]  # the higher, the better
 
@@ -30,9 +30,20 @@ class Outcome:
         return self.each.size > 1
 
 
-def measured(evaluate: Measure, model: nn.Module, where: str, keeper: Keeper | None = None) -> Outcome:
-    """Evaluate a model, which keeps its buffers, modes and gradients; `where` says in errors what was evaluated."""
-    with (keeper or Keeper(model)).unchanged():
+def measured(
+    evaluate: Measure,
+    model: nn.Module,
+    where: str,
+    original: Original | None = None,
+    written: Iterable[nn.Parameter] = (),
+) -> Outcome:
+    """Evaluate a model, which keeps its buffers, modes and gradients; `where` says in errors what was evaluated.
+
+    ValueError where `evaluate` changes its weights, as ``Original`` says; `written` are those that differ from the
+    original ones already.
+    """
+    original = original or Original(model)
+    with original.keeper.unchanged(), original.watched(where, written):
         returned = evaluate(model)
     each = _numbers(returned, where)
     require(
@@ -45,11 +56,6 @@ def measured(evaluate: Measure, model: nn.Module, where: str, keeper: Keeper | N
 def mean_of(value: Any, where: str) -> float:
     """Return the mean of what `evaluate` returned, which may be NaN or infinite."""
     return float(_numbers(value, where).mean())
-
-
-def name_of(value: Any) -> str:
-    """What a setting or a choice is called: itself, its own name, or as it is written."""
-    return value if isinstance(value, str) else getattr(value, "__name__", None) or repr(value)
 
 
 def _numbers(value: Any, where: str) -> np.ndarray[Any, np.dtype[np.float64]]:

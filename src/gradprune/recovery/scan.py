@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from gradprune.core import files
-from gradprune.core.checks import fraction, function, module, require
+from gradprune.core.checks import fraction, function, module, require, warn
 from gradprune.core.masked import zero_pruned_
 from gradprune.core.progress import bar
 from gradprune.core.tables import Table, cell
-from gradprune.core.unchanged import Keeper
 from gradprune.core.words import in_our_words
-from gradprune.recovery.outcome import Measure, measured, name_of
+from gradprune.recovery.original import Original
+from gradprune.recovery.outcome import Measure, measured
+from gradprune.recovery.told import digest, score_of
 from gradprune.weights.eligible import Patterns, StatedAxes
 from gradprune.weights.granularity import Granularity, Ranked
 from gradprune.weights.groups import Groups
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 _KEY = "gradprune.sensitivity"
 _LABELLED = 10  # layers that a picture names
-_SAMPLED = 2**14  # entries of a weight that tell it from another's
 
 
 @dataclass(frozen=True)
@@ -127,12 +125,16 @@ def sensitivity(
 
     L layers at S sparsities are L times S evaluations and one of the dense network. The masks are those of
     ``prune(model, score, scope={layer: sparsity})``, and each of a layer's lies within the one before. The model is
-    left bit by bit as it was, its buffers, modes and gradients too, whatever is raised meanwhile.
+    left bit by bit as it was, its buffers, modes and gradients too, whatever is raised meanwhile: a copy of its
+    parameters is kept until then.
 
     Args:
         model: the network; it is pruned while the call runs.
         evaluate: a function from the model to a number, or to a tensor with one result an example, of which the mean
             is taken; the higher, the better (of a loss, give the negative). Use validation data.
+            It may change buffers, modes and gradients, not the weights, their dtype or requires_grad, nor which there
+            are: give it a copy for that, ``copy.deepcopy(model)``. A change is noticed after the evaluation; one
+            through ``.data``, which torch does not count, after the first and at the end.
         sparsities: in (0, 1], growing; 0.3, 0.5, 0.7, 0.8, 0.9, 0.95 and 0.98 unless given. None for n of m.
         score: as for ``prune``; asked once.
         granularity: as for ``prune``; with ``"group"`` what is pruned alone is a group, which has the name of the first
@@ -142,15 +144,20 @@ def sensitivity(
         axes: as for ``prune``.
         example: as for ``prune``, for ``"group"``.
         file: where each result is written down, in JSON, whole or not at all. The same call with the file there goes
-            on from it.
+            on from it. It knows the model by a sample of its weights, and the score by its name, with the arguments of
+            a ``functools.partial`` and the numbers and words that a function encloses; a data loader's contents and
+            `evaluate` it does not know.
 
     Returns:
         A ``Sensitivity``.
 
     Raises:
         TypeError: where an argument is of a wrong kind.
-        ValueError: where one is out of range, nothing is eligible, or the file is damaged, of another call or cannot be
-            written: before anything is evaluated. Also where `evaluate` returns anything but finite numbers.
+        ValueError: where one is out of range, nothing is eligible, the score has no name, as a lambda, for a `file` to
+            know it by, or the file is damaged, of another call or cannot be written: before anything is evaluated. Also
+            where `evaluate` returns anything but finite numbers, or changes the weights.
+
+    Warns where every layer gains at the highest sparsity, as where `evaluate` returns a loss.
 
     Example:
         >>> x = torch.ones(1, 8)
@@ -178,15 +185,22 @@ def sensitivity(
         weights = {name: weight.parameter.numel() for name, weight in request.layers.items()}
         notes = _Notes(file, model, weights, levels, score, granularity)
         steps = _alone(request, ranked_by(score, model, request.parameters))
-    keeper = Keeper(model)
-    with bar(1 + len(levels) * len(weights), "sensitivity", notes.done) as progress:
+    original = Original(model)
+    with original.kept(), bar(1 + len(levels) * len(weights), "sensitivity", notes.done) as progress:
         if notes.dense is None:
-            notes.add_dense(measured(evaluate, model, "for the dense network").mean)
+            notes.add_dense(measured(evaluate, model, "for the dense network", original).mean)
             progress.update()
         for name in weights:
-            _scan_layer(model, keeper, evaluate, steps, name, levels, notes, progress.update)
+            _scan_layer(model, original, evaluate, steps, name, levels, notes, progress.update)
     assert notes.dense is not None
+    _warn_of_gains(notes.dense, notes.values, levels[-1])
     return Sensitivity(notes.dense, notes.values, weights, score, granularity, patterns)
+
+
+def _warn_of_gains(dense: float, values: Mapping[str, Mapping[float, float]], most: float) -> None:
+    """Warn where every layer gains."""
+    if values and all(row[most] > dense for row in values.values()):
+        warn(f"every layer gains with {most:g} of it pruned: if evaluate returns a loss or an error, give its negative")
 
 
 def _levels(sparsities: Any, n_of_m: tuple[int, int] | None) -> list[float]:
@@ -247,7 +261,7 @@ def _coupled(groups: Groups, ranked: Ranked, levels: list[float]) -> Steps:
 
 def _scan_layer(
     model: nn.Module,
-    keeper: Keeper,
+    original: Original,
     evaluate: Measure,
     steps: Steps,
     name: str,
@@ -260,10 +274,11 @@ def _scan_layer(
     if not left:
         return
     written, pruned = steps(name)
-    with keeper.unchanged(written):
+    with original.keeper.unchanged(written):
         for sparsity in left:
             zero_pruned_(pruned(sparsity))
-            notes.add(name, sparsity, measured(evaluate, model, f"with {name!r} at sparsity {sparsity:g}", keeper).mean)
+            where = f"with {name!r} at sparsity {sparsity:g}"
+            notes.add(name, sparsity, measured(evaluate, model, where, original, written).mean)
             update()
 
 
@@ -286,7 +301,7 @@ class _Notes:
             self._call: dict[str, Any] = {
                 "layers": list(self.values),
                 "sparsities": levels,
-                "score": name_of(score),
+                "score": score_of(score),
                 "granularity": str(granularity),
                 "weights": digest(model),
             }
@@ -342,14 +357,3 @@ def _parsed(path: Path) -> tuple[dict[str, Any], float | None, dict[str, list[fl
         raise ValueError(wrong) from None
     require(sound, wrong)
     return call, dense, values
-
-
-def digest(model: nn.Module) -> int:
-    """Return a number that tells these weights from those of another training, by a sample of each."""
-    found = 0
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
-            flat = tensor.detach().flatten() if not tensor.is_contiguous() else tensor.detach().view(-1)
-            some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
-            found = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), found))
-    return found

@@ -20,8 +20,9 @@ from gradprune.core.checks import choice, function, module, require, whole
 from gradprune.core.progress import bar
 from gradprune.core.words import in_our_words
 from gradprune.recovery.outcome import Measure, mean_of
-from gradprune.recovery.space import SearchSpace, Space, space_of
-from gradprune.recovery.study import Study, Trial, optuna_library
+from gradprune.recovery.space import AMOUNTS, SearchSpace, Space, is_n_of_m, space_of
+from gradprune.recovery.study import BROKEN_OFF, HOPELESS, Study, Trial, optuna_library
+from gradprune.recovery.told import digest
 from gradprune.weights.mask import Masks
 from gradprune.weights.prune import prune
 
@@ -58,8 +59,9 @@ def search(
         evaluate: a function from the pruned network to a number, or to a tensor with one result an example; the
             higher, the better. Use data that will not judge the outcome: the best of many trials is the luckiest too.
         space: name -> what to draw from: a list of choices, a dict of them by name, a pair (low, high) of whole numbers
-            or of others, or an Optuna distribution; anything else is taken as it is, and `example` always. Choices
-            without a name of their own, such as lambdas, need a dict.
+            or of others (of a sparsity or threshold always others), or an Optuna distribution; anything else is taken
+            as it is, and `example` always. Choices without a name of their own, such as lambdas, need a dict. Without
+            `train` all names are ``prune``'s, and one says how much goes.
         trials: how many there are to be in all, with those in `storage`; of a grid all, unless given.
         sampler: ``"tpe"`` models what was good (Optuna's tree-structured Parzen estimator); ``"random"``; or
             ``"grid"``, which needs choices only.
@@ -69,6 +71,8 @@ def search(
         cost: a function from the pruned network to a number, such as
             ``lambda model: gp.report(model).total.nonzeros``: then two aims are pursued, a high value and a low cost.
         storage: an SQLite file. The same call with the file there goes on from it; several processes may work on one.
+            It knows the space by its names and the model by a sample of its weights; `evaluate` and `train` it does not
+            know.
         n_jobs: trials at a time, as threads; processes on one `storage` share the interpreter with nobody.
         seed: of the sampler; every process on one file needs another, or none.
 
@@ -78,7 +82,7 @@ def search(
     Raises:
         ImportError: Optuna is not installed.
         TypeError: where an argument is of a wrong kind, or the model cannot be copied.
-        ValueError: where one is out of range, or the file is of another space: before anything is tried. A
+        ValueError: where one is out of range, or the file is of another space or model: before anything is tried. A
             combination that ``prune`` refuses is noted and passed over, as is a result that is not finite; where
             all are, the first reason is raised.
 
@@ -105,13 +109,16 @@ def search(
     for name, given in (("train", train), ("cost", cost)):
         if given is not None:
             function(name, given)
+    if train is None:
+        known.require_used(_PRUNE)
     _check_copy(model)
+    combinations = known.combinations() if sampler == "grid" else []
     with _quiet(library):
-        study = _study(library, storage, known, sampler, seed, two_aims=cost is not None)
-        _run(library, study, _Objective(library, model, evaluate, known, train, cost), trials, n_jobs)
+        study = _study(library, storage, model, known, sampler, seed, two_aims=cost is not None)
+        _run(library, study, _Objective(library, model, evaluate, known, train, cost), trials, n_jobs, combinations)
     found = Study(study, known)
     rows = found.rows()
-    reasons = [row["ended"] for row in rows if row["value"] is None and row["ended"] != "hopeless"]
+    reasons = [row["ended"] for row in rows if row["value"] is None and row["ended"] not in (HOPELESS, BROKEN_OFF)]
     require(len(reasons) < len(rows) or not rows, f"no trial fitted; the first: {reasons[0] if reasons else ''}")
     return found
 
@@ -134,21 +141,38 @@ def _quiet(library: Any) -> Iterator[None]:
         library.logging.set_verbosity(before)
 
 
-def _study(library: Any, storage: Any, space: SearchSpace, sampler: str, seed: int | None, *, two_aims: bool) -> Any:
+def _study(
+    library: Any,
+    storage: Any,
+    model: nn.Module,
+    space: SearchSpace,
+    sampler: str,
+    seed: int | None,
+    *,
+    two_aims: bool,
+) -> Any:
     """Optuna's study, from the file where there is one."""
+    require(
+        not (isinstance(storage, str) and "://" in storage),
+        f"storage is the path of an SQLite file, such as 'study.db', not an address: got {storage!r}",
+    )
     path = None if storage is None else files.place("storage", storage)
     directions = ["maximize", "minimize"] if two_aims else ["maximize"]
     if path is not None:
         _check_database(path)
     study = _created(library, path, directions)
-    told = json.dumps(space.described(), sort_keys=True)
-    before = study.user_attrs.get("space", told)
-    require(before == told, f"{str(path)!r} is of another space: give another file, or remove it")
+    told = {"space": json.dumps(space.described(), sort_keys=True), "weights": digest(model)}
+    begun = bool(study.get_trials(deepcopy=False))  # asked first: another process may be setting what follows
+    before = study.user_attrs
+    for key, wanted in told.items():
+        same = before[key] == wanted if key in before else not begun
+        require(same, f"{str(path)!r} is of a search with other {key}: give another file, or remove it")
     require(
         len(study.directions) == len(directions),
         f"{str(path)!r} is of a search {'without' if two_aims else 'with'} a cost: give another file, or remove it",
     )
-    study.set_user_attr("space", told)
+    for key, wanted in told.items():
+        study.set_user_attr(key, wanted)
     # A seed alone would draw again what an earlier run drew.
     drawn = None if seed is None else (seed + 7919 * len(study.get_trials(deepcopy=False))) % 2**32
     if sampler == "grid":
@@ -189,17 +213,33 @@ def _check_database(path: Any) -> None:
         require(start == b"SQLite format 3\0", f"storage {str(path)!r} is no SQLite file")
 
 
-def _run(library: Any, study: Any, objective: Callable[[Any], Any], trials: int, n_jobs: int) -> None:
-    """Run what is left of so many trials, counted over all processes."""
+def _run(
+    library: Any, study: Any, objective: Callable[[Any], Any], trials: int, n_jobs: int, grid: list[dict[str, str]]
+) -> None:
+    """Run what is left of so many trials, counted over all processes; of a grid, of so many combinations."""
     state = library.trial.TrialState
     counted = (state.COMPLETE, state.PRUNED)
-    done = len(study.get_trials(deepcopy=False, states=counted))
-    if done >= trials:
+
+    def done(states: tuple[Any, ...] = counted) -> int:
+        found = study.get_trials(deepcopy=False, states=states)
+        return len({tuple(sorted(trial.params.items())) for trial in found}) if grid else len(found)
+
+    def stop_when_done(study: Any, trial: Any) -> None:
+        if done() >= trials:
+            study.stop()
+
+    if done() >= trials:
         return
-    enough = library.study.MaxTrialsCallback(trials, states=counted)
-    with bar(trials, "search", done) as progress:
-        callbacks = [enough, lambda study, trial: progress.update()]
-        study.optimize(objective, n_trials=trials - done, n_jobs=n_jobs, callbacks=callbacks)
+    with bar(trials, "search", done()) as progress:
+        callbacks = [stop_when_done, lambda study, trial: progress.update()]
+        tried = done((*counted, state.FAIL) if grid else counted)
+        if tried < trials:
+            study.optimize(objective, n_trials=trials - tried, n_jobs=n_jobs, callbacks=callbacks)
+        while grid and done() < trials:  # Optuna takes a combination that was broken off as tried
+            known = [trial.params for trial in study.get_trials(deepcopy=False, states=counted)]
+            study.sampler = library.samplers.RandomSampler()  # draws nothing: all is fixed
+            study.enqueue_trial(next(combination for combination in grid if combination not in known))
+            study.optimize(objective, n_trials=1, callbacks=callbacks)
 
 
 class _Objective:
@@ -230,8 +270,8 @@ class _Objective:
     def _pruned(self, model: nn.Module, settings: Mapping[str, Any], drawing: Any) -> Masks | None:
         """The masks, where the settings say how much; a combination that does not fit ends the trial."""
         given = {name: value for name, value in settings.items() if name in _PRUNE}
-        amounts = any(given.get(name) is not None for name in ("sparsity", "threshold"))
-        if not (amounts or isinstance(given.get("scope"), Mapping) or _is_n_of_m(given.get("granularity"))):
+        amounts = any(given.get(name) is not None for name in AMOUNTS)
+        if not (amounts or isinstance(given.get("scope"), Mapping) or is_n_of_m(given.get("granularity"))):
             return None
         try:
             return prune(model, **given)
@@ -248,9 +288,3 @@ class _Objective:
             return False
         drawing.report(value, step)
         return bool(drawing.should_prune())
-
-
-def _is_n_of_m(granularity: Any) -> bool:
-    if isinstance(granularity, tuple):
-        return len(granularity) == 2 and granularity[0] < granularity[1]
-    return isinstance(granularity, str) and ":" in granularity

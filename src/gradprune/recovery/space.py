@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gradprune.core.checks import require
-from gradprune.recovery.outcome import name_of
+from gradprune.recovery.told import name_of
 
 Space = Mapping[str, Any]  # as a user gives it
 
+AMOUNTS = frozenset({"sparsity", "threshold"})  # between two whole numbers of them lie others
 CHOICES_ONLY = frozenset({"score", "scope", "granularity", "include", "exclude", "within", "axes"})
 
 
@@ -39,14 +42,41 @@ class SearchSpace:
         """All labels."""
         return {name: list(of) for name, of in self.choices.items()}
 
+    def combinations(self) -> list[dict[str, str]]:
+        """Every combination of labels."""
+        return [dict(zip(self.choices, labels, strict=True)) for labels in itertools.product(*self.choices.values())]
+
     def grid_size(self) -> int:
         """How many combinations there are; ValueError where they cannot be counted."""
         require(not self.ranges, f"a grid needs lists of choices; {', '.join(map(repr, self.ranges))} has a range")
         return math.prod(len(of) for of in self.choices.values())
 
+    def require_used(self, known: Collection[str]) -> None:
+        """Raise ValueError where a name is none that ``prune`` takes, or nothing says how much is to be pruned."""
+        for name in (*self.choices, *self.ranges):
+            near = difflib.get_close_matches(name, known, 1)
+            require(
+                name in known,
+                f"space names {name!r}, which prune does not take{f'; did you mean {near[0]!r}?' if near else ':'} "
+                "Only train reads other names, and there is none",
+            )
+        require(
+            bool(AMOUNTS & (self.choices.keys() | self.ranges.keys()))
+            or any(isinstance(of, Mapping) for of in self.choices.get("scope", {}).values())
+            or any(is_n_of_m(of) for of in self.choices.get("granularity", {}).values()),
+            "space says nowhere how much is pruned: name sparsity or threshold in it, or give a train that prunes",
+        )
+
     def described(self) -> dict[str, Any]:
         """What a file must agree with."""
         return {name: list(of) for name, of in self.choices.items()} | {n: repr(of) for n, of in self.ranges.items()}
+
+
+def is_n_of_m(granularity: Any) -> bool:
+    """Return whether it is itself a sparsity."""
+    if isinstance(granularity, tuple):
+        return len(granularity) == 2 and granularity[0] < granularity[1]
+    return isinstance(granularity, str) and ":" in granularity
 
 
 def _suggested(drawing: Any, name: str, of: Any) -> Any:
@@ -83,7 +113,7 @@ def _range(library: Any, name: str, ends: tuple[Any, ...]) -> Any:
     wanted = f"space[{name!r}] is a tuple, and so a pair (low, high) of numbers with low < high; choices are a list"
     require(sound and ends[0] < ends[1] and math.isfinite(ends[1] - ends[0]), f"{wanted}. Got {ends}")
     low, high = ends
-    if isinstance(low, int) and isinstance(high, int):
+    if isinstance(low, int) and isinstance(high, int) and name not in AMOUNTS:
         return library.distributions.IntDistribution(low, high)
     return library.distributions.FloatDistribution(float(low), float(high))
 
@@ -96,6 +126,7 @@ def _labelled(name: str, of: Any) -> dict[str, Any]:
     every = list(of) if isinstance(of, list | range) else [of]
     require(bool(every), f"space[{name!r}] is empty")
     labels = [name_of(value) for value in every]
-    twice = {label for label in labels if labels.count(label) > 1} | {label for label in labels if " at 0x" in label}
+    twice = {label for label in labels if labels.count(label) > 1}
+    twice |= {label for label in labels if " at 0x" in label or "<lambda>" in label}
     require(not twice, f"choices of space[{name!r}] need names, as a dict: {', '.join(sorted(twice))} tells too little")
     return dict(zip(labels, every, strict=True))

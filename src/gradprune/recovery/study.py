@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+HOPELESS, BROKEN_OFF = "hopeless", "broken off"  # how a trial ended without a value, where nothing else is noted
+
+
 def optuna_library() -> ModuleType:
     """Return the library, or raise ImportError that says how to get it."""
     try:
@@ -100,6 +103,12 @@ class Study(Table):
     def __len__(self) -> int:
         return len(self.rows())
 
+    def __repr__(self) -> str:
+        rows = self.rows()
+        values = [row["value"] for row in rows if row["value"] is not None]
+        best = f"the best value {max(values):.6g}, see .best" if values else "none complete"
+        return f"Study({len(rows)} trials, {best})"
+
     @property
     def two_aims(self) -> bool:
         """Whether there is a cost beside the value."""
@@ -108,7 +117,8 @@ class Study(Table):
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat row a finished trial: number, value, cost where there is one, and its settings as words.
 
-        The value of one that was ended early, or did not fit, is None; the last column says which.
+        The value of one that was ended early, did not fit or was broken off, by an error or an interruption, is None;
+        the last column says which.
         """
         return [self._row(trial) for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
@@ -158,7 +168,8 @@ class Study(Table):
 
     def _row(self, trial: Any) -> dict[str, Any]:
         values = trial.values if _complete(trial) else [None] * len(self.study.directions)
-        ended = trial.user_attrs.get("refused") or ("" if _complete(trial) else "hopeless")
+        how = {"COMPLETE": "", "PRUNED": HOPELESS}.get(trial.state.name, BROKEN_OFF)
+        ended = trial.user_attrs.get("refused") or how
         named = {"value": values[0]} | ({"cost": values[1]} if self.two_aims else {})
         return {"trial": trial.number} | named | self._space.words(trial.params) | {"ended": ended}
 
@@ -169,10 +180,14 @@ class Study(Table):
 
     def _notes(self) -> list[str]:
         rows = self.rows()
-        refused = sum(bool(row["ended"]) and row["ended"] != "hopeless" for row in rows)
-        hopeless = sum(row["ended"] == "hopeless" for row in rows)
+        ended = [row["ended"] for row in rows]
+        hopeless, broken = ended.count(HOPELESS), ended.count(BROKEN_OFF)
+        refused = len(rows) - ended.count("") - hopeless - broken
         which = "those that no other beats in both" if self.two_aims else "the best"
-        return [f"{len(rows)} trials, {which} shown; {hopeless} ended as hopeless, {refused} did not fit."]
+        return [
+            f"{len(rows)} trials, {which} shown; {hopeless} ended as hopeless, {refused} did not fit, {broken} were "
+            "broken off by an error or an interruption."
+        ]
 
 
 def _complete(trial: Any) -> bool:
