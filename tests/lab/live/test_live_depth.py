@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled
+from page import facts, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -52,10 +52,6 @@ def choose(root: Locator, activation: str, depth: int, scale: float) -> dict[str
 
 def train(root: Locator) -> dict[str, str]:
     return settled(root, lambda: root.get_by_role("button", name="Train").click())
-
-
-def words(root: Locator) -> str:
-    return root.locator(".gp-live-words").inner_text()
 
 
 def panel(root: Locator, number: int) -> Locator:

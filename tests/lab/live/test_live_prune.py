@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from page import facts, opened, set_slider, settled
+from page import facts, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 
 from gradprune import lab
@@ -62,9 +62,9 @@ def test_every_setting_is_reached_by_keyboard_and_reset_restores_the_first(root:
 
 def test_the_sentence_says_what_is_left(root: Locator) -> None:
     seen = set_slider(root, "weights removed", 90)
-    words = root.locator(".gp-live-words").inner_text()
-    assert f"{int(seen['kept']):,} of 3,552 weights are left" in words
-    assert f"{100 * float(seen['accuracy']):.1f} % of the test digits" in words
+    said = words(root)
+    assert f"{int(seen['kept']):,} of 3,552 weights are left" in said
+    assert f"{100 * float(seen['accuracy']):.1f} % of the test digits" in said
 
 
 def test_masks_of_a_setting_go_on_without_a_page() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled
+from page import facts, heard, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -135,15 +135,32 @@ def test_a_running_training_can_be_paused_and_goes_on(browser: Browser, pages: d
 
 def test_the_sentence_says_what_both_read(root: Locator) -> None:
     seen = train(root)
-    words = root.locator(".gp-live-words").inner_text()
-    assert words.startswith("After all 180 steps, the network pruned at once")
+    said = words(root)
+    assert said.startswith("After all 180 steps, the network pruned at once")
     for which in ("once", "many"):
-        assert f"reads {100 * float(seen[which]):.1f} %" in words
+        assert f"reads {100 * float(seen[which]):.1f} %" in said
 
 
 def test_without_a_page_the_masks_are_those_of_one_shot() -> None:
     figure = Retrain(sparsity=0.9)
     expected = gp.prune(figure.network, sparsity=0.9)
     assert all(torch.equal(mask, expected[name]) for name, mask in figure.masks.items())
-    figure._kept = bytes([1, 0] * (sum(mask.numel() for mask in expected.values()) // 2))
-    assert figure.masks.sparsity == 0.5
+
+
+def test_what_python_goes_on_from_is_the_pages_second_network_at_that_setting(root: Locator) -> None:
+    choose(root, 0.95, 4, "rewinding")
+    settings = {"sparsity": 0.95, "rounds": 4, "after": "rewinding"}
+    for change in (lambda: facts(root), lambda: train(root)):
+        seen = change()
+        figure = heard(root, Retrain(**settings))
+        network, masks = figure.network, figure.masks
+        masks.apply_(network)
+        found = nn.utils.parameters_to_vector(network.parameters()).detach().numpy()
+        assert (found == numbers(root, "many")).all()
+        assert sum(int(mask.sum()) for mask in masks.values()) == int(seen["keptMany"])
+    for other in ({"sparsity": 0.6}, {"rounds": 5}, {"after": "going on"}):
+        figure = heard(root, Retrain(**settings | other))
+        alone = Retrain(**settings | other)
+        assert all(torch.equal(mask, alone.masks[name]) for name, mask in figure.masks.items())
+        pairs = zip(figure.network.parameters(), perceptron.trained().parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)

@@ -15,7 +15,16 @@ import {
   parameterCount,
 } from "./network.js";
 import { createReader, percent } from "./reading.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  settingsOf,
+} from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const ROWS = 64; // examples whose gradient is shown
@@ -64,7 +73,7 @@ export function render({ model, el }) {
     labels: train.labels.subarray(0, ROWS),
   };
   const square = norm([shown.inputs]) ** 2 / shown.inputs.length;
-  const chosen = () => Object.fromEntries(SETTINGS.map((name) => [name, model.get(name)]));
+  const chosen = () => settingsOf(model, SETTINGS);
   const first = chosen();
 
   let fresh = null; // the network of the setting, as it is initialised
@@ -103,7 +112,7 @@ export function render({ model, el }) {
 
   // The norm of the loss gradient at the input of each layer's activation, and at the output, first layer first.
   function gradientNorms() {
-    const gradient = new Float32Array(ROWS * classes);
+    const gradient = new Float64Array(ROWS * classes);
     crossEntropy(forward(net, shown.inputs, ROWS, work), shown.labels, classes, gradient);
     backward(net, shown.inputs, ROWS, work, gradient);
     return work.deltas.map((delta) => norm([delta]));
@@ -134,7 +143,7 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, first);
-    follow();
+    ask();
   });
   stage.controls.append(depth.root, scale.root, activation.root, go, reset);
 
@@ -259,7 +268,7 @@ export function render({ model, el }) {
     activation.set(setting.activation);
     start();
   }
-  listen(stage, model, SETTINGS, follow);
+  const ask = listen(stage, model, SETTINGS, follow);
   stage.root.numbers = () => flatten(net);
   stage.root.gradients = gradientNorms;
   stage.root.train = (steps) => trainSteps(training, steps);

@@ -46,6 +46,14 @@ export function copyNetwork(net) {
   return createNetwork(net.sizes, net.activation, flatten(net));
 }
 
+/** Gives a network the parameters of another one of its form. */
+export function assign(net, from) {
+  const to = inOrder(net);
+  inOrder(from).forEach((array, at) => {
+    to[at].set(array);
+  });
+}
+
 /** Returns all parameters in torch's order, as `createNetwork` reads them. */
 export function flatten(net) {
   const numbers = new Float32Array(parameterCount(net.sizes));

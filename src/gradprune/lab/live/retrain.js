@@ -2,12 +2,21 @@
 import { createChart } from "./chart.js";
 import { button, choice, slider } from "./controls.js";
 import { readNetwork, readSplit } from "./examples.js";
-import { copyNetwork, flatten } from "./network.js";
+import { assign, copyNetwork, flatten } from "./network.js";
 import { createSgd } from "./optimizer.js";
 import { createPicture } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
-import { countAll, countKept, createReader, joinBytes, percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import { countAll, countKept, createReader, goingOn, percent, whole } from "./reading.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  settingsOf,
+} from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const ABOUT = 180; // steps of each network: as many rounds as there are make it whole
@@ -23,7 +32,7 @@ export function render({ model, el }) {
   const read = createReader(dense, test);
   const total = countAll(dense.weights);
   const strongest = Math.max(...dense.weights[0].map(Math.abs));
-  const chosen = () => Object.fromEntries(SETTINGS.map((name) => [name, model.get(name)]));
+  const chosen = () => settingsOf(model, SETTINGS);
   const first = chosen();
 
   // A network that is pruned `rounds` times on its way, each time followed by `each` steps.
@@ -39,7 +48,7 @@ export function render({ model, el }) {
       run.round += 1;
       const gone = 1 - (1 - sparsity) ** (run.round / rounds); // equation 5.5
       run.masks = pruneMasks(magnitudeScores(net.weights), gone, "global");
-      if (after === "rewinding") rewind(net, early);
+      if (after === "rewinding") assign(net, early);
       applyMasks(net.weights, run.masks);
       run.training.masks = run.masks;
       run.training.state = createSgd(net, OPTIMIZER);
@@ -98,7 +107,7 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, first);
-    follow();
+    ask();
   });
   stage.controls.append(sparsity.root, rounds.root, after.root, go, reset);
 
@@ -148,7 +157,7 @@ export function render({ model, el }) {
     const kept = { keptOnce: countKept(once.masks), keptMany: countKept(many.masks) };
     const facts = { ...chosen(), steps: done, round: many.round, once: a[1], many: b[1], ...kept };
     say(stage, facts, sentence({ ...facts, of: steps, total }));
-    publish(model, { accuracy: b[1], _kept: new DataView(joinBytes(many.masks).buffer) });
+    publish(model, { accuracy: b[1], _shown: goingOn(chosen(), many.masks, flatten(many.net)) });
   };
   const request = drawer(stage, draw);
   const walk = animator(stage, {
@@ -168,7 +177,8 @@ export function render({ model, el }) {
     after.set(setting.after);
     start();
   }
-  listen(stage, model, SETTINGS, follow);
+  const ask = listen(stage, model, SETTINGS, follow);
+  stage.root.shown = () => model.get("_shown");
   stage.root.numbers = () => ({ once: flatten(once.net), many: flatten(many.net) });
   follow();
   return closing(stage);
@@ -185,11 +195,3 @@ const columns = (seen, column) => ({
   x: seen.map((row) => row[0]),
   y: seen.map((row) => row[column]),
 });
-
-function rewind(net, early) {
-  for (const kind of ["weights", "biases"]) {
-    net[kind].forEach((numbers, layer) => {
-      numbers.set(early[kind][layer]);
-    });
-  }
-}

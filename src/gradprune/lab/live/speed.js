@@ -6,7 +6,16 @@ import { copyNetwork, createWorkspace, forward, predictions } from "./network.js
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
 import { countAll, percent } from "./reading.js";
 import { compressNetwork, forwardRows, unitMasks, withoutIdleUnits } from "./sparse.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  settingsOf,
+} from "./stage.js";
 
 const GRAINS = [
   ["weights", "single weights"],
@@ -31,7 +40,7 @@ export function render({ model, el }) {
   const scores = magnitudeScores(dense.weights);
   const work = createWorkspace(dense, test.rows);
   const classes = dense.sizes.at(-1);
-  const chosen = () => Object.fromEntries(SETTINGS.map((name) => [name, model.get(name)]));
+  const chosen = () => settingsOf(model, SETTINGS);
   const first = chosen();
   const measured = new Map(GRAINS.map(([grain]) => [grain, null]));
   let running = null; // the grain that is being measured, and what is left to do
@@ -81,7 +90,7 @@ export function render({ model, el }) {
     walk.stop();
     for (const [of] of GRAINS) measured.set(of, null);
     publish(model, first);
-    follow();
+    ask();
   });
   stage.controls.append(sparsity.root, grain.root, measure, reset);
 
@@ -207,7 +216,7 @@ export function render({ model, el }) {
     grain.set(setting.grain);
     request();
   }
-  listen(stage, model, SETTINGS, follow);
+  const ask = listen(stage, model, SETTINGS, follow);
   follow();
   return closing(stage);
 }

@@ -93,8 +93,7 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, { density: first });
-    share.set(Math.log10(first));
-    start();
+    ask();
   });
   stage.controls.append(share.root, go, reset);
 
@@ -178,7 +177,7 @@ export function render({ model, el }) {
     share.set(Math.log10(model.get("density")));
     start();
   }
-  listen(stage, model, ["density"], follow);
+  const ask = listen(stage, model, ["density"], follow);
   stage.root.numbers = (kind) => flatten(runs[kind].net);
   stage.root.rest = (kind) => restOf(runs[kind]).flatMap((array) => [...array]);
   stage.root.advance = (count) => {

@@ -16,8 +16,18 @@ import { differing, keepers, WAYS, WORKERS } from "./crew.js";
 import { readNetwork, readSplit } from "./examples.js";
 import { flatten } from "./network.js";
 import { createPicture } from "./pixels.js";
-import { countAll, createReader, joinBytes, percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
+import { countAll, createReader, goingOn, joinBytes, percent, whole } from "./reading.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  element,
+  listen,
+  publish,
+  say,
+  settingsOf,
+} from "./stage.js";
 
 const OPTIMIZER = { rate: 0.05, momentum: 0.9, decay: 0 };
 const BATCH = 64;
@@ -32,7 +42,7 @@ export function render({ model, el }) {
   const train = readSplit(model.get("_train"));
   const read = createReader(untrained, test);
   const total = countAll(untrained.weights);
-  const settings = (names) => Object.fromEntries(names.map((name) => [name, model.get(name)]));
+  const settings = (names) => settingsOf(model, names);
   const first = settings([...TRAINING, ...PRUNING]);
   const how = () => settings(PRUNING);
 
@@ -114,7 +124,7 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, first);
-    start();
+    ask();
   });
   const inputs = [way, period, age, sent, moment, decides].map(({ root }) => root);
   stage.controls.append(...inputs, element("div", {}, go, " ", prune, " ", reset));
@@ -169,7 +179,7 @@ export function render({ model, el }) {
     };
     say(stage, facts, sentence(facts, course, total));
     const masks = crew.workers.flatMap((worker) => worker.masks ?? []);
-    publish(model, { accuracy: facts.accuracy, _kept: new DataView(joinBytes(masks).buffer) });
+    publish(model, { accuracy: facts.accuracy, _shown: goingOn(setting, masks) });
   };
   const request = drawer(stage, draw);
   const walk = animator(stage, {
@@ -190,7 +200,7 @@ export function render({ model, el }) {
     period.root.hidden = moment.root.hidden = !WAYS[setting.way].averaged;
     age.root.hidden = setting.way !== "asynchronous";
   }
-  listen(stage, model, TRAINING, () => {
+  const ask = listen(stage, model, TRAINING, () => {
     show();
     start();
   });
@@ -198,6 +208,7 @@ export function render({ model, el }) {
     show();
     goBack();
   });
+  stage.root.shown = () => model.get("_shown");
   stage.root.numbers = (worker) => [...flatten(crewOf(course).workers[worker].net)];
   stage.root.masks = () => crewOf(course).workers.map(({ masks }) => [...joinBytes(masks)]);
   stage.root.advance = (count) => {
