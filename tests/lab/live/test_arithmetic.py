@@ -39,6 +39,9 @@ ARITHMETIC = (
     "layered",
     "adam",
     "examples",
+    "chart",
+    "trace",
+    "stage",
 )
 
 Outcomes = tuple[dict[str, bool], str]
@@ -165,6 +168,13 @@ MUTANTS = [
     ("gradients.test.js", "gradients.js", "mask[i] === 1 ? 0 : sum", "sum"),
     ("training.test.js", "training.js", "picked.labels[at] = labels[row]", "picked.labels[at] = labels[at]"),
     ("training.test.js", "training.js", "training.position === training.order.length", "training.order.length === 0"),
+    ("training.test.js", "training.js", "position === training.order.length", "position >= training.order.length - 1"),
+    ("trace.test.js", "trace.js", "> nearby", "< nearby"),
+    ("trace.test.js", "trace.js", "([a], [b]) => a - b", "([a], [b]) => b - a"),
+    ("chart.test.js", "chart.js", "log ? Math.log10(Math.max(value", "log ? Math.log(Math.max(value"),
+    ("chart.test.js", "chart.js", "- a) / (b - a)", "- a) / (b + a)"),
+    ("stage.test.js", "stage.js", "if (asked) return;\n    asked = true;\n    queue", "queue"),
+    ("stage.test.js", "stage.js", "if (standing) follow()", "follow()"),
     ("training.test.js", "training.js", "sum += rows * trainStep", "sum += trainStep"),
     ("training.test.js", "training.js", "if (training.change) training.change(gradients)", ""),
     ("training.test.js", "training.js", "training.state, training.masks", "training.state, null"),

@@ -56,6 +56,19 @@ def test_page_and_gradprune_keep_the_same_weights_and_read_as_many_digits(root: 
         assert float(seen["accuracy"]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_one_step_of_training_again_is_torchs(root: Locator) -> None:
+    for sparsity in (0.1, 0.25, 0.33, 0.5, 0.66, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99):
+        set_slider(root, "weights removed", round(100 * sparsity))
+        before = numbers(root)
+        root.evaluate("(root) => root.train(1)")
+        model, _ = trained_on(sparsity, 1)
+        stepped = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+        largest = np.abs(stepped - before).max()
+        assert largest > 1e-4  # so that a step left out is seen
+        # A hundred-thousandth of the step, and what single precision rounds of a weight.
+        np.testing.assert_allclose(numbers(root), stepped, rtol=2.5e-7, atol=1e-5 * largest)
+
+
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.95])
 def test_training_again_takes_torchs_steps_and_pruned_weights_stay_zero(root: Locator, sparsity: float) -> None:
     pruned = set_slider(root, "weights removed", round(100 * sparsity))

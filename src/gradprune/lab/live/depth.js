@@ -23,6 +23,7 @@ import {
   listen,
   publish,
   say,
+  sayPrecision,
   settingsOf,
 } from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
@@ -170,6 +171,7 @@ export function render({ model, el }) {
     }),
   };
   stage.panels.append(...Object.values(charts).map((chart) => chart.root));
+  sayPrecision(stage);
 
   const draw = () => {
     const setting = chosen();

@@ -7,7 +7,6 @@
 import { activationNamed } from "./activation.js";
 import { backwardDense } from "./dense.js";
 import { multiplyTransposed } from "./matrix.js";
-import { normal } from "./random.js";
 
 /** Returns how many weights and biases a network of these sizes has. */
 export function parameterCount(sizes) {
@@ -28,16 +27,6 @@ export function createNetwork(sizes, activation, numbers) {
     net.biases.push(Float32Array.from(numbers.subarray(start + to * from, start + to * from + to)));
     start += to * from + to;
   }
-  return net;
-}
-
-/** Returns a network with normal weights of standard deviation scale / sqrt(in) and no biases. */
-export function initialise(sizes, activation, scale, uniform) {
-  const net = createNetwork(sizes, activation, new Float32Array(parameterCount(sizes)));
-  net.weights.forEach((weights, layer) => {
-    const deviation = scale / Math.sqrt(sizes[layer]);
-    for (let i = 0; i < weights.length; i++) weights[i] = deviation * normal(uniform);
-  });
   return net;
 }
 

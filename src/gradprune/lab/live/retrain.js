@@ -15,6 +15,7 @@ import {
   listen,
   publish,
   say,
+  sayPrecision,
   settingsOf,
 } from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
@@ -130,6 +131,7 @@ export function render({ model, el }) {
   const pictureOnce = createPicture("One shot: its first layer", dense.sizes[1]);
   const pictureMany = createPicture("Rounds: its first layer", dense.sizes[1]);
   stage.panels.append(accuracy.root, removed.root, pictureOnce.root, pictureMany.root);
+  sayPrecision(stage);
 
   const lines = (column) => [
     { kind: "line", ...columns(once.seen, column), class: "gp-pruned" },
@@ -160,12 +162,13 @@ export function render({ model, el }) {
     publish(model, { accuracy: b[1], _shown: goingOn(chosen(), many.masks, flatten(many.net)) });
   };
   const request = drawer(stage, draw);
+  function step() {
+    once.step();
+    many.step();
+    return many.training.steps < steps;
+  }
   const walk = animator(stage, {
-    step() {
-      once.step();
-      many.step();
-      return many.training.steps < steps;
-    },
+    step,
     draw,
     done: () => request(),
   });
@@ -178,6 +181,9 @@ export function render({ model, el }) {
     start();
   }
   const ask = listen(stage, model, SETTINGS, follow);
+  stage.root.advance = (count) => {
+    for (let at = 0; at < count; at++) step();
+  };
   stage.root.shown = () => model.get("_shown");
   stage.root.numbers = () => ({ once: flatten(once.net), many: flatten(many.net) });
   follow();

@@ -19,6 +19,13 @@ export function createStage(el, name, title) {
   return { root, controls, words, spoken, panels, timer: 0, frame: 0, ends: [] };
 }
 
+// What a figure that trains says under its panels; tests hold three of them to it.
+export function sayPrecision(stage) {
+  const words =
+    "The page computes in single precision and adds in another order than Python: after many steps the last digits may differ, by less than they do from one order of the batches to another.";
+  stage.root.append(element("p", { class: "gp-live-note" }, words));
+}
+
 // Write what is shown where tests read it (data- attributes), readers see it, and, when it rests, screen readers say it.
 export function say(stage, facts, sentence) {
   for (const [name, value] of Object.entries(facts)) stage.root.dataset[name] = String(value);

@@ -8,7 +8,16 @@ import { createPad } from "./pad.js";
 import { createPicture } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
 import { countAll, countKept, createReader, goingOn, percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  sayPrecision,
+} from "./stage.js";
 import { createTraces } from "./trace.js";
 import { createTraining, epochSteps, trainSteps } from "./training.js";
 
@@ -66,6 +75,7 @@ export function render({ model, el }) {
   const title = "The first layer, unit by unit: blue positive, orange negative, blank gone";
   const picture = createPicture(title, dense.sizes[1]);
   stage.panels.append(curve.root, pad.root, bars.root, picture.root);
+  sayPrecision(stage);
 
   function prune(sparsity) {
     walk.stop();
@@ -122,12 +132,14 @@ export function render({ model, el }) {
   function startTraining() {
     const at = model.get("sparsity");
     began = { at, before: trained?.at === at ? trained.before : read(net).accuracy };
-    training = createTraining({
+    training = trainingOfShown();
+    walk.start();
+  }
+  const trainingOfShown = () =>
+    createTraining({
       ...{ net, inputs: train.inputs, labels: train.labels, classes, masks },
       ...{ batch: BATCH, seed: 0, optimizer: OPTIMIZER },
     });
-    walk.start();
-  }
 
   function follow() {
     removed.set(Math.round(100 * model.get("sparsity")));
@@ -138,6 +150,7 @@ export function render({ model, el }) {
   pad.pick(FIRST);
   follow();
   stage.root.numbers = () => flatten(net);
+  stage.root.train = (steps) => trainSteps(trainingOfShown(), steps);
   stage.root.shown = () => model.get("_shown");
   return closing(stage);
 }

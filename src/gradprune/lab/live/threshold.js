@@ -5,7 +5,16 @@ import { readNetwork, readSplit } from "./examples.js";
 import { createFeedback, norm, topFraction } from "./gradients.js";
 import { copyNetwork, flatten, parameterCount } from "./network.js";
 import { createReader, percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  sayPrecision,
+} from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const STEPS = 270;
@@ -117,6 +126,7 @@ export function render({ model, el }) {
     }),
   };
   stage.panels.append(...Object.values(charts).map((chart) => chart.root));
+  sayPrecision(stage);
 
   const lines = (across, up) =>
     Object.entries(KINDS).flatMap(([kind, name]) => {
