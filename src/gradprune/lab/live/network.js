@@ -132,12 +132,6 @@ export function predictions(logits, classes) {
   return found;
 }
 
-/** Returns the share of the rows whose largest logit is that of their label. */
-export function accuracy(logits, labels, classes) {
-  const found = predictions(logits, classes);
-  return found.reduce((right, c, row) => right + (c === labels[row] ? 1 : 0), 0) / found.length;
-}
-
 function layersOf(sizes) {
   return sizes.slice(1).map((to, layer) => ({ from: sizes[layer], to }));
 }

@@ -5,17 +5,22 @@ import { DENSE, predictions } from "./network.js";
 // correctly, and that of the rows of each class. `passes` are those of its kind of network.
 export function createReader(net, { inputs, labels, rows }, passes = DENSE) {
   const work = passes.createWorkspace(net, rows);
-  const classes = net.sizes.at(-1);
+  const judge = createJudge(labels, net.sizes.at(-1));
+  return (network) => judge(passes.forward(network, inputs, rows, work));
+}
+
+// The same from the logits of all rows, wherever they come from.
+export function createJudge(labels, classes) {
   const counts = new Array(classes).fill(0);
   for (const label of labels) counts[label] += 1;
-  return (network) => {
-    const answers = predictions(passes.forward(network, inputs, rows, work), classes);
+  return (logits) => {
+    const answers = predictions(logits, classes);
     const right = new Array(classes).fill(0);
     answers.forEach((answer, row) => {
       if (answer === labels[row]) right[answer] += 1;
     });
     const byClass = right.map((count, c) => count / counts[c]);
-    return { accuracy: right.reduce((a, b) => a + b) / rows, byClass };
+    return { accuracy: right.reduce((a, b) => a + b) / labels.length, byClass };
   };
 }
 
