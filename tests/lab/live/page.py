@@ -71,6 +71,21 @@ def facts(root: Locator) -> dict[str, str]:
     return found
 
 
+def heard(root: Locator, figure: Live) -> Live:
+    """Give a figure what the page of `root` shows, as a kernel hears it, and return it."""
+    bytes_of = "(view) => [...new Uint8Array(view.buffer, view.byteOffset, view.byteLength)]"
+    every = "Object.entries(root.shown()).map(([name, of]) => [name, of instanceof DataView ? bytesOf(of) : of])"
+    shown = root.evaluate(f"(root) => {{ const bytesOf = {bytes_of}; return Object.fromEntries({every}); }}")
+    parts = {name: memoryview(bytes(of)) if isinstance(of, list) else of for name, of in shown.items()}
+    figure.set_state({"_shown": parts})
+    return figure
+
+
+def words(root: Locator) -> str:
+    """Return the sentence of a figure, its no-break spaces as plain ones."""
+    return root.locator(".gp-live-words").inner_text().replace("\u00a0", " ")
+
+
 def set_slider(root: Locator, label: str, value: float) -> dict[str, str]:
     """Move a slider, as a reader's hand does, and return what the figure then says."""
     slide = "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', { bubbles: true })); }"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from page import facts, opened, set_slider, settled, write_page
+from page import facts, opened, set_slider, settled, words, write_page
 from playwright.sync_api import Browser, Locator
 
 from gradprune.lab.live import Clip
@@ -141,24 +141,23 @@ def test_the_walks_begin_at_the_weight_where_the_map_is_pressed_and_dragged_to(r
 
 def test_the_sentence_says_where_both_walks_end_and_what_the_weight_does(browser: Browser, tmp_path: Path) -> None:
     with page_of(browser, tmp_path, Clip()) as root:
-        words = root.locator(".gp-live-words")
-        assert "the loss is too large for a number after 2 steps, the longest 1·10¹⁴⁷" in words.inner_text()
-        assert "With a bound of 1, 60 steps, the longest 0.05, end at a loss of 0.051" in words.inner_text()
-        assert "turned" not in words.inner_text()
-        assert "together by 38: above 1 it explodes" in words.inner_text()
+        assert "the loss is too large for a number after 2 steps, the longest 1·10¹⁴⁷" in words(root)
+        assert "With a bound of 1, 60 steps, the longest 0.05, end at a loss of 0.051" in words(root)
+        assert "turned" not in words(root)
+        assert "together by 38: above 1 it explodes" in words(root)
         seen = set_slider(root, "learning rate", -4.7)
         assert float(seen["rate"]) == SMALL_RATE
-        assert "Without a bound, 60 steps, the longest 2.5, end at a loss of 1.5" in words.inner_text()
+        assert "Without a bound, 60 steps, the longest 2.5, end at a loss of 1.5" in words(root)
         set_slider(root, "weight w at the start", 1)
-        assert "at 1 it does neither" in words.inner_text()
+        assert "at 1 it does neither" in words(root)
         seen = set_slider(root, "weight w at the start", 0.8)
         assert float(seen["factor"]) == pytest.approx(0.8**20)
-        assert "together by 0.012: below 1 it vanishes" in words.inner_text()
+        assert "together by 0.012: below 1 it vanishes" in words(root)
     with page_of(browser, tmp_path, Clip(kind="value")) as root:
-        words = root.locator(".gp-live-words").inner_text()
+        said = words(root)
         turn = float(Clip(kind="value").walk().angles.max())
-        assert "With each entry at most 1, 60 steps" in words
-        assert f"turned by up to {turn:.0f}°" in words
+        assert "With each entry at most 1, 60 steps" in said
+        assert f"turned by up to {turn:.0f}°" in said
 
 
 def test_play_shows_the_steps_one_after_the_other_and_less_motion_only_the_end(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled
+from page import facts, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -54,10 +54,6 @@ def train(root: Locator) -> dict[str, str]:
     return settled(root, lambda: root.get_by_role("button", name="Train").click())
 
 
-def words(root: Locator) -> str:
-    return root.locator(".gp-live-words").inner_text()
-
-
 def panel(root: Locator, number: int) -> Locator:
     return root.locator(".gp-live-chart").nth(number)
 
@@ -91,11 +87,11 @@ def test_beyond_single_precision_the_page_and_torch_lose_the_same_layers(root: L
     assert "the gradient is 0: what is left is below single precision's smallest number" in words(root)
 
 
-def torch_trained(figure: Depth, steps: int) -> nn.Sequential:
+def torch_trained(figure: Depth, steps: int, seed: int = 0) -> nn.Sequential:
     """The figure's network after torch's steps on the page's batches."""
     model, data = figure.network, perceptron.digits()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for rows in page_batches(0, len(data.train), 64, steps):
+    for rows in page_batches(seed, len(data.train), 64, steps):
         optimizer.zero_grad()
         functional.cross_entropy(model(data.train.x[rows]), data.train.y[rows]).backward()
         optimizer.step()
@@ -131,6 +127,28 @@ def test_training_takes_torchs_steps(root: Locator, activation: str, depth: int)
     moved = float((model[0].weight.detach() - first).norm() / first.norm())
     assert float(seen["moved"]) == pytest.approx(moved, rel=1e-4)
     assert float(seen["accuracy"]) == pytest.approx(lab.train.accuracy(model, perceptron.digits().test), abs=1.5 / 359)
+
+
+@pytest.mark.parametrize(("activation", "depth"), [("tanh", 5), ("tanh", 20), ("relu", 5)])
+def test_what_single_precision_changes_is_less_than_what_another_order_of_the_batches_does(
+    root: Locator, activation: str, depth: int
+) -> None:
+    scale = 1.4 if activation == "relu" else 1.0
+    choose(root, activation, depth, scale)
+    seen = train(root)
+    figure = Depth(activation=activation, depth=depth, scale=scale)
+    first = figure.network[0].weight.detach()
+
+    def measured(seed: int) -> tuple[float, float]:
+        model = torch_trained(figure, 200, seed)
+        moved = float((model[0].weight.detach() - first).norm() / first.norm())
+        return moved, lab.train.accuracy(model, perceptron.digits().test)
+
+    page = float(seen["moved"]), float(seen["accuracy"])
+    same, *others = map(measured, range(6))
+    for at in range(2):
+        spread = [other[at] for other in others]
+        assert abs(page[at] - same[at]) < max(spread) - min(spread)
 
 
 def test_relu_takes_torchs_steps_before_rounding_parts_them(root: Locator) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from batches import page_batches
 from live_reference import mulberry32
-from page import facts, opened, set_slider, settled
+from page import facts, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -175,14 +175,13 @@ def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Loca
 
 
 def test_the_sentence_says_what_is_shown(root: Locator) -> None:
-    words = root.locator(".gp-live-words")
     seen = choose(root, "recurrent", 0.9, "smallest", "global")
-    assert words.inner_text().startswith("317 of the recurrent network's 3,168 weights are left, 2,851 are zero.")
-    assert f"and {100 * float(seen['pruned']):.1f} % pruned. Of its" in words.inner_text()
+    assert words(root).startswith("317 of the recurrent network's 3,168 weights are left, 2,851 are zero.")
+    assert f"and {100 * float(seen['pruned']):.1f} % pruned. Of its" in words(root)
     seen = train(root)
-    assert f"after 300 of 300 steps of training it reads {100 * float(seen['corrected']):.1f} %" in words.inner_text()
+    assert f"after 300 of 300 steps of training it reads {100 * float(seen['corrected']):.1f} %" in words(root)
     choose(root, "recurrent", 0.0, "smallest", "global")
-    assert words.inner_text().endswith("Each of its matrices keeps 100.0 %.")
+    assert words(root).endswith("Each of its matrices keeps 100.0 %.")
 
 
 def test_each_network_is_one_of_the_chapters_and_reaches_its_level() -> None:

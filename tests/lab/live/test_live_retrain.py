@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled
+from page import facts, heard, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -15,7 +15,7 @@ from torch.nn import functional
 import gradprune as gp
 from gradprune import lab
 from gradprune.lab.live import Retrain, perceptron
-from gradprune.lab.live.retrain import BATCH, EARLY, SGD, STEPS
+from gradprune.lab.live.retrain import BATCH, EARLY, SGD, STEPS, comparison
 
 
 @pytest.fixture
@@ -42,11 +42,13 @@ def choose(root: Locator, sparsity: float, rounds: int, after: str) -> dict[str,
     return seen if radio.is_checked() else settled(root, radio.check)
 
 
-def pruned_in_rounds(sparsity: float, rounds: int, each: int, after: str) -> tuple[nn.Module, gp.Masks]:
-    """The network by gradprune and torch, on the page's batches."""
+def pruned_in_rounds(
+    sparsity: float, rounds: int, each: int, after: str, until: int | None = None
+) -> tuple[nn.Module, gp.Masks]:
+    """The network by gradprune and torch, on the page's batches; after all steps, or the first `until`."""
     model, data = perceptron.trained(), perceptron.digits()
-    batches = page_batches(0, len(data.train), BATCH, rounds * each)
-    for number in range(rounds):
+    batches = page_batches(0, len(data.train), BATCH, rounds * each)[:until]
+    for number in range(-(-len(batches) // each)):
         gone = 1 - (1 - sparsity) ** ((number + 1) / rounds)
         masks = gp.prune(model, sparsity=gone, min_keep=1)
         if after == "rewinding":
@@ -87,6 +89,32 @@ def test_the_first_pruning_of_both_is_gradprunes(root: Locator) -> None:
             assert float(seen[which]) == pytest.approx(accuracy, abs=1e-6)
 
 
+def test_one_step_after_the_first_pruning_is_torchs(root: Locator) -> None:
+    for sparsity, rounds, after in SETTINGS:
+        choose(root, sparsity, rounds, after)
+        before = {which: numbers(root, which) for which in ("once", "many")}
+        root.evaluate("(root) => root.advance(1)")
+        each = round(STEPS / rounds)
+        for which, times, length in (("once", 1, rounds * each), ("many", rounds, each)):
+            model, _ = pruned_in_rounds(sparsity, times, length, after, until=1)
+            stepped = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+            largest = np.abs(stepped - before[which]).max()
+            assert largest > 1e-4  # so that a step left out is seen
+            # A hundred-thousandth of the step, and what single precision rounds of a weight.
+            np.testing.assert_allclose(numbers(root, which), stepped, rtol=2.5e-7, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("after", ["going on", "rewinding"])
+def test_the_first_step_after_the_second_pruning_has_no_momentum_from_before(root: Locator, after: str) -> None:
+    choose(root, 0.9, 10, after)
+    each = STEPS // 10
+    root.evaluate("(root, steps) => root.advance(steps)", each + 1)
+    model, masks = pruned_in_rounds(0.9, 10, each, after, until=each + 1)
+    assert masks.sparsity == pytest.approx(1 - 0.1**0.2, abs=1e-3)
+    expected = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+    np.testing.assert_allclose(numbers(root, "many"), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("sparsity", "rounds", "after"), [(0.9, 5, "going on"), (0.95, 4, "rewinding")])
 def test_both_networks_train_as_torch_has_it(root: Locator, sparsity: float, rounds: int, after: str) -> None:
     choose(root, sparsity, rounds, after)
@@ -103,6 +131,19 @@ def test_both_networks_train_as_torch_has_it(root: Locator, sparsity: float, rou
     assert int(seen["keptMany"]) == int(seen["keptOnce"]) == sum(int(mask.sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
     assert (numbers(root, "many") == 0).sum() == total - int(seen["keptMany"])
+
+
+@pytest.mark.parametrize(("sparsity", "after"), [(0.95, "going on"), (0.98, "going on"), (0.95, "rewinding")])
+def test_what_single_precision_changes_is_less_than_what_another_order_of_the_batches_does(
+    root: Locator, sparsity: float, after: str
+) -> None:
+    choose(root, sparsity, 5, after)
+    seen = train(root)
+    each = STEPS // 5
+    for which, rounds, orders in zip(("once", "many"), (1, 5), comparison(sparsity, 5, after), strict=True):
+        model, _ = pruned_in_rounds(sparsity, rounds, 5 * each // rounds, after)
+        change = abs(float(seen[which]) - lab.train.accuracy(model, perceptron.digits().test))
+        assert change < max(orders) - min(orders)
 
 
 def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Locator) -> None:
@@ -135,15 +176,32 @@ def test_a_running_training_can_be_paused_and_goes_on(browser: Browser, pages: d
 
 def test_the_sentence_says_what_both_read(root: Locator) -> None:
     seen = train(root)
-    words = root.locator(".gp-live-words").inner_text()
-    assert words.startswith("After all 180 steps, the network pruned at once")
+    said = words(root)
+    assert said.startswith("After all 180 steps, the network pruned at once")
     for which in ("once", "many"):
-        assert f"reads {100 * float(seen[which]):.1f} %" in words
+        assert f"reads {100 * float(seen[which]):.1f} %" in said
 
 
 def test_without_a_page_the_masks_are_those_of_one_shot() -> None:
     figure = Retrain(sparsity=0.9)
     expected = gp.prune(figure.network, sparsity=0.9)
     assert all(torch.equal(mask, expected[name]) for name, mask in figure.masks.items())
-    figure._kept = bytes([1, 0] * (sum(mask.numel() for mask in expected.values()) // 2))
-    assert figure.masks.sparsity == 0.5
+
+
+def test_what_python_goes_on_from_is_the_pages_second_network_at_that_setting(root: Locator) -> None:
+    choose(root, 0.95, 4, "rewinding")
+    settings = {"sparsity": 0.95, "rounds": 4, "after": "rewinding"}
+    for change in (lambda: facts(root), lambda: train(root)):
+        seen = change()
+        figure = heard(root, Retrain(**settings))
+        network, masks = figure.network, figure.masks
+        masks.apply_(network)
+        found = nn.utils.parameters_to_vector(network.parameters()).detach().numpy()
+        assert (found == numbers(root, "many")).all()
+        assert sum(int(mask.sum()) for mask in masks.values()) == int(seen["keptMany"])
+    for other in ({"sparsity": 0.6}, {"rounds": 5}, {"after": "going on"}):
+        figure = heard(root, Retrain(**settings | other))
+        alone = Retrain(**settings | other)
+        assert all(torch.equal(mask, alone.masks[name]) for name, mask in figure.masks.items())
+        pairs = zip(figure.network.parameters(), perceptron.trained().parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from page import facts, opened, set_slider, settled
+from page import facts, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 
 import gradprune as gp
@@ -65,11 +65,10 @@ def test_what_stands_where_no_script_runs_counts_what_the_page_counts(root: Loca
 
 
 def test_nothing_is_measured_before_it_is_asked_for_and_then_every_way_is(root: Locator) -> None:
-    words = root.locator(".gp-live-words")
     assert facts(root)["measured"] == "0"
-    assert "Press Measure here" in words.inner_text()
+    assert "Press Measure here" in words(root)
     assert settled(root, root.get_by_role("button", name="Measure here").click)["measured"] == "5"
-    assert "Measured in your browser at 90.0 %" in words.inner_text()
+    assert "Measured in your browser at 90.0 %" in words(root)
     assert choose(root, "units", 0.9)["measured"] == "0"  # of the other nothing is known yet
     assert settled(root, root.get_by_role("button", name="Reset").click)["measured"] == "0"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled, write_page
+from page import facts, heard, opened, set_slider, settled, words, write_page
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -48,12 +48,25 @@ def trained_on(sparsity: float, steps: int) -> tuple[nn.Module, gp.Masks]:
 def test_page_and_gradprune_keep_the_same_weights_and_read_as_many_digits(root: Locator) -> None:
     for sparsity in (0.1, 0.25, 0.33, 0.5, 0.66, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 0.0):
         seen = set_slider(root, "weights removed", round(100 * sparsity))
-        figure = Start(sparsity=sparsity)
-        network, masks = figure.network, figure.masks
+        alone = Start(sparsity=sparsity)
+        network, masks = alone.network, alone.masks
         masks.apply_(network)
         assert int(seen["kept"]) == sum(int(mask.sum()) for mask in masks.values())
         expected = lab.train.accuracy(network, perceptron.digits().test)
         assert float(seen["accuracy"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_step_of_training_again_is_torchs(root: Locator) -> None:
+    for sparsity in (0.1, 0.25, 0.33, 0.5, 0.66, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99):
+        set_slider(root, "weights removed", round(100 * sparsity))
+        before = numbers(root)
+        root.evaluate("(root) => root.train(1)")
+        model, _ = trained_on(sparsity, 1)
+        stepped = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+        largest = np.abs(stepped - before).max()
+        assert largest > 1e-4  # so that a step left out is seen
+        # A hundred-thousandth of the step, and what single precision rounds of a weight.
+        np.testing.assert_allclose(numbers(root), stepped, rtol=2.5e-7, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.95])
@@ -70,8 +83,8 @@ def test_training_again_takes_torchs_steps_and_pruned_weights_stay_zero(root: Lo
     assert float(seen["accuracy"]) >= float(pruned["accuracy"])
     weights = sum(mask.numel() for mask in masks.values())
     assert (numbers(root) == 0).sum() == weights - int(seen["kept"])
-    words = root.locator(".gp-live-words").inner_text()
-    assert f"{100 * float(pruned['accuracy']):.1f} % before it was trained again" in words
+    said = words(root)
+    assert f"{100 * float(pruned['accuracy']):.1f} % before it was trained again" in said
 
 
 def test_after_training_fewer_weights_are_taken_from_what_was_trained_and_more_from_the_first(root: Locator) -> None:
@@ -87,6 +100,74 @@ def test_after_training_fewer_weights_are_taken_from_what_was_trained_and_more_f
     masks.apply_(network)
     expected = lab.train.accuracy(network, perceptron.digits().test)
     assert float(back["accuracy"]) == pytest.approx(expected, abs=1e-6)
+
+
+def goes_on(root: Locator, sparsity: float) -> tuple[nn.Module, gp.Masks]:
+    """The network that goes on in Python at a sparsity, with its masks applied."""
+    figure = heard(root, Start(sparsity=sparsity))
+    network, masks = figure.network, figure.masks
+    masks.apply_(network)
+    return network, masks
+
+
+def test_what_python_goes_on_from_is_what_the_page_shows(root: Locator) -> None:
+    for sparsity, trains in ((0.8, True), (0.9, False), (0.9, True), (0.95, False), (0.3, False)):
+        seen = facts(root)
+        if float(seen["sparsity"]) != sparsity:
+            seen = set_slider(root, "weights removed", round(100 * sparsity))
+        if trains:
+            seen = train_again(root)
+        network, masks = goes_on(root, sparsity)
+        assert (nn.utils.parameters_to_vector(network.parameters()).detach().numpy() == numbers(root)).all()
+        assert sum(int(mask.sum()) for mask in masks.values()) == int(seen["kept"])
+        dense = gp.prune(perceptron.trained(), sparsity=sparsity)
+        same = all(torch.equal(mask, dense[name]) for name, mask in masks.items())
+        assert same == (sparsity in (0.3, 0.8))  # the others were chosen among what had been trained
+
+
+def test_what_the_page_showed_at_another_setting_is_not_gone_on_from(root: Locator) -> None:
+    set_slider(root, "weights removed", 80)
+    train_again(root)
+    network, masks = goes_on(root, 0.6)
+    alone = Start(sparsity=0.6)
+    assert all(torch.equal(mask, alone.masks[name]) for name, mask in masks.items())
+    expected = alone.network
+    alone.masks.apply_(expected)
+    for found, wanted in zip(network.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_training_that_is_interrupted_leaves_nothing_behind(browser: Browser, pages: dict[str, Path]) -> None:
+    with opened(browser, pages["start"], reduced_motion="no-preference") as root:
+        for sparsity in (0.5, 0.95):
+            set_slider(root, "weights removed", 90)
+            root.get_by_role("button", name="Train again").click()
+            root.page.wait_for_function("(root) => root.dataset.steps > 3", arg=root.element_handle())
+            assert facts(root)["running"] == "true"
+            seen = set_slider(root, "weights removed", round(100 * sparsity))
+            model = perceptron.trained()
+            masks = gp.prune(model, sparsity=sparsity)
+            expected = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+            assert (numbers(root) == expected).all()
+            assert int(seen["kept"]) == sum(int(mask.sum()) for mask in masks.values())
+            assert "trained again" not in words(root)
+            assert root.locator("circle.gp-corrected").count() == 0
+
+
+def test_what_was_read_before_and_after_training_are_joined_points(root: Locator) -> None:
+    before = float(set_slider(root, "weights removed", 90)["accuracy"])
+    after = float(train_again(root)["accuracy"])
+    curve = root.locator(".gp-live-chart").first
+    heights = {}
+    for name in ("pruned", "corrected"):
+        dots = curve.locator(f"circle.gp-{name}[r='4']")
+        heights[name] = float(dots.first.get_attribute("cy"))
+    low, high = 192.0, 10.0  # of the axis, in the picture's units
+    assert heights["pruned"] == pytest.approx(low + before * (high - low), abs=0.1)
+    assert heights["corrected"] == pytest.approx(low + after * (high - low), abs=0.1)
+    ends = [f"{heights[name]:.1f}" for name in ("pruned", "corrected")]
+    paths = [line.get_attribute("d") for line in curve.locator("path.gp-corrected").all()]
+    assert any(all(path.count(f" {end}") for end in ends) for path in paths)
 
 
 def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Locator) -> None:
@@ -148,7 +229,7 @@ def test_strokes_add_up_until_the_pad_is_cleared_or_a_digit_picked(root: Locator
     both = ink(root)
     assert all(after >= before for before, after in zip(first, both, strict=True))
     assert sum(both) > 1.5 * sum(first)
-    assert "What you drew is read as a" in root.locator(".gp-live-words").inner_text()
+    assert "What you drew is read as a" in words(root)
     settled(root, root.get_by_role("button", name="Clear").click)
     assert not any(ink(root))
     settled(root, root.get_by_role("button", name="show a 3").click)
@@ -159,20 +240,20 @@ def test_strokes_add_up_until_the_pad_is_cleared_or_a_digit_picked(root: Locator
 def test_the_first_digit_is_lost_with_nine_tenths_of_the_weights_and_comes_back(root: Locator) -> None:
     assert facts(root)["digit"] == "8"
     assert set_slider(root, "weights removed", 90)["digit"] != "8"
-    assert ", wrongly" in root.locator(".gp-live-words").inner_text()
+    assert ", wrongly" in words(root)
     assert train_again(root)["digit"] == "8"
-    assert ", wrongly" not in root.locator(".gp-live-words").inner_text()
+    assert ", wrongly" not in words(root)
 
 
 def test_the_words_say_which_network_is_shown(root: Locator) -> None:
     set_slider(root, "weights removed", 80)
     train_again(root)
     set_slider(root, "weights removed", 95)
-    assert "trained again at 80.0 %, and has lost more since" in root.locator(".gp-live-words").inner_text()
+    assert "trained again at 80.0 %, and has lost more since" in words(root)
     set_slider(root, "weights removed", 80)
-    assert "before it was trained again" in root.locator(".gp-live-words").inner_text()
+    assert "before it was trained again" in words(root)
     set_slider(root, "weights removed", 70)
-    assert "trained again" not in root.locator(".gp-live-words").inner_text()
+    assert "trained again" not in words(root)
 
 
 def test_there_is_nothing_to_train_while_no_weight_is_gone(root: Locator) -> None:

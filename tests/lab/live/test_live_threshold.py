@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled
+from page import facts, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 from torch import nn
 from torch.nn import functional
@@ -159,13 +159,13 @@ def test_every_control_works_by_keyboard_and_reset_restores_the_first(root: Loca
 
 
 def test_the_sentence_says_what_was_sent_and_read(root: Locator) -> None:
-    assert "will be sent. Press Train." in root.locator(".gp-live-words").inner_text()
+    assert "will be sent. Press Train." in words(root)
     seen = train(root)
-    words = root.locator(".gp-live-words").inner_text()
-    assert f"{int(seen['keptSent']):,} entries sent instead of {int(seen['allSent']):,}" in words
-    assert f"{100 * float(seen['lost']):.1f} % of the test digits if the rest is lost" in words
-    assert f"{100 * float(seen['kept']):.1f} % if it waits" in words
-    assert f"norm {float(seen['lostWaiting']):.1f}, what waits {float(seen['keptWaiting']):.1f}" in words
+    said = words(root)
+    assert f"{int(seen['keptSent']):,} entries sent instead of {int(seen['allSent']):,}" in said
+    assert f"{100 * float(seen['lost']):.1f} % of the test digits if the rest is lost" in said
+    assert f"{100 * float(seen['kept']):.1f} % if it waits" in said
+    assert f"norm {float(seen['lostWaiting']):.1f}, what waits {float(seen['keptWaiting']):.1f}" in said
 
 
 def test_the_setting_goes_on_without_a_page() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from batches import page_batches
-from page import facts, opened, set_slider, settled
+from page import facts, opened, set_slider, settled, words
 from playwright.sync_api import Browser, Locator
 from torch import nn
 
@@ -280,15 +280,14 @@ def test_every_control_works_by_keyboard(root: Locator) -> None:
 
 
 def test_the_sentence_says_what_is_shown(root: Locator) -> None:
-    words = root.locator(".gp-live-words")
-    assert "Press Train" in words.inner_text()
+    assert "Press Train" in words(root)
     choose(root, "local", {"late": 7})
     press(root, "Train")
-    assert "Press Prune: 7 steps after an average, each removes the 80 %" in words.inner_text()
+    assert "Press Prune: 7 steps after an average, each removes the 80 %" in words(root)
     seen = press(root, "Prune")
-    assert f"The masks differ in {seen['differ']} of 3,552 weights; {seen['alive']} pruned" in words.inner_text()
-    assert f"read {100 * float(seen['accuracy']):.1f} % of the test digits" in words.inner_text()
-    assert "1,805 bytes a step" in words.inner_text()
+    assert f"The masks differ in {seen['differ']} of 3,552 weights; {seen['alive']} pruned" in words(root)
+    assert f"read {100 * float(seen['accuracy']):.1f} % of the test digits" in words(root)
+    assert "1,805 bytes a step" in words(root)
 
 
 def test_without_a_page_the_masks_are_those_of_gradprunes_workers() -> None:
@@ -300,8 +299,11 @@ def test_without_a_page_the_masks_are_those_of_gradprunes_workers() -> None:
     assert figure.pruned(order=1).differing() != 0
     alike = Workers(late=7, decides="one").masks
     assert all(torch.equal(alike[0][name], alike[3][name]) for name in alike[0])
-    figure._kept = bytes([1, 0] * (WORKERS * WEIGHTS // 2))
+    shown = {"setting": {"late": 7, "decides": "each"}, "kept": bytes([1, 0] * (WORKERS * WEIGHTS // 2))}
+    figure._shown = shown
     assert [each.sparsity for each in figure.masks] == [0.5] * WORKERS
+    figure.decides = "one"  # the page does not show that
+    assert all(torch.equal(mask, alike[0][name]) for name, mask in figure.masks[0].items())
 
 
 def test_bad_settings_of_a_crew_are_refused() -> None:

@@ -80,6 +80,19 @@ test("each epoch shows every row once, with its own label, in another order", ()
   assert.notDeepEqual(epochs[0], epochs[1]);
 });
 
+test("a last batch of one row is a step of its own", () => {
+  const [given] = reference.training;
+  const rows = given.labels.length;
+  const training = trainingOf(given, { batch: rows - 1 });
+  assert.equal(epochSteps(training), 2);
+  const seen = [];
+  for (let step = 0; step < 4; step++) {
+    trainSteps(training, 1);
+    seen.push(training.position);
+  }
+  assert.deepEqual(seen, [rows - 1, rows, rows - 1, rows]);
+});
+
 test("the parts of a batch are those of tensor_split, and make the whole of it", () => {
   const [given] = reference.training;
   const whole = trainingOf(given, { batch: 6 });

@@ -2,10 +2,10 @@
 import { createChart } from "./chart.js";
 import { button, choice, slider } from "./controls.js";
 import { readNetwork, readSplit } from "./examples.js";
-import { copyNetwork } from "./network.js";
+import { assign, copyNetwork } from "./network.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
 import { countAll, countKept, createReader, percent, whole } from "./reading.js";
-import { closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import { closing, createStage, drawer, listen, publish, say, settingsOf } from "./stage.js";
 
 const BOUNDED = [
   ["accuracy", "accuracy lost"],
@@ -28,7 +28,7 @@ export function render({ model, el }) {
   const scores = magnitudeScores(dense.weights);
   const net = copyNetwork(dense);
   const total = countAll(dense.weights);
-  const chosen = () => Object.fromEntries(SETTINGS.map((name) => [name, model.get(name)]));
+  const chosen = () => settingsOf(model, SETTINGS);
   const first = chosen();
   const seen = new Map();
 
@@ -46,9 +46,7 @@ export function render({ model, el }) {
   }
   function pruneTo(sparsity, scope) {
     const masks = pruneMasks(scores, sparsity, scope);
-    dense.weights.forEach((weights, layer) => {
-      net.weights[layer].set(weights);
-    });
+    assign(net, dense);
     applyMasks(net.weights, masks);
     return masks;
   }
@@ -79,7 +77,7 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, first);
-    follow();
+    ask();
   });
   stage.controls.append(bounded.root, limit.root, looks.root, scope.root, reset);
 
@@ -159,7 +157,7 @@ export function render({ model, el }) {
     scope.set(setting.scope);
     request();
   }
-  listen(stage, model, SETTINGS, follow);
+  const ask = listen(stage, model, SETTINGS, follow);
   follow();
   return closing(stage);
 }

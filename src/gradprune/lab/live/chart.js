@@ -52,8 +52,8 @@ export const scientific = (value) => {
 };
 export const plain = (value) => String(Number(value.toPrecision(6)));
 
-// A linear or logarithmic axis: { label, from, to, log, format }.
-const scale = ({ from, to, log }, start, end) => {
+// From a value to its place on a linear or logarithmic axis, { from, to, log }, which is drawn from `start` to `end`.
+export const placeOn = ({ from, to, log }, start, end) => {
   const [a, b] = log ? [Math.log10(from), Math.log10(to)] : [from, to];
   const clamp = (value) => Math.min(Math.max(value, -1e4), 1e4);
   return (value) =>
@@ -107,8 +107,8 @@ export function createChart(options) {
   const draw = (list, axes = {}) => {
     const across = { ...x, ...axes.x };
     const up = { ...y, ...axes.y };
-    const toX = scale(across, box.left, box.right);
-    const toY = scale(up, box.bottom, box.top);
+    const toX = placeOn(across, box.left, box.right);
+    const toY = placeOn(up, box.bottom, box.top);
     const key = JSON.stringify([across, up]);
     if (key !== drawnAxes) {
       frame.replaceChildren(...axisElements(across, up, toX, toY, box));

@@ -3,7 +3,17 @@ import { createChart, plain, scientific } from "./chart.js";
 import { button, slider } from "./controls.js";
 import { clipByNorm, clipByValue } from "./gradients.js";
 import { createHeat } from "./heat.js";
-import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  element,
+  listen,
+  publish,
+  say,
+  settingsOf,
+} from "./stage.js";
 import { cellGradient, cellLoss } from "./unroll.js";
 import { walk } from "./walk.js";
 
@@ -28,14 +38,14 @@ export function render({ model, el }) {
   const cell = model.get("_cell"); // { steps, first, target, walk }
   const first = model.get("_start");
   const names = Object.keys(first);
-  const chosen = () => Object.fromEntries(names.map((name) => [name, model.get(name)]));
+  const chosen = () => settingsOf(model, names);
   let shown = cell.walk; // of each walk's steps
   let both = null; // the walks of the setting
 
   const stage = createStage(el, "clip", "Gradient descent at a wall, with and without a bound");
   const sliders = createSliders((change) => publish(model, change));
   const play = button("Play", () => {
-    if (player.isRunning()) return player.stop();
+    if (player.isRunning()) return rest();
     shown = 0;
     frames = 0;
     player.start();
@@ -43,7 +53,7 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, first);
-    follow();
+    ask();
   });
   const ordered = Object.values(sliders).map(({ root }) => root);
   const buttons = element("div", { class: "gp-live-buttons" }, play, " ", reset);
@@ -111,22 +121,22 @@ export function render({ model, el }) {
       return shown < cell.walk;
     },
     draw,
-    done() {
-      shown = cell.walk;
-      request();
-    },
+    done: () => rest(),
   });
+  function rest() {
+    player.stop();
+    shown = cell.walk;
+    request();
+  }
 
   function follow() {
     const setting = chosen();
-    player.stop();
-    shown = cell.walk;
     both = walkBoth(setting, cell);
     sliders.w.set(setting.w);
     for (const name of ["rate", "bound"]) sliders[name].set(Math.log10(setting[name]));
-    request();
+    rest();
   }
-  listen(stage, model, names, follow);
+  const ask = listen(stage, model, names, follow);
   stage.ends.push(() => player.stop());
   follow();
   stage.root.numbers = () => both;

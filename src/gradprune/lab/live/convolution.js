@@ -1,7 +1,7 @@
 // What does a small window see that is moved over a picture?
 
 import { backwardDense, turningRoom } from "./dense.js";
-import { multiplyTransposed } from "./matrix.js";
+import { multiplyTransposed, transpose } from "./matrix.js";
 
 /**
  * Returns a convolution as a layer: `channels` square pictures of `side` to `filters` smaller ones, by
@@ -15,8 +15,8 @@ export function convolutionLayer(channels, filters, side, { kernel, stride, padd
   const [from, to] = [channels * side * side, filters * places];
   const shapeOf = (rows) => ({ rows: rows * places, from: window, to: filters });
   // Between pictures one after the other, as torch has them, and pixels one after the other.
-  const toPixels = (pictures, rows, pixels) => turnEach(pictures, rows, filters, places, pixels);
-  const toPictures = (pixels, rows, pictures) => turnEach(pixels, rows, places, filters, pictures);
+  const toPixels = (pictures, rows, pixels) => transpose(pictures, filters, places, pixels, rows);
+  const toPictures = (pixels, rows, pictures) => transpose(pixels, places, filters, pictures, rows);
   return {
     ...{ from, to },
     parameters: [
@@ -67,14 +67,4 @@ function tapsOf(channels, side, { kernel, stride, padding }) {
     }
   }
   return Int32Array.from(taps);
-}
-
-/** Writes the transpose of each of `count` matrices into out. */
-function turnEach(matrices, count, rows, columns, out) {
-  for (let start = 0; start < count * rows * columns; start += rows * columns) {
-    for (let i = 0; i < rows; i++) {
-      for (let j = 0; j < columns; j++)
-        out[start + j * rows + i] = matrices[start + i * columns + j];
-    }
-  }
 }

@@ -4,7 +4,6 @@ import { createNetwork } from "./network.js";
 // anywidget hands bytes over as a DataView of any offset; a copy is aligned.
 const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength).slice();
 export const readFloats = (view) => new Float32Array(bytes(view).buffer);
-export const readBytes = bytes;
 
 // Numbers of half precision (IEEE 754), which only the newest browsers know; exactly. Twin of figure.py's halves.
 export function readHalves(view) {

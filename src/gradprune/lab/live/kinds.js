@@ -8,7 +8,16 @@ import { copyLayered, createLayered, flattenLayered, LAYERED } from "./layered.j
 import { generator } from "./random.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
 import { countAll, countKept, createReader, percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  settingsOf,
+} from "./stage.js";
 import { createTraces } from "./trace.js";
 import { createTraining, trainSteps } from "./training.js";
 
@@ -38,7 +47,7 @@ export function render({ model, el }) {
   const packed = model.get("_networks");
   const test = readSplit(model.get("_test"));
   const train = readSplit(model.get("_train"));
-  const chosen = () => Object.fromEntries(SETTINGS.map((name) => [name, model.get(name)]));
+  const chosen = () => settingsOf(model, SETTINGS);
   const first = chosen();
 
   const known = new Map(); // what is unpacked only when it is asked for
@@ -119,7 +128,7 @@ export function render({ model, el }) {
   const reset = button("Reset", () => {
     for (const { traces } of known.values()) traces.clear();
     publish(model, first);
-    follow();
+    ask();
   });
   stage.controls.append(kind.root, sparsity.root, ranking.root, scope.root, go, reset);
 
@@ -191,7 +200,7 @@ export function render({ model, el }) {
     walk.stop();
     request();
   }
-  listen(stage, model, SETTINGS, follow);
+  const ask = listen(stage, model, SETTINGS, follow);
   stage.root.numbers = () => flattenLayered(shown().net);
   follow();
   return closing(stage);

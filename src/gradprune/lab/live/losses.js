@@ -16,17 +16,25 @@ export function crossEntropy(logits, labels, classes, gradient) {
     if (!(labels[row] >= 0 && labels[row] < classes)) {
       throw new RangeError(`labels must be from 0 to ${classes - 1}, got ${labels[row]}`);
     }
-    let largest = -Infinity; // taken off first, so that no exponential overflows
-    for (let c = 0; c < classes; c++) largest = Math.max(largest, logits[start + c]);
-    let sum = 0;
-    for (let c = 0; c < classes; c++) sum += Math.exp(logits[start + c] - largest);
-    loss += largest + Math.log(sum) - logits[start + labels[row]];
+    loss += softmaxRow(logits, start, classes, gradient) - logits[start + labels[row]];
     for (let c = 0; c < classes; c++) {
-      const probability = Math.exp(logits[start + c] - largest) / sum;
-      gradient[start + c] = (probability - (c === labels[row] ? 1 : 0)) / rows;
+      gradient[start + c] = (gradient[start + c] - (c === labels[row] ? 1 : 0)) / rows;
     }
   }
   return loss / rows;
+}
+
+/**
+ * Writes the softmax of the row of logits that begins at `start` to the same places of `out`, and
+ * returns the log of the sum of their exponentials. Twin: torch.softmax and torch.logsumexp.
+ */
+export function softmaxRow(logits, start, classes, out) {
+  let largest = -Infinity; // taken off first, so that no exponential overflows
+  for (let c = 0; c < classes; c++) largest = Math.max(largest, logits[start + c]);
+  let sum = 0;
+  for (let c = 0; c < classes; c++) sum += Math.exp(logits[start + c] - largest);
+  for (let c = 0; c < classes; c++) out[start + c] = Math.exp(logits[start + c] - largest) / sum;
+  return largest + Math.log(sum);
 }
 
 /**

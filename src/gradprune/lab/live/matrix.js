@@ -60,11 +60,14 @@ export function multiplyTransposed(a, b, bias, height, width, length, out) {
   }
 }
 
-/** Writes the transpose of a rows x columns matrix into out. */
-export function transpose(matrix, height, width, out) {
-  const [rows, columns] = [height | 0, width | 0];
-  for (let i = 0; i < rows; i++) {
-    for (let j = 0; j < columns; j++) out[j * rows + i] = matrix[i * columns + j];
+/** Writes the transpose of each of `count` rows x columns matrices, one after the other, into out. */
+export function transpose(matrices, height, width, out, count = 1) {
+  const [rows, columns, end] = [height | 0, width | 0, (count * height * width) | 0];
+  for (let start = 0; start < end; start += rows * columns) {
+    for (let i = 0; i < rows; i++) {
+      for (let j = 0; j < columns; j++)
+        out[start + j * rows + i] = matrices[start + i * columns + j];
+    }
   }
 }
 

@@ -7,7 +7,6 @@
 import { activationNamed } from "./activation.js";
 import { backwardDense } from "./dense.js";
 import { multiplyTransposed } from "./matrix.js";
-import { normal } from "./random.js";
 
 /** Returns how many weights and biases a network of these sizes has. */
 export function parameterCount(sizes) {
@@ -31,19 +30,17 @@ export function createNetwork(sizes, activation, numbers) {
   return net;
 }
 
-/** Returns a network with normal weights of standard deviation scale / sqrt(in) and no biases. */
-export function initialise(sizes, activation, scale, uniform) {
-  const net = createNetwork(sizes, activation, new Float32Array(parameterCount(sizes)));
-  net.weights.forEach((weights, layer) => {
-    const deviation = scale / Math.sqrt(sizes[layer]);
-    for (let i = 0; i < weights.length; i++) weights[i] = deviation * normal(uniform);
-  });
-  return net;
-}
-
 /** Returns a network of its own memory with the same parameters. */
 export function copyNetwork(net) {
   return createNetwork(net.sizes, net.activation, flatten(net));
+}
+
+/** Gives a network the parameters of another one of its form. */
+export function assign(net, from) {
+  const to = inOrder(net);
+  inOrder(from).forEach((array, at) => {
+    to[at].set(array);
+  });
 }
 
 /** Returns all parameters in torch's order, as `createNetwork` reads them. */
@@ -133,12 +130,6 @@ export function predictions(logits, classes) {
     }
   }
   return found;
-}
-
-/** Returns the share of the rows whose largest logit is that of their label. */
-export function accuracy(logits, labels, classes) {
-  const found = predictions(logits, classes);
-  return found.reduce((right, c, row) => right + (c === labels[row] ? 1 : 0), 0) / found.length;
 }
 
 function layersOf(sizes) {

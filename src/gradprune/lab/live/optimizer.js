@@ -38,7 +38,8 @@ export function sgdStep(net, gradients, state, masks = null) {
 /** What training.js needs to know of it, unless it is told of another. */
 export const SGD = { create: createSgd, step: sgdStep };
 
-function descend(parameters, gradients, velocities, { rate, momentum, decay }) {
+/** The step of one array: v = momentum v + (g + decay p), then p = p - rate v. */
+export function descend(parameters, gradients, velocities, { rate, momentum, decay }) {
   for (let i = 0; i < parameters.length; i++) {
     velocities[i] = momentum * velocities[i] + gradients[i] + decay * parameters[i];
     parameters[i] -= rate * velocities[i];

@@ -15,12 +15,6 @@ export function generator(seed) {
   };
 }
 
-/** Returns one draw of the standard normal distribution: Box and Muller (1958), its cosine. */
-export function normal(uniform) {
-  const radius = Math.sqrt(-2 * Math.log(1 - uniform())); // 1 - u is never 0
-  return radius * Math.cos(2 * Math.PI * uniform());
-}
-
 /** Returns 0 to count - 1 in random order: Fisher and Yates, in place as Durstenfeld (1964). */
 export function shuffled(count, uniform) {
   const order = Int32Array.from({ length: count }, (_, i) => i);

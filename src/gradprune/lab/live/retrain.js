@@ -2,12 +2,22 @@
 import { createChart } from "./chart.js";
 import { button, choice, slider } from "./controls.js";
 import { readNetwork, readSplit } from "./examples.js";
-import { copyNetwork, flatten } from "./network.js";
+import { assign, copyNetwork, flatten } from "./network.js";
 import { createSgd } from "./optimizer.js";
 import { createPicture } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
-import { countAll, countKept, createReader, joinBytes, percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import { countAll, countKept, createReader, goingOn, percent, whole } from "./reading.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  sayPrecision,
+  settingsOf,
+} from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const ABOUT = 180; // steps of each network: as many rounds as there are make it whole
@@ -23,7 +33,7 @@ export function render({ model, el }) {
   const read = createReader(dense, test);
   const total = countAll(dense.weights);
   const strongest = Math.max(...dense.weights[0].map(Math.abs));
-  const chosen = () => Object.fromEntries(SETTINGS.map((name) => [name, model.get(name)]));
+  const chosen = () => settingsOf(model, SETTINGS);
   const first = chosen();
 
   // A network that is pruned `rounds` times on its way, each time followed by `each` steps.
@@ -39,7 +49,7 @@ export function render({ model, el }) {
       run.round += 1;
       const gone = 1 - (1 - sparsity) ** (run.round / rounds); // equation 5.5
       run.masks = pruneMasks(magnitudeScores(net.weights), gone, "global");
-      if (after === "rewinding") rewind(net, early);
+      if (after === "rewinding") assign(net, early);
       applyMasks(net.weights, run.masks);
       run.training.masks = run.masks;
       run.training.state = createSgd(net, OPTIMIZER);
@@ -98,7 +108,7 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, first);
-    follow();
+    ask();
   });
   stage.controls.append(sparsity.root, rounds.root, after.root, go, reset);
 
@@ -121,6 +131,7 @@ export function render({ model, el }) {
   const pictureOnce = createPicture("One shot: its first layer", dense.sizes[1]);
   const pictureMany = createPicture("Rounds: its first layer", dense.sizes[1]);
   stage.panels.append(accuracy.root, removed.root, pictureOnce.root, pictureMany.root);
+  sayPrecision(stage);
 
   const lines = (column) => [
     { kind: "line", ...columns(once.seen, column), class: "gp-pruned" },
@@ -148,15 +159,16 @@ export function render({ model, el }) {
     const kept = { keptOnce: countKept(once.masks), keptMany: countKept(many.masks) };
     const facts = { ...chosen(), steps: done, round: many.round, once: a[1], many: b[1], ...kept };
     say(stage, facts, sentence({ ...facts, of: steps, total }));
-    publish(model, { accuracy: b[1], _kept: new DataView(joinBytes(many.masks).buffer) });
+    publish(model, { accuracy: b[1], _shown: goingOn(chosen(), many.masks, flatten(many.net)) });
   };
   const request = drawer(stage, draw);
+  function step() {
+    once.step();
+    many.step();
+    return many.training.steps < steps;
+  }
   const walk = animator(stage, {
-    step() {
-      once.step();
-      many.step();
-      return many.training.steps < steps;
-    },
+    step,
     draw,
     done: () => request(),
   });
@@ -168,7 +180,11 @@ export function render({ model, el }) {
     after.set(setting.after);
     start();
   }
-  listen(stage, model, SETTINGS, follow);
+  const ask = listen(stage, model, SETTINGS, follow);
+  stage.root.advance = (count) => {
+    for (let at = 0; at < count; at++) step();
+  };
+  stage.root.shown = () => model.get("_shown");
   stage.root.numbers = () => ({ once: flatten(once.net), many: flatten(many.net) });
   follow();
   return closing(stage);
@@ -185,11 +201,3 @@ const columns = (seen, column) => ({
   x: seen.map((row) => row[0]),
   y: seen.map((row) => row[column]),
 });
-
-function rewind(net, early) {
-  for (const kind of ["weights", "biases"]) {
-    net[kind].forEach((numbers, layer) => {
-      numbers.set(early[kind][layer]);
-    });
-  }
-}

@@ -8,25 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 import traitlets
-from torch import nn
 
 import gradprune as gp
 from gradprune.lab import figures, train
 from gradprune.lab.live import perceptron
-from gradprune.lab.live.digits import Digits
+from gradprune.lab.live.digits import Retrained
 from gradprune.lab.live.esm import joined
-from gradprune.lab.live.figure import Still, pack_network, unpack_masks
+from gradprune.lab.live.figure import Still, pack_network
 
 STEPS, BATCH, EARLY = 180, 64, 60  # of training again, about; and how early the weights are that it rewinds to
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
 
 
-class Retrain(Digits):
+class Retrain(Retrained):
     """Two copies of a trained perceptron, one pruned at once, one in rounds, trained for as many steps in the page.
 
     `sparsity` (0.5 to 0.99), `rounds` (2 to 10) and `after` ("going on" or "rewinding") are what the reader sets, or a
-    program; `accuracy` is what the page's second network last read; `masks` are its masks there, and where no page is
-    open those of one shot.
+    program; `accuracy` is what the page's second network last read; `network` and `masks` are that one's, or where no
+    page is open the network that both start from, and the masks of one shot.
 
     Example: ``lab.live.Retrain(sparsity=0.98, rounds=10)``
     """
@@ -36,23 +35,9 @@ class Retrain(Digits):
     rounds = traitlets.Int(5, min=2, max=10, help="how many the second network takes").tag(sync=True)
     after = traitlets.Enum(("going on", "rewinding"), "going on", help="what follows each pruning").tag(sync=True)
     _early = traitlets.Dict().tag(sync=True)
-    _kept = traitlets.Bytes().tag(sync=True)
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(_early=pack_network(perceptron.trained(steps=EARLY), "relu"), **settings)
-
-    @property
-    def network(self) -> nn.Sequential:
-        """The network that both start from, before anything is taken away: a copy."""
-        return perceptron.trained()
-
-    @property
-    def masks(self) -> gp.Masks:
-        """The masks that the page's second network has, or those of one shot where no page is open."""
-        masks = gp.prune(self.network, sparsity=self.sparsity, min_keep=1)
-        if not self._kept:
-            return masks
-        return unpack_masks(masks, self._kept)
 
     def still(self) -> Still:
         """Return the accuracies of one shot and of five rounds, at three sparsities, over ten orders of batches."""

@@ -19,6 +19,13 @@ export function createStage(el, name, title) {
   return { root, controls, words, spoken, panels, timer: 0, frame: 0, ends: [] };
 }
 
+// What a figure that trains says under its panels; tests hold three of them to it.
+export function sayPrecision(stage) {
+  const words =
+    "The page computes in single precision and adds in another order than Python: after many steps the last digits may differ, by less than they do from one order of the batches to another.";
+  stage.root.append(element("p", { class: "gp-live-note" }, words));
+}
+
 // Write what is shown where tests read it (data- attributes), readers see it, and, when it rests, screen readers say it.
 export function say(stage, facts, sentence) {
   for (const [name, value] of Object.entries(facts)) stage.root.dataset[name] = String(value);
@@ -50,7 +57,8 @@ export function drawer(stage, draw) {
 
 export const wantsLessMotion = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-// Call `step` once a frame until it returns false, then `done`. The animation rests while the figure is out of sight.
+// Call `step` once a frame until it returns false, then `done`; `stop` ends it before, without `done`. The animation rests
+// while the figure is out of sight.
 // Under "reduce motion" nothing is seen to move: all steps are taken, in slices that leave the page usable, and only
 // the end is drawn.
 export function animator(stage, { step, draw, done }) {
@@ -65,12 +73,14 @@ export function animator(stage, { step, draw, done }) {
     if (!still || !more) draw();
     stage.root.dataset.step = (performance.now() - began).toFixed(2);
     if (more) requestAnimationFrame(tick);
-    else finish();
+    else {
+      stop();
+      done();
+    }
   };
-  const finish = () => {
+  const stop = () => {
+    if (running) stage.root.dataset.running = "false";
     running = false;
-    stage.root.dataset.running = "false";
-    done?.();
   };
   const watcher = new IntersectionObserver(([seen]) => {
     const before = inSight;
@@ -86,9 +96,7 @@ export function animator(stage, { step, draw, done }) {
       stage.root.dataset.running = "true";
       requestAnimationFrame(tick);
     },
-    stop() {
-      if (running) finish();
-    },
+    stop,
     isRunning: () => running,
   };
 }
@@ -99,12 +107,29 @@ export function publish(model, traits) {
   model.save_changes();
 }
 
-// Calls `follow` when one of these traits of the model changes, as long as the figure stands on the page.
+// The values of some traits, by their names.
+export const settingsOf = (model, names) =>
+  Object.fromEntries(names.map((name) => [name, model.get(name)]));
+
+// Calls `follow` after traits of these names have changed, once for all that change together, as long as the figure stands
+// on the page. Returns a function that asks for that too.
 export function listen(stage, model, names, follow) {
-  for (const name of names) model.on(`change:${name}`, follow);
+  let asked = false;
+  let standing = true;
+  const ask = () => {
+    if (asked) return;
+    asked = true;
+    queueMicrotask(() => {
+      asked = false;
+      if (standing) follow();
+    });
+  };
+  for (const name of names) model.on(`change:${name}`, ask);
   stage.ends.push(() => {
-    for (const name of names) model.off(`change:${name}`, follow);
+    standing = false;
+    for (const name of names) model.off(`change:${name}`, ask);
   });
+  return ask;
 }
 
 // What `render` returns: ends what the figure started, when its element is taken off the page.

@@ -2,12 +2,22 @@
 import { createChart } from "./chart.js";
 import { button, slider } from "./controls.js";
 import { readFloats, readNetwork, readSplit } from "./examples.js";
-import { copyNetwork, createWorkspace, flatten, forward, predictions } from "./network.js";
+import { softmaxRow } from "./losses.js";
+import { assign, copyNetwork, createWorkspace, flatten, forward } from "./network.js";
 import { createPad } from "./pad.js";
-import { createPixels } from "./pixels.js";
+import { createPicture } from "./pixels.js";
 import { applyMasks, magnitudeScores, pruneMasks } from "./rank.js";
-import { percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
+import { countAll, countKept, createReader, goingOn, percent, whole } from "./reading.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  sayPrecision,
+} from "./stage.js";
 import { createTraces } from "./trace.js";
 import { createTraining, epochSteps, trainSteps } from "./training.js";
 
@@ -22,122 +32,87 @@ export function render({ model, el }) {
   const train = readSplit(model.get("_train"));
   const levels = readFloats(model.get("_test").levels);
   const classes = dense.sizes.at(-1);
-  const total = dense.weights.reduce((sum, weights) => sum + weights.length, 0);
+  const total = countAll(dense.weights);
   const strongest = Math.max(...dense.weights[0].map(Math.abs));
+  const read = createReader(dense, test);
+  const single = createWorkspace(dense, 1);
+  const answer = new Float32Array(classes);
+  const first = model.get("sparsity");
 
-  // `ranked` is what the slider takes weights from: the trained network, or what came out of training again.
-  let ranked = dense;
-  let net = copyNetwork(dense);
+  const net = copyNetwork(dense); // what is shown
+  let ranked = dense; // what the slider takes weights from: the trained network, or what came out of training again
+  let trained = null; // { at, before }: the sparsity at which that was, and what it read before; no weight comes back
   let masks = [];
-  let trainedAt = 0; // the sparsity at which it was trained again, after which no weight comes back
   let training = null;
-  let before = null; // the accuracy when training again first began, of what is ranked
-  const work = createWorkspace(net, test.rows);
-  const single = createWorkspace(net, 1);
+  let began = null; // as `trained`, of a training that runs
+  const rises = new Map(); // what was read before training again and after, at each sparsity where that was
 
   const stage = createStage(el, "start", "A network that reads digits");
   const removed = slider({
     label: "weights removed",
-    min: 0,
-    max: 99,
-    step: 1,
-    value: 0,
+    ...{ min: 0, max: 99, step: 1, value: 0 },
     format: (value) => `${value} %`,
     change: (value) => publish(model, { sparsity: value / 100 }),
   });
   const again = button("Train again", () => startTraining());
   const reset = button("Reset", () => {
-    trainedAt = 0;
+    trained = null;
     traces.clear();
-    publish(model, { sparsity: 0 });
+    rises.clear();
+    publish(model, { sparsity: first });
     pad.pick(FIRST);
-    follow();
+    ask();
   });
   stage.controls.append(removed.root, again, reset);
 
-  const curve = createChart({
-    title: "Digits it reads",
-    legend: [
-      ["weights removed", "gp-pruned"],
-      ["trained again", "gp-corrected"],
-    ],
-    x: { label: "weights removed, %", from: 0, to: 100 },
-    y: { label: "share read correctly", from: 0, to: 1 },
-  });
+  const traces = createTraces(6);
+  const { curve, bars } = createCharts(classes);
   const pad = createPad({
     examples: firstOfEach(test, classes),
     levels,
     change: () => request(),
   });
-  const bars = createChart({
-    title: "The network's answer",
-    x: {
-      label: "digit",
-      from: -0.6,
-      to: classes - 0.4,
-      ticks: Array.from({ length: classes }, (_, i) => i),
-    },
-    y: { label: "probability", from: 0, to: 1 },
-  });
-  const traces = createTraces(6);
-  const pixels = createPixels({
-    label: "The weights of the first layer",
-    units: dense.sizes[1],
-    columns: 8,
-    tile: [8, 8],
-  });
-  const caption = element(
-    "figcaption",
-    {},
-    `Weights from an 8 × 8 picture, a square for each of ${dense.sizes[1]} units: blue positive, orange negative, blank gone`,
-  );
-  const picture = element("figure", { class: "gp-live-chart" }, caption, pixels.root);
-  stage.panels.append(curve.root, pad.root, bars.root, picture);
+  const title = "The first layer, unit by unit: blue positive, orange negative, blank gone";
+  const picture = createPicture(title, dense.sizes[1]);
+  stage.panels.append(curve.root, pad.root, bars.root, picture.root);
+  sayPrecision(stage);
 
   function prune(sparsity) {
     walk.stop();
-    if (sparsity < trainedAt || trainedAt === 0) {
-      ranked = dense;
-      trainedAt = 0;
-      before = null;
-    }
-    net = copyNetwork(ranked);
+    if (trained === null || sparsity < trained.at) [ranked, trained] = [dense, null];
+    if (began) rises.delete(began.at); // it did not come to its end
+    [training, began] = [null, null];
+    assign(net, ranked);
     masks = pruneMasks(magnitudeScores(ranked.weights), sparsity, "global");
     applyMasks(net.weights, masks);
-    training = null;
   }
 
-  const read = () => {
-    const answers = predictions(forward(net, test.inputs, test.rows, work), classes);
-    let right = 0;
-    answers.forEach((answer, row) => {
-      if (answer === test.labels[row]) right += 1;
-    });
-    return right / test.rows;
-  };
-
   const draw = () => {
-    const accuracy = read();
-    const answer = softmax(forward(net, pad.input(), 1, single));
-    const digit = answer.indexOf(Math.max(...answer));
+    const { accuracy } = read(net);
+    const sparsity = model.get("sparsity");
+    const running = walk.isRunning();
+    const colour = running || trained ? "gp-corrected" : "gp-pruned";
+    if (!running) traces.add(colour, 100 * sparsity, accuracy);
+    if (running) rises.set(sparsity, { before: began.before, after: accuracy });
+    const here = { kind: "points", x: [100 * sparsity], y: [accuracy], class: colour };
+    curve.draw([...traces.marks((key) => key), ...[...rises].flatMap(riseMarks), here]);
+    softmaxRow(forward(net, pad.input(), 1, single), 0, classes, answer);
     bars.draw([
       { kind: "bars", x: answer.map((_, i) => i), y: answer, width: 0.7, class: "gp-dense" },
     ]);
-    const colour = before === null ? "gp-pruned" : "gp-corrected";
-    if (!walk.isRunning()) traces.add(colour, 100 * model.get("sparsity"), accuracy);
-    const here = { x: [100 * model.get("sparsity")], y: [accuracy], class: colour };
-    curve.draw([...traces.marks((key) => key), { kind: "points", ...here }]);
-    pixels.draw(net.weights[0], masks[0], 0.6 * strongest);
-    const kept = masks.reduce((sum, mask) => sum + mask.reduce((a, b) => a + b, 0), 0);
-    const sparsity = model.get("sparsity");
-    const facts = { sparsity, accuracy, kept, digit, steps: training?.steps ?? 0 };
+    picture.draw(net.weights[0], masks[0], 0.6 * strongest);
+    const digit = answer.indexOf(Math.max(...answer));
+    const facts = { sparsity, accuracy, kept: countKept(masks), digit };
+    const has = state({ ...facts, rows: test.rows, total, trained: began ?? trained });
     say(
       stage,
-      facts,
-      `${state({ rows: test.rows, accuracy, kept, total, before, trainedAt, sparsity })} ${reading(pad.digit(), digit, answer[digit])}`,
+      { ...facts, steps: training?.steps ?? 0 },
+      `${has} ${reading(pad.digit(), digit, answer[digit])}`,
     );
-    again.disabled = walk.isRunning() || sparsity === 0;
-    publish(model, { accuracy });
+    again.disabled = running || sparsity === 0;
+    const other = running ? net : ranked; // than the network that Python has
+    const numbers = other === dense ? undefined : flatten(other);
+    publish(model, { accuracy, _shown: goingOn({ sparsity }, masks, numbers) });
   };
   const request = drawer(stage, draw);
 
@@ -149,42 +124,75 @@ export function render({ model, el }) {
     draw,
     done() {
       ranked = copyNetwork(net);
-      trainedAt = model.get("sparsity");
+      [trained, began] = [began, null];
       request();
     },
   });
 
   function startTraining() {
-    before ??= read();
-    training = createTraining({
+    const at = model.get("sparsity");
+    began = { at, before: trained?.at === at ? trained.before : read(net).accuracy };
+    training = trainingOfShown();
+    walk.start();
+  }
+  const trainingOfShown = () =>
+    createTraining({
       ...{ net, inputs: train.inputs, labels: train.labels, classes, masks },
       ...{ batch: BATCH, seed: 0, optimizer: OPTIMIZER },
     });
-    walk.start();
-  }
 
   function follow() {
     removed.set(Math.round(100 * model.get("sparsity")));
     prune(model.get("sparsity"));
     request();
   }
-  listen(stage, model, ["sparsity"], follow);
+  const ask = listen(stage, model, ["sparsity"], follow);
   pad.pick(FIRST);
   follow();
   stage.root.numbers = () => flatten(net);
+  stage.root.train = (steps) => trainSteps(trainingOfShown(), steps);
+  stage.root.shown = () => model.get("_shown");
   return closing(stage);
 }
 
-function state({ rows, accuracy, kept, total, before, trainedAt, sparsity }) {
+function createCharts(classes) {
+  const curve = createChart({
+    title: "Digits it reads",
+    legend: [
+      ["weights removed", "gp-pruned"],
+      ["trained again", "gp-corrected"],
+    ],
+    x: { label: "weights removed, %", from: 0, to: 100 },
+    y: { label: "share read correctly", from: 0, to: 1 },
+  });
+  const ticks = Array.from({ length: classes }, (_, i) => i);
+  const bars = createChart({
+    title: "The network's answer",
+    x: { label: "digit", from: -0.6, to: classes - 0.4, ticks },
+    y: { label: "probability", from: 0, to: 1 },
+  });
+  return { curve, bars };
+}
+
+function riseMarks([at, { before, after }]) {
+  const [x, y] = [100 * at, [before, after]];
+  return [
+    { kind: "line", x: [x, x], y, class: "gp-corrected" },
+    { kind: "points", x: [x], y: [before], class: "gp-pruned" },
+    { kind: "points", x: [x], y: [after], class: "gp-corrected" },
+  ];
+}
+
+function state({ rows, accuracy, kept, total, trained, sparsity }) {
   const weights =
     kept === total
       ? `all its ${whole(total)} weights`
       : `${whole(kept)} of its ${whole(total)} weights`;
   const has = `With ${weights} the network reads ${percent(accuracy)} of ${rows} digits that it has not seen before`;
-  if (before === null) return `${has}.`;
-  if (trainedAt > 0 && sparsity > trainedAt)
-    return `${has}; it was trained again at ${percent(trainedAt)}, and has lost more since.`;
-  return `${has} (${percent(before)} before it was trained again).`;
+  if (trained === null) return `${has}.`;
+  if (sparsity > trained.at)
+    return `${has}; it was trained again at ${percent(trained.at)}, and has lost more since.`;
+  return `${has} (${percent(trained.before)} before it was trained again).`;
 }
 
 function reading(digit, answer, sureness) {
@@ -193,13 +201,6 @@ function reading(digit, answer, sureness) {
   const sure = `with probability ${sureness.toFixed(2)}`;
   if (digit === null) return `What you drew ${read}, ${sure}.`;
   return `The ${digit} shown ${read}${answer === digit ? "" : ", wrongly"}, ${sure}.`;
-}
-
-function softmax(scores) {
-  const highest = Math.max(...scores);
-  const raised = Array.from(scores, (score) => Math.exp(score - highest));
-  const sum = raised.reduce((a, b) => a + b);
-  return raised.map((value) => value / sum);
 }
 
 // The first test example of each class.

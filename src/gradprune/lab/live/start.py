@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 import traitlets
-from torch import nn
 
 import gradprune as gp
 from gradprune.lab import figures, train
 from gradprune.lab.live import perceptron
-from gradprune.lab.live.digits import Digits
+from gradprune.lab.live.digits import Retrained
 from gradprune.lab.live.esm import joined
 from gradprune.lab.live.figure import Still
 
@@ -19,27 +18,18 @@ EPOCHS, BATCH = 5, 64  # of training again, and its optimizer: as start.js has t
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
 
-class Start(Digits):
+class Start(Retrained):
     """A perceptron that reads the digit that the reader picks or draws, loses its smallest weights, and trains again.
 
-    `sparsity` (0 to 0.99) is what the reader sets, or a program; `accuracy` is what the page read; `masks` are those of
-    gradprune at that sparsity.
+    `sparsity` (0 to 0.99) is what the reader sets, or a program; `accuracy` is what the page read; `network` and
+    `masks` are those of the page, or where no page is open the network before its weights are taken away, and
+    gradprune's masks.
 
     Example: ``lab.live.Start(sparsity=0.9)``
     """
 
     _esm = joined("start.js")
     sparsity = traitlets.Float(0.0, min=0.0, max=0.99, help="the share of the weights that is gone").tag(sync=True)
-
-    @property
-    def network(self) -> nn.Sequential:
-        """The network before its weights are taken away: a copy."""
-        return perceptron.trained()
-
-    @property
-    def masks(self) -> gp.Masks:
-        """The masks of the slider's setting."""
-        return gp.prune(self.network, sparsity=self.sparsity, min_keep=1)
 
     def still(self) -> Still:
         """Return the accuracy before and after training again."""

@@ -5,7 +5,16 @@ import { readNetwork, readSplit } from "./examples.js";
 import { createFeedback, norm, topFraction } from "./gradients.js";
 import { copyNetwork, flatten, parameterCount } from "./network.js";
 import { createReader, percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, listen, publish, say } from "./stage.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  listen,
+  publish,
+  say,
+  sayPrecision,
+} from "./stage.js";
 import { createTraining, trainSteps } from "./training.js";
 
 const STEPS = 270;
@@ -93,8 +102,7 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, { density: first });
-    share.set(Math.log10(first));
-    start();
+    ask();
   });
   stage.controls.append(share.root, go, reset);
 
@@ -118,6 +126,7 @@ export function render({ model, el }) {
     }),
   };
   stage.panels.append(...Object.values(charts).map((chart) => chart.root));
+  sayPrecision(stage);
 
   const lines = (across, up) =>
     Object.entries(KINDS).flatMap(([kind, name]) => {
@@ -178,7 +187,7 @@ export function render({ model, el }) {
     share.set(Math.log10(model.get("density")));
     start();
   }
-  listen(stage, model, ["density"], follow);
+  const ask = listen(stage, model, ["density"], follow);
   stage.root.numbers = (kind) => flatten(runs[kind].net);
   stage.root.rest = (kind) => restOf(runs[kind]).flatMap((array) => [...array]);
   stage.root.advance = (count) => {

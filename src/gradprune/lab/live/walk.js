@@ -1,5 +1,7 @@
 // Where does gradient descent go in a few parameters, how long is each step, and which way does it point?
 
+import { descend } from "./optimizer.js";
+
 /**
  * Walks from `start` by v = momentum v + clip(g), p = p - rate v, for `steps` steps or until the loss
  * or its gradient is no longer finite. `lossAt(p)` returns { loss, gradient }; `clip` changes a list
@@ -18,10 +20,7 @@ export function walk(lossAt, start, { steps, rate, momentum = 0, clip = () => {}
     if (!finite || taken.points.length > steps) return { ...taken, finite };
     const clipped = Float64Array.from(gradient);
     clip([clipped]);
-    for (let i = 0; i < at.length; i++) {
-      velocity[i] = momentum * velocity[i] + clipped[i];
-      at[i] -= rate * velocity[i];
-    }
+    descend(at, clipped, velocity, { rate, momentum, decay: 0 });
     taken.lengths.push(rate * Math.hypot(...velocity));
     taken.angles.push(angleBetween(velocity, gradient));
   }

@@ -16,8 +16,18 @@ import { differing, keepers, WAYS, WORKERS } from "./crew.js";
 import { readNetwork, readSplit } from "./examples.js";
 import { flatten } from "./network.js";
 import { createPicture } from "./pixels.js";
-import { countAll, createReader, joinBytes, percent, whole } from "./reading.js";
-import { animator, closing, createStage, drawer, element, listen, publish, say } from "./stage.js";
+import { countAll, createReader, goingOn, joinBytes, percent, whole } from "./reading.js";
+import {
+  animator,
+  closing,
+  createStage,
+  drawer,
+  element,
+  listen,
+  publish,
+  say,
+  settingsOf,
+} from "./stage.js";
 
 const OPTIMIZER = { rate: 0.05, momentum: 0.9, decay: 0 };
 const BATCH = 64;
@@ -32,7 +42,7 @@ export function render({ model, el }) {
   const train = readSplit(model.get("_train"));
   const read = createReader(untrained, test);
   const total = countAll(untrained.weights);
-  const settings = (names) => Object.fromEntries(names.map((name) => [name, model.get(name)]));
+  const settings = (names) => settingsOf(model, names);
   const first = settings([...TRAINING, ...PRUNING]);
   const how = () => settings(PRUNING);
 
@@ -55,50 +65,7 @@ export function render({ model, el }) {
   }
 
   const stage = createStage(el, "workers", "Four workers train and prune one network");
-  const way = choice({
-    label: "Four workers",
-    options: [
-      ["synchronous", "in step (synchronous)"],
-      ["local", "averaged now and then (local SGD)"],
-      ["pairs", "pairs, averaged (semi-synchronous)"],
-      ["asynchronous", "as each comes (asynchronous)"],
-    ],
-    value: first.way,
-    change: (is) => publish(model, { way: is }),
-  });
-  const period = slider({
-    label: "steps between averages",
-    ...{ min: 2, max: 16, step: 1, value: first.period },
-    change: (value) => publish(model, { period: value }),
-  });
-  const age = slider({
-    label: "staleness of a gradient, in steps",
-    ...{ min: 0, max: 8, step: 1, value: first.age },
-    change: (value) => publish(model, { age: value }),
-  });
-  const sent = choice({
-    label: "They send",
-    options: [
-      ["all", "all numbers"],
-      ["largest", "the largest 1 %"],
-    ],
-    value: first.sent,
-    change: (is) => publish(model, { sent: is }),
-  });
-  const moment = slider({
-    label: "prune, steps after an average",
-    ...{ min: 0, max: first.period - 1, step: 1, value: first.late },
-    change: (value) => publish(model, { late: value }),
-  });
-  const decides = choice({
-    label: "Masks chosen by",
-    options: [
-      ["each", "each for itself"],
-      ["one", "one for all"],
-    ],
-    value: first.decides,
-    change: (is) => publish(model, { decides: is }),
-  });
+  const controls = createControls(first, (change) => publish(model, change));
   const go = button("Train", () => {
     if (walk.isRunning()) walk.stop();
     else if (!isTrained(course)) walk.start();
@@ -114,46 +81,18 @@ export function render({ model, el }) {
   });
   const reset = button("Reset", () => {
     publish(model, first);
-    start();
+    ask();
   });
-  const inputs = [way, period, age, sent, moment, decides].map(({ root }) => root);
-  stage.controls.append(...inputs, element("div", {}, go, " ", prune, " ", reset));
+  const buttons = element("div", {}, go, " ", prune, " ", reset);
+  stage.controls.append(...controls.roots, buttons);
 
-  const accuracy = createChart({
-    title: "Test digits read (dashed: pruning)",
-    legend: [
-      ["worker 1", "gp-dense"],
-      ["others", "gp-random"],
-    ],
-    x: { label: "step", from: 0, to: 1 },
-    y: { label: "share read correctly", from: 0, to: 1 },
-  });
-  const share = createChart({
-    title: "Zeros of worker 1 (dashed: averages)",
-    x: { label: "steps since the average before pruning", from: 0, to: 1 },
-    y: { label: "share of zeros", from: 0, to: 1 },
-  });
-  const picture = createPicture(
-    "The first layer's weights: blue kept by all, orange by some, blank by none",
-    untrained.sizes[1],
-    16,
-  );
-  stage.panels.append(accuracy.root, share.root, picture.root);
+  const panels = createPanels(untrained.sizes[1]);
+  stage.panels.append(...Object.values(panels).map(({ root }) => root));
 
   const draw = () => {
     const setting = settings([...TRAINING, ...PRUNING]);
     const crew = crewOf(course);
-    const ended = { x: { to: 2 * course.length } };
-    const pruning = { kind: "rule", x: momentOf(course, how()) };
-    accuracy.draw([...accuracyMarks(course), pruning], ended);
-    const every = course.averaged ? setting.period : 0;
-    share.draw(...zeroMarks(course, every, setting.sparsity, total));
-    const kept = keepers(crew, 0);
-    picture.draw(
-      kept.map((count) => (count === WORKERS ? 1 : -1)),
-      kept,
-      1,
-    );
+    drawPanels(panels, course, setting, total);
     const running = walk.isRunning();
     go.textContent = running && !course.branch ? "Pause" : "Train";
     go.disabled = isTrained(course);
@@ -169,7 +108,7 @@ export function render({ model, el }) {
     };
     say(stage, facts, sentence(facts, course, total));
     const masks = crew.workers.flatMap((worker) => worker.masks ?? []);
-    publish(model, { accuracy: facts.accuracy, _kept: new DataView(joinBytes(masks).buffer) });
+    publish(model, { accuracy: facts.accuracy, _shown: goingOn(setting, masks) });
   };
   const request = drawer(stage, draw);
   const walk = animator(stage, {
@@ -178,19 +117,12 @@ export function render({ model, el }) {
     done: () => request(),
   });
 
-  const controls = { way, period, age, sent, decides, late: moment };
   function show() {
     const setting = settings([...TRAINING, ...PRUNING]);
-    if (setting.late >= setting.period) {
-      publish(model, { late: setting.period - 1 }); // which comes back here
-      return;
-    }
-    moment.input.max = setting.period - 1;
-    for (const [name, control] of Object.entries(controls)) control.set(setting[name]);
-    period.root.hidden = moment.root.hidden = !WAYS[setting.way].averaged;
-    age.root.hidden = setting.way !== "asynchronous";
+    if (setting.late < setting.period) controls.set(setting);
+    else publish(model, { late: setting.period - 1 }); // which comes back here
   }
-  listen(stage, model, TRAINING, () => {
+  const ask = listen(stage, model, TRAINING, () => {
     show();
     start();
   });
@@ -198,6 +130,7 @@ export function render({ model, el }) {
     show();
     goBack();
   });
+  stage.root.shown = () => model.get("_shown");
   stage.root.numbers = (worker) => [...flatten(crewOf(course).workers[worker].net)];
   stage.root.masks = () => crewOf(course).workers.map(({ masks }) => [...joinBytes(masks)]);
   stage.root.advance = (count) => {
@@ -208,6 +141,95 @@ export function render({ model, el }) {
   show();
   start();
   return closing(stage);
+}
+
+function createControls(first, change) {
+  const way = choice({
+    label: "Four workers",
+    options: [
+      ["synchronous", "in step (synchronous)"],
+      ["local", "averaged now and then (local SGD)"],
+      ["pairs", "pairs, averaged (semi-synchronous)"],
+      ["asynchronous", "as each comes (asynchronous)"],
+    ],
+    value: first.way,
+    change: (is) => change({ way: is }),
+  });
+  const period = slider({
+    label: "steps between averages",
+    ...{ min: 2, max: 16, step: 1, value: first.period },
+    change: (value) => change({ period: value }),
+  });
+  const age = slider({
+    label: "staleness of a gradient, in steps",
+    ...{ min: 0, max: 8, step: 1, value: first.age },
+    change: (value) => change({ age: value }),
+  });
+  const sent = choice({
+    label: "They send",
+    options: [
+      ["all", "all numbers"],
+      ["largest", "the largest 1 %"],
+    ],
+    value: first.sent,
+    change: (is) => change({ sent: is }),
+  });
+  const moment = slider({
+    label: "prune, steps after an average",
+    ...{ min: 0, max: first.period - 1, step: 1, value: first.late },
+    change: (value) => change({ late: value }),
+  });
+  const decides = choice({
+    label: "Masks chosen by",
+    options: [
+      ["each", "each for itself"],
+      ["one", "one for all"],
+    ],
+    value: first.decides,
+    change: (is) => change({ decides: is }),
+  });
+  const controls = { way, period, age, sent, late: moment, decides };
+  const set = (setting) => {
+    moment.input.max = setting.period - 1;
+    for (const [name, control] of Object.entries(controls)) control.set(setting[name]);
+    period.root.hidden = moment.root.hidden = !WAYS[setting.way].averaged;
+    age.root.hidden = setting.way !== "asynchronous";
+  };
+  return { roots: Object.values(controls).map(({ root }) => root), set };
+}
+
+function createPanels(units) {
+  return {
+    accuracy: createChart({
+      title: "Test digits read (dashed: pruning)",
+      legend: [
+        ["worker 1", "gp-dense"],
+        ["others", "gp-random"],
+      ],
+      x: { label: "step", from: 0, to: 1 },
+      y: { label: "share read correctly", from: 0, to: 1 },
+    }),
+    share: createChart({
+      title: "Zeros of worker 1 (dashed: averages)",
+      x: { label: "steps since the average before pruning", from: 0, to: 1 },
+      y: { label: "share of zeros", from: 0, to: 1 },
+    }),
+    picture: createPicture(
+      "The first layer's weights: blue kept by all, orange by some, blank by none",
+      units,
+      16,
+    ),
+  };
+}
+
+function drawPanels({ accuracy, share, picture }, course, setting, total) {
+  const pruning = { kind: "rule", x: momentOf(course, setting) };
+  accuracy.draw([...accuracyMarks(course), pruning], { x: { to: 2 * course.length } });
+  const every = course.averaged ? setting.period : 0;
+  share.draw(...zeroMarks(course, every, setting.sparsity, total));
+  const kept = keepers(crewOf(course), 0);
+  const signs = kept.map((count) => (count === WORKERS ? 1 : -1));
+  picture.draw(signs, kept, 1);
 }
 
 function accuracyMarks({ reads }) {

@@ -41,7 +41,6 @@ class Workers(Digits):
     late = traitlets.Int(0, min=0, max=15, help="how many steps after an average they prune").tag(sync=True)
     decides = traitlets.Enum(("each", "one"), "each", help="who chooses the masks").tag(sync=True)
     sparsity = traitlets.Float(0.8, min=0.0, max=0.99, help="the share of the weights that goes").tag(sync=True)
-    _kept = traitlets.Bytes().tag(sync=True)
 
     @property
     def network(self) -> nn.Sequential:
@@ -51,10 +50,11 @@ class Workers(Digits):
     @property
     def masks(self) -> list[gp.Masks]:
         """The masks of the page's workers, or where none are pruned those that gradprune's would have there."""
-        if not self._kept:
+        shown = self._of_the_page("kept")
+        if not shown:
             return self.pruned().masks
         like = gp.prune(self.network, sparsity=0.0)
-        every = np.frombuffer(self._kept, dtype=np.uint8).reshape(WORKERS, -1)
+        every = np.frombuffer(shown, dtype=np.uint8).reshape(WORKERS, -1)
         return [unpack_masks(like, kept.tobytes()) for kept in every]
 
     def pruned(self, order: int = 0) -> Crew:
