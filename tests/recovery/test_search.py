@@ -285,7 +285,7 @@ def test_optunas_own_lines_are_silent_only_meanwhile(capfd):
 
 def test_a_file_is_named_in_the_message_that_refuses_it(tmp_path):
     gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=tmp_path / "study.db")
-    with pytest.raises(ValueError, match=r"study\.db' is of another space"):
+    with pytest.raises(ValueError, match=r"study\.db' is of a search with other space"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.8)}, trials=1, storage=tmp_path / "study.db")
     with pytest.raises(ValueError, match=r"study\.db' is of a search without a cost"):
         gp.search(network(), correct, {"sparsity": (0.1, 0.9)}, trials=1, storage=tmp_path / "study.db", cost=nonzeros)

@@ -167,7 +167,9 @@ class Groups:
         gone = (channel for channel in self.channels if channel.weights and not _total(channel, left))
         for name, places in _gathered(entry for channel in gone for entry in channel.beside).items():
             like = self.others[name]
-            before = found.get(name, torch.ones((), dtype=torch.bool)).to(like.device).expand(like.shape)
+            before = (
+                found.get(name, torch.ones((), dtype=torch.bool, device=like.device)).to(like.device).expand(like.shape)
+            )
             found[name] = without(before, places, Axes(self.beside[name]))
         return found
 
