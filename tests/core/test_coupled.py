@@ -13,7 +13,7 @@ from gradprune.core.units import groups_of, place, reads, width, writes
 pytest.importorskip("torch_pruning")
 sys.path.append(str(Path(__file__).parents[1] / "deploy"))
 
-from networks import IMAGES, Dense, Depthwise, Gated, Grouped, Residual
+from networks import IDS, IMAGES, Dense, Depthwise, Gated, Grouped, Residual, gpt2
 
 
 def groups(model, x=IMAGES):
@@ -132,3 +132,17 @@ def test_the_model_is_left_as_it_was():
     assert not model.stem[0].weight.requires_grad
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_queries_keys_and_values_of_one_layer_go_by_heads():
+    model = gpt2()
+    heads = [group for group in coupled(model, IDS, "a test") if group.owner is not None]
+    width = model.config.n_embd
+    for group, block in zip(heads, model.transformer.h, strict=True):
+        assert group.owner is block.attn
+        size = width // model.config.n_head
+        for head, unit in enumerate(group.units):
+            at = {part.module: sorted(places) for part, places in unit.items()}
+            own = range(head * size, (head + 1) * size)
+            assert at[block.attn.c_proj] == list(own)
+            assert at[block.attn.c_attn] == [third * width + c for third in range(3) for c in own]

@@ -114,6 +114,8 @@ def test_include_may_take_what_only_a_name_rules_out():
         ValueError, match=r"none of the 3 tensors is a weight that include=None and exclude='a.*' leave"
     ):
         names.chosen(every, exclude="a.*")
+    with pytest.raises(ValueError, match=r"^none of the 1 tensors is a weight$"):
+        names.chosen(known(entry("a.bias", 2)))
     with pytest.raises(TypeError, match="include must be a glob pattern"):
         names.chosen(every, include=3)
 

@@ -709,6 +709,11 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing():
             clip_.load_state_dict(state)
     with pytest.raises(ValueError, match="the state lacks 'calls'"):
         log.load_state_dict({})
+    for name, wrong in (("calls", -1), ("window", 0), ("engaged", 2), ("skipped", 2), ("kind", "norms")):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            log.load_state_dict(before[1] | {name: wrong})
+    with pytest.raises(ValueError, match=r"^nonfinite must be"):
+        log.load_state_dict(before[1] | {"nonfinite": {"weight": 0}})
     with pytest.raises(ValueError, match="the state keeps 1 calls, of 0 and at most"):
         log.load_state_dict(before[1] | {"calls": 0})
     assert (clip_.state_dict(), log.state_dict()) == before

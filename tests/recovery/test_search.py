@@ -135,6 +135,7 @@ def test_what_prune_refuses_and_what_is_not_finite_is_noted_and_passed_over():
     assert ended["weight", "0.3"] == ""
     assert "nan" in ended["weight", "0.9"]
     assert "itself a sparsity" in ended["2:4", "0.9"]
+    assert f"0 ended as hopeless, {sum(map(bool, ended.values()))} did not fit" in str(study)
     with pytest.raises(ValueError, match="no trial fitted; the first: granularity 2:4"):
         gp.search(network(), correct, {"granularity": "2:4", "sparsity": [0.3, 0.9]}, sampler="grid")
 

@@ -62,7 +62,7 @@ def larger_masks_are_those_of_one_process_whatever_a_sample_says(rank, ranks):
     rank_of_cut = size - round(0.3 * size) + 1
     weights = torch.cat([p.detach().abs().view(-1) for p in chain(7, (31, 40, 9)).parameters()])
     cut = int(weights.sort().values[rank_of_cut - 1].view(torch.int32))
-    for missed in ((0, 0), (5, 2**20), (cut, cut), (cut + 1, 2**31 - 1), (0, cut - 1), (2**31 - 9, 2**31 - 1)):
+    for missed in ((0, 0), (5, 2**20), (cut, cut), (cut + 1, cut + 2**16), (0, cut - 1), (2**31 - 9, 2**31 - 1)):
         select_sharded._brackets = lambda groups, _, missed=missed: [missed] * len(groups)
         for scope in ("global", "layer"):
             check_as_one_process(mesh, "rows", (7, (31, 40, 9), torch.float32, "normal"), sparsity=0.7, scope=scope)
@@ -76,6 +76,8 @@ def an_accelerators_way_to_choose_gives_the_same_masks(rank, ranks):
             for sizes, scope in (((401, 30, 25), "global"), ((40, 90, 25), "layer")):
                 case = (seed, sizes, DTYPES[seed % 4], values)
                 check_as_one_process(mesh, how, case, sparsity=0.6, scope=scope)
+        theirs = sent_for(mesh, [150, 200, 120])
+    assert len(theirs) == len(sent_for(mesh, [150, 200, 120]))  # the same keys were found between the same two
 
 
 def layers_by_themselves_are_chosen_by_as_few_messages_as_one(rank, ranks):

@@ -130,6 +130,9 @@ def rows_groups_and_blocks_are_chosen_where_shards_have_whole_ones(rank, ranks):
     )
     for how, sizes, asked in cases_for(runs, ranks):
         check(mesh, how, sizes, **asked)
+    filters = nn.Sequential(nn.Conv2d(4, 4 * ranks, 3))  # n of m are inputs of one place in the kernel, 3 x 3
+    found = in_quiet(gp.prune, sharded(filters, "fsdp", mesh), granularity="2:4")
+    assert (local(found["0.weight"]).sum(1) == 2).all()
     cut = sharded(chain(1, EVEN), "columns", mesh)
     refused(cut, "rows of '0.weight' are cut by its shards", sparsity=0.5, scope="row")
     refused(cut, "channels or blocks of '0.weight' are cut", sparsity=0.5, granularity="channel")

@@ -161,7 +161,7 @@ def test_batches_that_are_no_pairs_are_refused(score):
 def test_losses_that_are_none_are_refused(score):
     layer = nn.Linear(4, 4)
     for loss, kind, told in (
-        (3, TypeError, "loss must be a function, got 3"),
+        (3, TypeError, r"loss must be a function, got 3; it is called as loss\(outputs, targets\)"),
         (nn.MSELoss, TypeError, r"got the class MSELoss: make one, MSELoss"),
         (lambda out, y: 1.0, TypeError, "loss must return a scalar tensor, got float"),
         (lambda out, y: out.detach().sum(), ValueError, "does not depend on the trainable parameters"),

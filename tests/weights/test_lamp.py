@@ -110,3 +110,15 @@ def test_layers_in_parts_and_in_another_order_say_the_same():
         answers.append(stacked.amax(0) if stacked.dtype == torch.int64 else stacked.sum(0))
     assert list(counts) == [whole] * 3
     assert sum(whole.values()) == 1500
+
+
+def test_torchs_default_device_does_not_leak_into_the_counts():
+    layers = {name: Layer(torch.rand(n), n) for name, n in (("a", 90), ("b", 400))}
+    wanted = lamp_counts(layers, 70), lamp.lamp_scores(layers["a"].values, "a")
+    torch.set_default_device("meta")
+    try:
+        found = lamp_counts(layers, 70), lamp.lamp_scores(layers["a"].values, "a")
+    finally:
+        torch.set_default_device(None)
+    assert found[0] == wanted[0]
+    assert torch.equal(found[1], wanted[1])
