@@ -127,6 +127,21 @@ def test_an_evaluate_that_puts_back_what_it_changed_passes():
     halve(model, lambda q: evaluate(q) * (q[0].weight != 0).float().mean())
 
 
+def test_the_same_values_in_other_memory_are_no_change_and_the_memory_is_the_old_one_again():
+    """As after model.cuda() and model.cpu() in `evaluate`."""
+    model = network()
+    before = state(model)
+
+    def evaluate(pruned):
+        for parameter in pruned.parameters():
+            parameter.data = parameter.data.clone()
+        return float((pruned[0].weight != 0).float().mean())
+
+    scan(model, evaluate)
+    assert gp.largest_sparsity(model, evaluate, at_least=0.5, tolerance=0.1).falls
+    assert same(before, state(model))
+
+
 def test_a_nan_and_complex_weights_are_compared_by_their_bits():
     model = nn.Linear(4, 2, dtype=torch.complex64)
     with torch.no_grad():

@@ -19,10 +19,10 @@ _HOW = "evaluate a copy, made by copy.deepcopy(model), where evaluating changes 
 class Original:
     """A network as it was: its modules and parameters, and a copy of its weights.
 
-    After each evaluation what torch knows is compared: which parameter is where, its dtype, `requires_grad`, its place
-    in memory, and how often it was written (``_version``); what was written is then compared bit by bit, so that an
-    `evaluate` that puts back itself passes. Writes to ``.data`` are not counted by torch: all bits are compared after
-    the first evaluation and at the end.
+    After each evaluation what torch knows is compared: which parameters there are, of which dtype, device and
+    `requires_grad`, where in memory they lie, and how often they were written (``_version``); what was written or moved
+    is then compared bit by bit, so that an `evaluate` that puts back itself passes. Writes to ``.data`` are not counted
+    by torch: all bits are compared after the first evaluation and at the end.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,6 +53,7 @@ class Original:
         """
         now = {p: p.detach().clone() for p in written}
         expected = [now.get(p, copy) for p, copy in zip(self.keeper.parameters, self._copies, strict=True)]
+        held = [p.detach() for p in self.keeper.parameters]
         before, places = self._marks(), self._there()
         try:
             yield
@@ -62,10 +63,13 @@ class Original:
         said = "" if places == self._there() else "which parameters and modules it has"
         changed = []
         for at, (old, new) in enumerate(zip(before, self._marks(), strict=True)):
-            if old[:-1] != new[:-1]:
-                said = said or f"the dtype, the place in memory or requires_grad of {self._names[at]!r}"
-            elif (old != new or not self._read_once) and not _same(self._own[at], expected[at]):
+            parameter = self.keeper.parameters[at]
+            if old[:4] != new[:4]:
+                said = said or f"the dtype, shape, device or requires_grad of {self._names[at]!r}"
+            elif (old != new or not self._read_once) and not _same(parameter.detach(), expected[at]):
                 changed.append(self._names[at])
+            elif old[4] != new[4]:  # the same values in other memory, as after a way to a GPU and back
+                parameter.data = held[at]
         said = said or (f"the values of {_listed(changed)}" if changed else "")
         if said:
             self._put_back()
@@ -75,7 +79,7 @@ class Original:
     def _marks(self) -> list[tuple[Any, ...]]:
         """What torch knows of each parameter, at no cost."""
         return [
-            (p.dtype, p.requires_grad, p.shape, _place(p), None if p.is_inference() else p._version)
+            (p.dtype, p.requires_grad, p.shape, p.device, _place(p), None if p.is_inference() else p._version)
             for p in self.keeper.parameters
         ]
 
