@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from jupyter_server_process import serving
-from page import set_slider
+from page import set_slider, settled
 from playwright.sync_api import Browser, Page, expect
 
 SLOW = 60_000  # milliseconds until the notebook has run
@@ -14,6 +14,11 @@ CELLS = [
     "from gradprune import lab\nfigure = lab.live.Prune()\nfigure",
     'print(figure.sparsity, f"{figure.accuracy:.4f}", figure.masks)',
     "figure.ranking = 'largest'\nprint('set')",
+    "start = lab.live.Start()\nstart",
+    "network = start.network\nkept = {name: int(mask.sum()) for name, mask in start.masks.items()}\n"
+    "start.masks.apply_(network)\n"
+    "share = lab.train.accuracy(network, lab.live.perceptron.digits().test)\n"
+    'print(sum(kept.values()), f"{share:.4f}", "numbers" in start._shown)',
 ]
 
 
@@ -31,7 +36,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 def test_what_the_reader_sets_arrives_in_the_kernel_and_what_a_cell_sets_in_the_figure(
     server: str, browser: Browser
 ) -> None:
-    with browser.new_context(viewport={"width": 1300, "height": 1600}) as context:
+    with browser.new_context(viewport={"width": 1300, "height": 2400}) as context:
         page = context.new_page()
         page.set_default_timeout(SLOW)
         page.goto(server)
@@ -39,7 +44,7 @@ def test_what_the_reader_sets_arrives_in_the_kernel_and_what_a_cell_sets_in_the_
         expect(cells).to_have_count(len(CELLS), timeout=SLOW)
         page.get_by_text("Python 3 (ipykernel) | Idle").or_(page.get_by_title("Python 3")).first.wait_for()
         run(page, 0)
-        root = page.locator(".gp-live[data-drawn]")
+        root = page.locator(".gp-live[data-figure=prune][data-drawn]")
         root.wait_for()
         seen = set_slider(root, "weights removed", 90)
         run(page, 1)
@@ -49,6 +54,15 @@ def test_what_the_reader_sets_arrives_in_the_kernel_and_what_a_cell_sets_in_the_
         run(page, 2)
         expect(root).to_have_attribute("data-ranking", "largest")
         expect(root.locator("input[value=largest]")).to_be_checked()
+        run(page, 3)
+        trained = page.locator(".gp-live[data-figure=start][data-drawn]")
+        trained.wait_for()
+        set_slider(trained, "weights removed", 80)
+        settled(trained, trained.get_by_role("button", name="Train again").click)
+        seen = set_slider(trained, "weights removed", 90)
+        run(page, 4)
+        wanted = f"{seen['kept']} {float(seen['accuracy']):.4f} True"
+        expect(cells.nth(4).locator(".jp-OutputArea-output")).to_contain_text(wanted)
 
 
 def run(page: Page, number: int) -> None:

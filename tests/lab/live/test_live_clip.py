@@ -92,11 +92,13 @@ def test_the_cells_gradient_is_that_of_autograd_at_each_state(browser: Browser, 
 
 def test_every_setting_is_reached_by_keyboard_and_reset_restores_the_first(root: Locator) -> None:
     first, keyboard = facts(root), root.page.keyboard
-    ends = {"w": "1.4", "rate": "0.1", "bound": "63"}
+    ends = {"w": "1.4", "b": "1", "rate": "0.1", "momentum": "0.9", "bound": "63"}
     for name, last in ends.items():
         keyboard.press("Tab")
         assert settled(root, lambda: keyboard.press("End"))[name] == last
         assert settled(root, lambda: keyboard.press("ArrowLeft"))[name] != last
+    keyboard.press("Tab")
+    assert settled(root, lambda: keyboard.press("ArrowDown"))["kind"] == "value"
     keyboard.press("Tab")
     assert settled(root, lambda: keyboard.press("Enter"))["shown"] == str(STEPS)
     keyboard.press("Tab")
@@ -105,7 +107,7 @@ def test_every_setting_is_reached_by_keyboard_and_reset_restores_the_first(root:
         assert last[name] == first[name], name
 
 
-def test_the_walks_begin_at_the_weight_where_the_map_is_pressed_and_dragged_to(root: Locator) -> None:
+def test_the_walks_begin_where_the_map_is_pressed_and_dragged_to(root: Locator) -> None:
     chart = root.locator(".gp-live-layers > svg")
     chart.scroll_into_view_if_needed()
     shades, whole = root.locator("canvas.gp-live-heat").bounding_box(), chart.bounding_box()
@@ -123,13 +125,13 @@ def test_the_walks_begin_at_the_weight_where_the_map_is_pressed_and_dragged_to(r
         mouse.down()
 
     seen = settled(root, press)
-    assert float(seen["w"]) == pytest.approx(0.5, abs=0.015)
+    assert [float(seen[name]) for name in "wb"] == pytest.approx([0.5, 0.5], abs=0.02)
     seen = settled(root, lambda: mouse.move(*at(1.1, -0.25)))
-    assert float(seen["w"]) == pytest.approx(1.1, abs=0.015)
+    assert [float(seen[name]) for name in "wb"] == pytest.approx([1.1, -0.25], abs=0.02)
     mouse.move(*at(3, -3))  # off the map: its edge
     mouse.up()
     root.page.wait_for_function("(root) => root.dataset.w === '1.4'", arg=root.element_handle())
-    assert float(facts(root)["b"]) == START["b"]
+    assert facts(root)["b"] == "-1"
     assert root.get_by_label("weight w at the start").input_value() == "1.4"
     dark, light = root.evaluate(
         """(root) => { const canvas = root.querySelector("canvas.gp-live-heat");
@@ -160,6 +162,17 @@ def test_the_sentence_says_where_both_walks_end_and_what_the_weight_does(browser
         assert f"turned by up to {turn:.0f}°" in said
 
 
+def test_how_far_each_step_is_turned_is_drawn_beside_its_length(browser: Browser, tmp_path: Path) -> None:
+    bottom, top = 192, 10  # of the axis, in the picture's units
+    for figure in (Clip(kind="value", w=0.6, b=-0.8, rate=0.02), Clip(momentum=0.9), Clip()):
+        with page_of(browser, tmp_path, figure) as root:
+            dots = root.locator(".gp-live-chart").nth(3).locator("circle.gp-clipped").all()
+            degrees = [180 * (bottom - float(dot.get_attribute("cy") or "nan")) / (bottom - top) for dot in dots]
+        walk = figure.walk()
+        assert degrees == pytest.approx(walk.angles.tolist(), abs=0.5)
+        assert (float(walk.angles.max()) > 5) == (figure.kind == "value" or figure.momentum > 0)
+
+
 def test_play_shows_the_steps_one_after_the_other_and_less_motion_only_the_end(
     browser: Browser, tmp_path: Path, root: Locator
 ) -> None:
@@ -178,13 +191,14 @@ def test_play_shows_the_steps_one_after_the_other_and_less_motion_only_the_end(
 
 
 def test_ranges_of_the_page_are_those_of_python(root: Locator) -> None:
-    sliders = {"w": "weight w at the start", "rate": "learning rate", "bound": "bound on the norm"}
+    sliders = {"w": "weight w at the start", "b": "bias b at the start", "rate": "learning rate"}
+    sliders |= {"momentum": "momentum", "bound": "size of the bound"}
     for name, label in sliders.items():
         trait, ends = Clip.class_traits()[name], root.get_by_label(label)
         low, high = (float(ends.get_attribute(end) or "nan") for end in ("min", "max"))
-        if name != "w":  # these go by powers of ten
+        if name in ("rate", "bound"):  # these go by powers of ten
             low, high = 10**low, 10**high
-        assert trait.min <= low * 1.0001
+        assert low == pytest.approx(trait.min)
         assert 0.9 * trait.max < high < trait.max * 1.0001
 
 

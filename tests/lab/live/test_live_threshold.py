@@ -50,23 +50,25 @@ def above_the_kth_largest(model: nn.Module, density: float) -> float:
 
 def by_gradprune(
     density: float, kind: str, steps: int = STEPS, lose: Callable[..., float] = gp.keep_top_gradients_
-) -> tuple[nn.Module, int, torch.Tensor]:
-    """The network, the entries sent, and what waits or is lost, after `steps` steps on the page's batches."""
+) -> tuple[nn.Module, int, torch.Tensor, list[float]]:
+    """The network, the entries sent, what waits or is lost, each loss, after `steps` of the page's batches."""
     model, data = perceptron.untrained(), perceptron.digits()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     feedback = gp.ErrorFeedback(model, density=density)
     entries = sum(parameter.numel() for parameter in model.parameters())
     rest = torch.zeros(entries)
-    sent = 0.0
+    sent, losses = 0.0, []
     rules = {"all": lambda: 1.0, "lost": lambda: lose(model, density), "kept": feedback.step}
     for rows in page_batches(0, len(data.train), BATCH, steps):
         optimizer.zero_grad()
-        functional.cross_entropy(model(data.train.x[rows]), data.train.y[rows]).backward()
+        loss = functional.cross_entropy(model(data.train.x[rows]), data.train.y[rows])
+        loss.backward()
+        losses.append(loss.item())
         before = gradient(model)
         sent += entries * rules[kind]()
         rest += before - gradient(model)
         optimizer.step()
-    return model, round(sent), rest
+    return model, round(sent), rest, losses
 
 
 def gradient(model: nn.Module) -> torch.Tensor:
@@ -84,7 +86,7 @@ def test_first_steps_send_the_same_entries_and_leave_the_same_rest(root: Locator
         seen = settled(root, lambda more=more: root.evaluate("(root, more) => root.advance(more)", more))
         assert int(seen["steps"]) == steps
         for kind in ("all", "lost", "kept"):
-            model, sent, rest = by_gradprune(density, kind, steps)
+            model, sent, rest, _ = by_gradprune(density, kind, steps)
             assert int(seen[f"{kind}Sent"]) == sent
             np.testing.assert_allclose(numbers(root, kind), weights(model), rtol=0, atol=1e-5)
             if kind != "all":
@@ -92,11 +94,25 @@ def test_first_steps_send_the_same_entries_and_leave_the_same_rest(root: Locator
                 np.testing.assert_allclose(found, rest, rtol=0, atol=1e-5)
 
 
+def test_the_loss_that_is_drawn_is_a_running_mean_of_each_steps(root: Locator) -> None:
+    for steps, more in ((1, 1), (2, 1), (10, 8)):
+        seen = settled(root, lambda more=more: root.evaluate("(root, more) => root.advance(more)", more))
+        means = {}
+        for kind in ("all", "lost", "kept"):
+            losses = by_gradprune(float(seen["density"]), kind, steps)[3]
+            mean = losses[0]
+            for loss in losses[1:]:
+                mean = 0.9 * mean + 0.1 * loss
+            means[kind] = mean
+            assert float(seen[f"{kind}Loss"]) == pytest.approx(mean, rel=1e-5)
+    assert means["kept"] != pytest.approx(means["all"], rel=1e-3)
+
+
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.1])  # above, entries are equal: a threshold keeps all of them
 def test_the_largest_entries_are_those_of_a_hard_threshold(root: Locator, density: float) -> None:
     density = reached(root, density)
     seen = settled(root, lambda: root.evaluate("(root) => root.advance(10)"))
-    model, sent, _ = by_gradprune(density, "lost", 10, above_the_kth_largest)
+    model, sent, *_ = by_gradprune(density, "lost", 10, above_the_kth_largest)
     assert int(seen["lostSent"]) == sent
     np.testing.assert_allclose(numbers(root, "lost"), weights(model), rtol=0, atol=1e-5)
 
@@ -107,7 +123,7 @@ def test_a_whole_training_sends_and_reads_what_gradprunes_does(root: Locator, de
     seen = train(root)
     assert int(seen["steps"]) == STEPS
     for kind in ("all", "lost", "kept"):
-        model, sent, rest = by_gradprune(density, kind)
+        model, sent, rest, _ = by_gradprune(density, kind)
         assert int(seen[f"{kind}Sent"]) == sent
         # In single precision two entries near the cut may change places once, in 270 steps: seen in 2 of 30 trainings.
         accuracy = lab.train.accuracy(model, perceptron.digits().test)

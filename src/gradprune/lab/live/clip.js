@@ -1,6 +1,6 @@
 // Chapter 2: put a start on a loss with a wall, and see where gradient descent goes with a bound and without.
 import { createChart, plain, scientific } from "./chart.js";
-import { button, slider } from "./controls.js";
+import { button, choice, slider } from "./controls.js";
 import { clipByNorm, clipByValue } from "./gradients.js";
 import { createHeat } from "./heat.js";
 import {
@@ -33,7 +33,6 @@ const SEEN = { from: 1e-6, to: 1e8 }; // of losses and lengths, what a picture c
 const fromPower = (power) => Number((10 ** power).toPrecision(2));
 const round = (value) => Number(value.toFixed(2));
 
-// What the page offers: where to start, how large the steps are, and the bound. `b`, `momentum` and `kind` are a program's.
 export function render({ model, el }) {
   const cell = model.get("_cell"); // { steps, first, target, walk }
   const first = model.get("_start");
@@ -43,7 +42,7 @@ export function render({ model, el }) {
   let both = null; // the walks of the setting
 
   const stage = createStage(el, "clip", "Gradient descent at a wall, with and without a bound");
-  const sliders = createSliders((change) => publish(model, change));
+  const controls = createControls((change) => publish(model, change));
   const play = button("Play", () => {
     if (player.isRunning()) return rest();
     shown = 0;
@@ -55,60 +54,15 @@ export function render({ model, el }) {
     publish(model, first);
     ask();
   });
-  const ordered = Object.values(sliders).map(({ root }) => root);
   const buttons = element("div", { class: "gp-live-buttons" }, play, " ", reset);
-  stage.controls.append(...ordered, buttons);
+  stage.controls.append(...controls.roots, buttons);
 
-  const map = createHeat({
-    title: "The loss from above: press to start at another w",
-    legend: LEGEND,
-    x: { label: "weight w (the greyer, the higher the loss)", ...W },
-    y: { label: "bias b", ...B },
-    height: (w, b) => 2 * Math.log10(cellLoss([w, b], cell)), // two bands a power of ten
-    low: -6,
-    high: 13,
-    pick: (w) => publish(model, { w: round(w) }),
-  });
-  const losses = createChart({
-    title: "The loss on the way",
-    legend: LEGEND,
-    x: { label: "step of descent", from: 0, to: cell.walk },
-    y: { label: "loss", log: true },
-  });
-  const length = createChart({
-    title: "How long is each step?",
-    legend: LEGEND,
-    x: { label: "step of descent", from: 0, to: cell.walk },
-    y: { label: "length", log: true },
-  });
-  stage.panels.append(map.root, losses.root, length.root);
+  const panels = createPanels(cell, (w, b) => publish(model, { w: round(w), b: round(b) }));
+  stage.panels.append(...Object.values(panels).map(({ root }) => root));
 
   const draw = () => {
     const setting = chosen();
-    const walks = [
-      [both.unclipped, "gp-unclipped"],
-      [both.clipped, "gp-clipped"],
-    ];
-    const line = {
-      kind: "line",
-      x: [W.from, W.to],
-      y: [setting.b, setting.b],
-      class: "gp-random gp-live-dashed",
-    };
-    const begin = { kind: "points", x: [setting.w], y: [setting.b], radius: 5 };
-    map.draw([
-      ...WORDS,
-      line,
-      ...walks.flatMap(([taken, colour]) => pathMarks(taken, shown, colour)),
-      begin,
-    ]);
-    const marks = (name, from) =>
-      walks.flatMap(([taken, colour]) =>
-        stepMarks(taken[name].slice(0, shown + 1 - from), from, colour),
-      );
-    const axis = (name) => ({ y: logAxis(walks.flatMap(([taken]) => taken[name])) });
-    losses.draw(marks("losses", 0), axis("losses"));
-    length.draw(marks("lengths", 1), axis("lengths"));
+    drawPanels(panels, setting, both, shown);
     say(stage, facts(setting, both, cell, shown), sentence(setting, both, cell));
     play.textContent = player.isRunning() ? "Stop" : "Play";
   };
@@ -132,8 +86,7 @@ export function render({ model, el }) {
   function follow() {
     const setting = chosen();
     both = walkBoth(setting, cell);
-    sliders.w.set(setting.w);
-    for (const name of ["rate", "bound"]) sliders[name].set(Math.log10(setting[name]));
+    controls.set(setting);
     rest();
   }
   const ask = listen(stage, model, names, follow);
@@ -143,18 +96,87 @@ export function render({ model, el }) {
   return closing(stage);
 }
 
-function createSliders(change) {
-  const quantity = (name, label, min, max, step, is = (value) => value) =>
+function createControls(change) {
+  const same = (value) => value;
+  const quantity = (name, label, min, max, step, is = same, from = same) => [
+    name,
     slider({
       ...{ label, min, max, step, value: min },
       format: (value) => plain(is(value)),
       change: (value) => change({ [name]: is(value) }),
-    });
-  return {
-    w: quantity("w", "weight w at the start", W.from, W.to, 0.01),
-    rate: quantity("rate", "learning rate", -6, -1, 0.1, fromPower),
-    bound: quantity("bound", "bound on the norm", -1, 1.8, 0.1, fromPower),
+    }),
+    from,
+  ];
+  const quantities = [
+    quantity("w", "weight w at the start", W.from, W.to, 0.01),
+    quantity("b", "bias b at the start", B.from, B.to, 0.01),
+    quantity("rate", "learning rate", -6, -1, 0.1, fromPower, Math.log10),
+    quantity("momentum", "momentum", 0, 0.9, 0.1),
+    quantity("bound", "size of the bound", -1, 1.8, 0.1, fromPower, Math.log10),
+  ];
+  const kind = choice({
+    label: "Bounded:",
+    options: [
+      ["norm", "the norm"],
+      ["value", "each entry"],
+    ],
+    value: "norm",
+    change: (is) => change({ kind: is }),
+  });
+  const set = (setting) => {
+    for (const [name, control, from] of quantities) control.set(from(setting[name]));
+    kind.set(setting.kind);
   };
+  return { roots: [...quantities.map(([, { root }]) => root), kind.root], set };
+}
+
+function createPanels(cell, pick) {
+  const x = { label: "step of descent", from: 0, to: cell.walk };
+  return {
+    map: createHeat({
+      title: "The loss from above: press to start there",
+      legend: LEGEND,
+      x: { label: "weight w (the greyer, the higher the loss)", ...W },
+      y: { label: "bias b", ...B },
+      height: (w, b) => 2 * Math.log10(cellLoss([w, b], cell)), // two bands a power of ten
+      ...{ low: -6, high: 13, pick },
+    }),
+    losses: createChart({
+      title: "The loss on the way",
+      legend: LEGEND,
+      x,
+      y: { label: "loss", log: true },
+    }),
+    lengths: createChart({
+      title: "How long is each step?",
+      legend: LEGEND,
+      x,
+      y: { label: "length", log: true },
+    }),
+    angles: createChart({
+      title: "How far is each step turned off the steepest way?",
+      legend: LEGEND,
+      x,
+      y: { label: "degrees", from: 0, to: 180, ticks: [0, 45, 90, 135, 180] },
+    }),
+  };
+}
+
+function drawPanels({ map, losses, lengths, angles }, { w, b }, { unclipped, clipped }, shown) {
+  const walks = [
+    [unclipped, "gp-unclipped"],
+    [clipped, "gp-clipped"],
+  ];
+  const paths = walks.flatMap(([taken, colour]) => pathMarks(taken, shown, colour));
+  map.draw([...WORDS, ...paths, { kind: "points", x: [w], y: [b], radius: 5 }]);
+  const marks = (name, from) =>
+    walks.flatMap(([taken, colour]) =>
+      stepMarks(taken[name].slice(0, shown + 1 - from), from, colour),
+    );
+  const axis = (name) => ({ y: logAxis(walks.flatMap(([taken]) => taken[name])) });
+  losses.draw(marks("losses", 0).map(onLogAxis), axis("losses"));
+  lengths.draw(marks("lengths", 1).map(onLogAxis), axis("lengths"));
+  angles.draw(marks("angles", 1));
 }
 
 function walkBoth({ w, b, rate, momentum, bound, kind }, cell) {
@@ -184,14 +206,19 @@ function nearMap([w, b]) {
   return [middle + shrink * (w - middle), shrink * b];
 }
 
-function stepMarks(values, from, colour) {
-  const within = (value) => Math.min(Math.max(value, SEEN.from / 2), SEEN.to * 2); // just off the axis
-  const steps = { x: values.map((_, i) => i + from), y: values.map(within), class: colour };
+function stepMarks(y, from, colour) {
+  const steps = { x: y.map((_, i) => i + from), y, class: colour };
   return [
     { kind: "line", ...steps },
     { kind: "points", ...steps, radius: 2 },
   ];
 }
+
+// What a picture cannot tell apart stands just off the axis.
+const onLogAxis = (mark) => ({
+  ...mark,
+  y: mark.y.map((value) => Math.min(Math.max(value, SEEN.from / 2), SEEN.to * 2)),
+});
 
 function logAxis(values) {
   const some = values.filter((value) => value > 0);

@@ -39,9 +39,9 @@ class Walk:
 class Clip(Live):
     """Gradient descent on the loss of a recurrent cell in its two parameters, with a clip and without.
 
-    The reader sets `w`, the weight at the start (0.2 to 1.4), the `rate` (1e-6 to 0.1) and the `bound` (0.1 to 64). A
-    program may also set `b`, the bias at the start (-1 to 1), `momentum` (to 0.9), and `kind`: whether the norm is
-    bounded, or each entry's "value". `path()` is where the page's walk goes, computed by gradprune.
+    `w` and `b`, the weight (0.2 to 1.4) and the bias (-1 to 1) at the start, the `rate` (1e-6 to 0.1), `momentum` (to
+    0.9), the `bound` (0.1 to 64) and its `kind` (whether the "norm" is bounded, or each entry's "value") are what the
+    reader sets, or a program. `path()` is where the page's walk goes, computed by gradprune.
 
     Example: ``lab.live.Clip(kind="value").path()``
     """

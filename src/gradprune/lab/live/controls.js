@@ -1,8 +1,10 @@
 // How does a reader set something? By the browser's own inputs, each with a label and its value in words.
 import { element } from "./stage.js";
 
+// Two figures on one page each have this module: what tells their controls apart is drawn by chance.
+const FAMILY = Math.random().toString(36).slice(2);
 let controlCount = 0;
-const nextId = () => `gp-live-control-${++controlCount}`;
+const nextId = () => `gp-live-${FAMILY}-${++controlCount}`;
 
 // A quantity. `format` writes it in words, which stand beside the slider and are what a screen reader says.
 export function slider({ label, min, max, step, value, format = String, change }) {

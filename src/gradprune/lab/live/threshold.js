@@ -152,11 +152,12 @@ export function render({ model, el }) {
     go.textContent = walk.isRunning() ? "Pause" : "Train";
     go.disabled = done >= STEPS;
     const facts = { density: model.get("density"), steps: done };
-    for (const [kind, { sent, accuracy, waiting }] of Object.entries(now)) {
+    for (const [kind, { sent, accuracy, waiting, loss }] of Object.entries(now)) {
       Object.assign(facts, {
         [kind]: accuracy,
         [`${kind}Sent`]: sent,
         [`${kind}Waiting`]: waiting,
+        [`${kind}Loss`]: Number.isNaN(loss) ? "" : loss,
       });
     }
     say(stage, facts, sentence(facts));
