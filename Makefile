@@ -33,7 +33,7 @@ quick: lint ## under a minute, for who edits: lint, types and the unit tests, wi
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x -q --hypothesis-profile=quick -k "not ($(SLOW))" $(UNITS)
 
 test: lint book ## everything: lint, types, unit tests, notebooks, links, pages in a browser
-	@GRADPRUNE_BUILT=1 GRADPRUNE_QUIET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env --nbval-cell-timeout=300 tests chapters
+	@GRADPRUNE_QUIET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p book.built_run --nbval --nbval-current-env --nbval-cell-timeout=300 tests chapters
 
 mutants: .venv/.installed ## for developers, up to an hour: change the code a little, here and there, and see whether a test notices
 	@$(BIN)/python tests/mutants/run.py

@@ -1,28 +1,28 @@
-"""Where GRADPRUNE_BUILT is set, nbval looks at the run that the pages were built from: each chapter runs once.
+"""With `-p book.built_run` nbval looks at the run that the pages were built from: each chapter runs once.
 
-`make test` sets it; `pytest --nbval chapters` runs the chapters itself. The build shows tables and pictures as a page
-does. Each carries its words too, and these are what a notebook stores and nbval compares.
+`make test` asks for it; `pytest --nbval chapters` runs the chapters itself. The build shows tables and pictures as a
+page does. Each carries its words too, and these are what a notebook stores and nbval compares.
 """
 
-import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from build import CACHE
 from jupyter_cache import get_cache
 from nbformat import NotebookNode
 from nbval.plugin import IPyNbFile
 
+CACHE = Path(__file__).parent / "_build" / ".jupyter_cache"
 Message = dict[str, Any]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collect_file() -> Generator[None, Any, Any]:
-    """Give the chapters of a run that has been."""
+    """Give notebooks a run that has been."""
     found = yield
     for file in found:
-        if os.environ.get("GRADPRUNE_BUILT") and isinstance(file, IPyNbFile):
+        if isinstance(file, IPyNbFile):
             file.__class__ = OfBuild
     return found
 

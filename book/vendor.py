@@ -104,8 +104,8 @@ def node() -> str:
 
 
 def npm() -> list[str]:
-    """Return how npm is started: the machine's, or else the one that comes as a Python package."""
-    found = shutil.which("npm")
+    """Return how npm is started: the machine's where its Node.js is there too, else that of a Python package."""
+    found = shutil.which("npm") if shutil.which("node") else None
     inside = "node_modules/npm" if os.name == "nt" else "lib/node_modules/npm"
     return [found] if found else [_wheel_node(), str(_wheel() / inside / "bin" / "npm-cli.js")]
 

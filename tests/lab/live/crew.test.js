@@ -35,7 +35,7 @@ test("workers step, send, average, prune and hold as gradprune's do", () => {
     const crew = crewOf(given);
     const [averaged, differ, alive] = [[], [], []];
     for (let step = 0; step < given.steps; step++) {
-      if (step === given.steps / 2) pruneCrew(crew, 0.5, given.decides);
+      if (step === given.steps / 2) pruneCrew(crew, given.sparsity, given.decides);
       crewStep(crew);
       averaged.push(averageWhenDue(crew));
       if (step < given.steps / 2) continue;
@@ -88,7 +88,7 @@ test("those who share weights are named once, and a weight's keepers are counted
     const own = new Set(numbersOf(crew).map(String));
     assert.equal(own.size, count[given.made.way]);
     assert.ok(keepers(crew, 0).every((kept) => kept === WORKERS));
-    pruneCrew(crew, 0.5, given.decides);
+    pruneCrew(crew, given.sparsity, given.decides);
     const sums = crew.workers[0].masks[0].map((_, i) =>
       crew.workers.reduce((sum, { masks }) => sum + masks[0][i], 0),
     );

@@ -276,13 +276,14 @@ def _crews() -> list[Case]:
 def _crew(way: str, age: int, density: float, decides: Any) -> Case:
     """Four workers, pruned in the middle, between two averages."""
     sizes, rows, batch, period, steps = [6, 8, 3], 38, 16, 3, 20
+    sparsity = 0.6  # not a half, of which as many are zero as are not
     model = _model(sizes, "relu")
     examples = Split(torch.randn(rows, sizes[0]), torch.randint(sizes[-1], (rows,)))
     crew = Crew(model, way, period=period, age=age, density=density)
     differ, zeros, averaged = [], [], []
     for step, chosen in enumerate(page_batches(3, rows, batch, steps)):
         if step == steps // 2:
-            crew.prune(0.5, decides)
+            crew.prune(sparsity, decides)
         crew.step(examples, torch.tensor(chosen))
         averaged.append(crew.average_when_due())
         if crew.masks:
@@ -299,6 +300,7 @@ def _crew(way: str, age: int, density: float, decides: Any) -> Case:
         "labels": examples.y.tolist(),
         "steps": steps,
         "decides": decides,
+        "sparsity": sparsity,
         "averaged": averaged,
         "differ": differ,
         "zeros": zeros,
