@@ -116,7 +116,7 @@ ON_TOP = "and the exercises come on top"
         (
             37.6,
             91.0,
-            f"about 38 minutes, with each step followed 94, {ON_TOP}; all code on the page runs in about 2 minutes.",
+            f"about 38 minutes, with each step followed 83, {ON_TOP}; all code on the page runs in about 2 minutes.",
         ),
         (
             0.2,
@@ -126,9 +126,9 @@ ON_TOP = "and the exercises come on top"
         (
             20.0,
             62.0,
-            f"about 20 minutes, with each step followed 50, {ON_TOP}; all code on the page runs in about 1 minute.",
+            f"about 20 minutes, with each step followed 44, {ON_TOP}; all code on the page runs in about 1 minute.",
         ),
-        (20.0, None, f"about 20 minutes, with each step followed 50, {ON_TOP}."),
+        (20.0, None, f"about 20 minutes, with each step followed 44, {ON_TOP}."),
     ],
 )
 def test_the_line_under_a_title_says_both_times_where_both_are_known(
