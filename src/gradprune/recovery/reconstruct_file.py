@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import nn
 
 from gradprune.core import checks
@@ -17,6 +16,7 @@ from gradprune.core.checks import require
 from gradprune.core.evaluate import tensors_in
 from gradprune.core.files import StrPath
 from gradprune.core.layers import Weight
+from gradprune.core.sharded import digest
 from gradprune.core.words import in_our_words
 from gradprune.core.written import Resumed, target_of
 from gradprune.recovery.reconstruct import Share, Work, require_kind, shares
@@ -140,13 +140,9 @@ def _call(
     batches: Sequence[Any],
 ) -> dict[str, Any]:
     """All that the result depends on, by what it is."""
-    seen = hashlib.sha256()
-    for tensor in (t for batch in batches for t in tensors_in(batch)):
-        seen.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        seen.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return {
         "the models": [type(model).__name__, hashlib.sha256(repr(model).encode()).hexdigest()],
         "the checkpoints": [[part.name, *part.version] for part in source.parts if isinstance(part, File)],
         "the layers, or how many of their weights stay,": {n: [choices[n], str(w.axes)] for n, w in layers.items()},
-        "the batches": seen.hexdigest(),
+        "the batches": digest({str(n): tensor for n, tensor in enumerate(tensors_in(list(batches)))}),
     }

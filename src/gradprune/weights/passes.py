@@ -7,7 +7,6 @@ mean over those with different data. One process is the case of a single rank. A
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,7 +19,7 @@ from gradprune.core.blockwise import Back, Blockwise, Cut, Summed, sums
 from gradprune.core.checks import is_distributed, require
 from gradprune.core.evaluate import tensors_in
 from gradprune.core.ranks import ranks_of
-from gradprune.core.sharded import is_sharded, layout, local, reshard_
+from gradprune.core.sharded import digest, is_sharded, layout, local, reshard_
 from gradprune.weights.differentiate import (
     Batches,
     Loss,
@@ -292,10 +291,5 @@ def _change(w: Tensor, g: Tensor) -> Tensor:
     return (w.to(torch.complex128).conj() * g).real if w.is_complex() else g
 
 
-def _hash_of(batches: Sequence[Any]) -> str:
-    made = hashlib.blake2b(digest_size=8)
-    for tensor in tensors_in(batches):
-        made.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        held = tensor.detach().cpu().contiguous()
-        made.update(held.reshape(-1).view(torch.uint8).numpy().data)
-    return made.hexdigest()
+def _hash_of(batches: list[Any]) -> str:
+    return digest({str(n): tensor for n, tensor in enumerate(tensors_in(batches))})

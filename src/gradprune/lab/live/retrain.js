@@ -193,7 +193,7 @@ export function render({ model, el }) {
 function sentence({ steps, of, rounds, round, once, many, keptOnce, keptMany, total }) {
   const so = steps < of ? `After ${steps} of ${of} steps` : `After all ${of} steps`;
   const first = `the network pruned at once, with ${whole(keptOnce)} of ${whole(total)} weights, reads ${percent(once)}`;
-  const second = `the one in round ${round} of ${rounds}, with ${keptMany}, reads ${percent(many)}`;
+  const second = `the one in round ${round} of ${rounds}, with ${whole(keptMany)}, reads ${percent(many)}`;
   return `${so}, ${first} of the test digits; ${second}.`;
 }
 
