@@ -69,7 +69,7 @@ class VerdictsTable(ClaimTables):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Return the table."""
+        """Return the table, folded under a line that counts its verdicts: who has not read the documents goes past."""
         rows = [claim for claim in claims.all_claims().values() if str(claim.chapter) == self.arguments[0].lstrip("0")]
         if not rows:
             raise self.error(f"no statement belongs to chapter {self.arguments[0]!r}")
@@ -81,7 +81,10 @@ class VerdictsTable(ClaimTables):
             verdict = nodes.paragraph("", "", *self.linked(claim, found))
             cells = [said, nodes.entry("", verdict), nodes.entry("", nodes.paragraph(text=line))]
             lines.append(nodes.row("", *cells))
-        return [table(["the document says", "verdict", "by what was measured"], (34, 22, 44), lines, "gp-verdicts")]
+        header = ["the document says", "verdict", "by what was measured"]
+        fold = f'<details class="gp-fold"><summary>{counted([outcome(claim, found) for claim in rows])}</summary>'
+        tags = (nodes.raw("", tag, format="html") for tag in (fold, "</details>"))
+        return [next(tags), table(header, (34, 22, 44), lines, "gp-verdicts"), next(tags)]
 
 
 class ClaimsPicture(ClaimTables):
@@ -124,6 +127,12 @@ def table(header: list[str], widths: tuple[int, ...], rows: list[nodes.row], nam
     head = nodes.row("", *(nodes.entry("", nodes.paragraph(text=text)) for text in header))
     group += [nodes.thead("", head), nodes.tbody("", *rows)]
     return nodes.table("", group, classes=[name, "gp-cards"])
+
+
+def counted(outcomes: list[str]) -> str:
+    """Return how many verdicts of each kind there are, in words."""
+    counts = ", ".join(f"{outcomes.count(key)} {words}" for key, (words, _) in OUTCOMES.items() if key in outcomes)
+    return f"{len(outcomes)} statement{'s' if len(outcomes) > 1 else ''}: {counts}"
 
 
 def first_number(because: str) -> str:

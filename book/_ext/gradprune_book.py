@@ -20,6 +20,7 @@ from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
@@ -149,6 +150,19 @@ def keep_still_pictures(app: Sphinx, doctree: nodes.document) -> None:
             shown[WIDGET] += where_no_script_runs(still)
 
 
+class OutputFirst(SphinxPostTransform):
+    """Put a cell's output above its folded code where the cell has the tag ``output-first``."""
+
+    default_priority = 200  # after MyST-NB has folded the code
+    formats = ("html",)
+
+    def run(self, **kwargs: Any) -> None:
+        """Move what stands first in the cell, its code, behind its output."""
+        for cell in self.document.findall(nodes.container):
+            if "tag_output-first" in cell["classes"]:
+                cell.append(cell.pop(0))
+
+
 def leave_out_blank_lines(app: Sphinx, doctree: nodes.document) -> None:
     """Take out printed blocks of blank lines: they part tables of text, which on a page are boxes."""
     for block in list(doctree.findall(nodes.literal_block)):
@@ -271,6 +285,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("results-table", ResultsTable)
     app.add_directive("type-names", TypeNames)
     app.add_directive("live", LiveFigure)
+    app.add_post_transform(OutputFirst)
     app.connect("source-read", fill_in)
     app.connect("doctree-read", keep_still_pictures)
     app.connect("doctree-read", leave_out_blank_lines)

@@ -45,14 +45,14 @@ def sentence(reading: float, running: float | None, *, exercises: bool = True) -
 
     `exercises` says whether the page has some.
     """
-    said = f"Reading takes about {_counted(max(1, round(reading)), 'minute')}"
-    said += f", with each step followed {max(1, round(FOLLOWING * reading))}"
-    said += ", and the exercises come on top" if exercises else ""
+    said = f"About {_counted(max(1, round(reading)), 'minute')} to read"
+    said += f", {max(1, round(FOLLOWING * reading))} following each step"
+    said += ", exercises on top" if exercises else ""
     if running is None:
         return f"{said}."
     if running < 50:
-        return f"{said}; all code on the page runs in about {_counted(max(10, round(running, -1)), 'second')}."
-    return f"{said}; all code on the page runs in about {_counted(max(1, round(running / 60)), 'minute')}."
+        return f"{said}; code runs in {max(10, round(running, -1)):.0f} s."
+    return f"{said}; code runs in {max(1, round(running / 60))} min."
 
 
 def _counted(number: float, unit: str) -> str:

@@ -11,7 +11,7 @@ AT_MOST = {
     "longest cell": 20,
     "longest table": 12,
 }
-FIRST_SEEN = {"main": 1.0, "deeper": 1.5}  # screens above the first live figure, picture or slider
+FIRST_SEEN = {"main": 0.7, "deeper": 1.5}  # screens above the first live figure, picture or slider
 
 # What a reader of the page sees: folded parts are not there, and an empty line of code takes no time.
 MEASURES = r"""() => {

@@ -107,7 +107,7 @@ def test_a_deeper_page_may_show_its_first_figure_half_a_screen_later(window: Pag
     assert [is_deeper(Path(f"{stem}.ipynb")) for stem in ("04b_one_weight", "04_magnitude_pruning")] == [True, False]
 
 
-ON_TOP = "and the exercises come on top"
+ON_TOP = "exercises on top"
 
 
 @pytest.mark.parametrize(
@@ -116,23 +116,23 @@ ON_TOP = "and the exercises come on top"
         (
             37.6,
             91.0,
-            f"about 38 minutes, with each step followed 83, {ON_TOP}; all code on the page runs in about 2 minutes.",
+            f"About 38 minutes to read, 83 following each step, {ON_TOP}; code runs in 2 min.",
         ),
         (
             0.2,
             3.0,
-            f"about 1 minute, with each step followed 1, {ON_TOP}; all code on the page runs in about 10 seconds.",
+            f"About 1 minute to read, 1 following each step, {ON_TOP}; code runs in 10 s.",
         ),
         (
             20.0,
             62.0,
-            f"about 20 minutes, with each step followed 44, {ON_TOP}; all code on the page runs in about 1 minute.",
+            f"About 20 minutes to read, 44 following each step, {ON_TOP}; code runs in 1 min.",
         ),
-        (20.0, None, f"about 20 minutes, with each step followed 44, {ON_TOP}."),
+        (20.0, None, f"About 20 minutes to read, 44 following each step, {ON_TOP}."),
     ],
 )
 def test_the_line_under_a_title_says_both_times_where_both_are_known(
     reading: float, running: float | None, said: str
 ) -> None:
-    assert sentence(reading, running) == f"Reading takes {said}"
-    assert sentence(reading, running, exercises=False) == f"Reading takes {said.replace(f', {ON_TOP}', '')}"
+    assert sentence(reading, running) == said
+    assert sentence(reading, running, exercises=False) == said.replace(f", {ON_TOP}", "")

@@ -125,12 +125,13 @@ def anatomy(notebook: NotebookNode) -> list[str]:
         faults.append(f"the last headings are {headings[-len(LAST) :]}, not {LAST}")
     if "From scratch" not in headings:
         faults.append("no heading 'From scratch'")
-    opening = notebook.cells[0].source
-    for what, pattern in {"a title": r"^# ", "what you should know": r"should know"}.items():
-        if not re.search(pattern, opening, re.MULTILINE):
-            faults.append(f"the first cell does not give {what}")
-    predict = [cell for cell in prose(notebook) if cell.source.startswith("## Predict first")]
-    if not all(folded(cell.source) for cell in predict):
+    opening, _, rest = "\n".join(cell.source for cell in prose(notebook)).partition("## Predict first")
+    predict = rest.partition("\n## ")[0]
+    if not opening.startswith("# "):
+        faults.append("the first cell does not give a title")
+    if "You should know" not in opening + predict:
+        faults.append("before the second heading nothing says what you should know")
+    if not folded(predict):
         faults.append("the answer under 'Predict first' is not folded away in <details>")
     if not any(calls(cell, "explore") + live_figures(cell) for cell in code(notebook)):
         faults.append("no slider: neither lab.sliders.explore nor a figure of lab.live is called")
