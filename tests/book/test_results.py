@@ -93,8 +93,9 @@ def test_networks_pruned_by_a_gradient_read_what_their_rows_say():
 
 def test_feedback_at_a_rate_and_a_threshold_reads_what_its_row_says():
     row = stored("rate_times_threshold", rate=0.3, threshold=0.1)
-    found = lab.experiment.script("rate_times_threshold").accuracy(0.3, 0.1, 0)
-    assert found == pytest.approx(row["accuracy"][0], abs=0.03)
+    accuracy, zeros = lab.experiment.script("rate_times_threshold").trained(0.3, 0.1, 0)
+    assert accuracy == pytest.approx(row["accuracy"][0], abs=0.03)
+    assert zeros == pytest.approx(row["zeros"][0], abs=0.05)
 
 
 def test_a_thresholded_training_with_feedback_reads_what_its_row_says():
