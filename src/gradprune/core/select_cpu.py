@@ -313,7 +313,7 @@ def count_between(
     nans = [c.first_nan for c in counts if c.first_nan is not None]
     complete = few > 0 and found[0] <= few
     return Count(
-        [sum(each) for each in zip(*(c.above for c in counts), strict=True)],
+        [sum(c.above[i] for c in counts) for i in range(len(chunks.bits))],
         sum(c.up_to_low for c in counts),
         sum(c.below_high for c in counts),
         min(nans, default=None),

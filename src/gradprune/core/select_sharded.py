@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradprune.core.collect import Kept, Values, collect, raise_nan
-from gradprune.core.copies import count, let_owners_decide_
+from gradprune.core.copies import let_owners_decide_
 from gradprune.core.masked import count_kept
 from gradprune.core.order import By, Order
 from gradprune.core.ranks import Ranks
@@ -30,10 +30,11 @@ from gradprune.core.uncompiled import uncompiled
 
 DIGIT = 11, 6  # bits of a digit: at most, and at least
 COUNTS = 2**18  # that are sent at a time: 128 groups have digits of 11 bits, more have shorter ones
-COARSE = 15  # upper bits of a key by which a sample is looked at
+COARSE, FINE = 15, 21  # upper bits of a key by which a sample is looked at, for many groups and for
+FEW = 8  # groups: more of them would send too much
 PIECE = 2**17  # entries at a time, which a cache holds
-SAMPLE = 2**16, 2**14  # entries of all ranks: of all groups together, but at least so many of each
-DEVIATIONS = 8  # of the place in a sample, to either side
+SAMPLE = 2**17, 2**14  # entries of all ranks: of all groups together, but at least so many of each
+DEVIATIONS = 5  # of the place in a sample, to either side: one bracket in 1,700,000 misses, and costs three passes
 MOST_BETWEEN = 0.25  # of a rank's entries of a group that are copied
 Numbers = Callable[[], Iterator[Tensor]]
 
@@ -57,14 +58,16 @@ def keep_each(rankings: Iterable[Ranking], ranks: Ranks, by: By = "magnitude") -
     every = [_Group.of(ranking, by) for ranking in rankings]
     ranked = [group for group in every if group.total]
     if not ranked:
-        return [Kept(_all_of(group), [0] * len(group.parts)) for group in every]
+        return [_all_of(group) for group in every]
     found, near = _locate(ranked, ranks)
     answers = iter(zip(found, _first_to_stay(ranked, found, near, ranks), near, strict=True))
-    masks = [_masks(group, *next(answers)) if group.total else _all_of(group) for group in every]
-    parts, flat = [part for group in every for part in group.parts], [mask for some in masks for mask in some]
-    let_owners_decide_(parts, flat, ranks)
-    counts = iter(count(parts, flat, ranks))
-    return [Kept(some, [next(counts) for _ in some]) for some in masks]
+    own = [_masks(group, *next(answers)) if group.total else _all_of(group) for group in every]
+    parts = [part for group in every for part in group.parts]
+    let_owners_decide_(parts, [mask for kept in own for mask in kept.masks], ranks)
+    here = zip(parts, (number for kept in own for number in kept.at_least), strict=True)
+    counts = ranks.sum(torch.tensor([number if part.owned else 0 for part, number in here], device="cpu")).tolist()
+    whole = iter(counts)
+    return [Kept(kept.masks, [next(whole) for _ in kept.masks]) for kept in own]
 
 
 class _Group(NamedTuple):
@@ -176,7 +179,7 @@ def _locate(groups: Sequence[_Group], ranks: Ranks) -> tuple[list[_Found], list[
 class _Near(NamedTuple):
     """Of tensors that this rank counts, by their place in a group: what lies above two keys, and what between."""
 
-    above: dict[int, Tensor]  # masks
+    above: dict[int, tuple[Tensor, int]]  # masks, and how many they mark
     keys: dict[int, Tensor]
     places: dict[int, Tensor]  # of these keys, in the block held here
 
@@ -234,7 +237,7 @@ def _between_on_cpu(group: _Group, low: int, high: int) -> _Between:
     near = _Near({}, {}, {})
     for at, (i, mask) in enumerate(zip(owned, masks, strict=True)):
         parts = [part for part in seen.inside or () if part.piece.tensor == at]
-        near.above[i] = torch.from_numpy(mask).view(group.parts[i].local.shape)
+        near.above[i] = torch.from_numpy(mask).view(group.parts[i].local.shape), seen.above[at]
         if parts:
             near.keys[i] = torch.from_numpy(np.concatenate([part.keys for part in parts]))
             places = np.concatenate([part.positions.astype(np.int64) + part.piece.where.start for part in parts])
@@ -250,17 +253,18 @@ def _less(keys: Tensor, low: int, width: int) -> Tensor:
 def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
     """Two keys between which the last to stay of each group very likely lies, by the upper bits of a sample."""
     size = max(SAMPLE[0] // len(groups), SAMPLE[1])
-    shifts = [max(0, group.bits - group.signed - COARSE) for group in groups]
+    upper = FINE if len(groups) <= FEW else COARSE
+    shifts = [max(0, group.bits - group.signed - upper) for group in groups]
     samples = [_sample(group, size, shift) for group, shift in zip(groups, shifts, strict=True)]
     sizes = [sum(some.numel() for some in sample) for sample in samples]
     searches = []
     numbers = ranks.sum(torch.tensor(sizes, dtype=torch.int64, device="cpu")).tolist()
-    for group, sample, number in zip(groups, samples, numbers, strict=True):
+    for group, sample, number, shift in zip(groups, samples, numbers, shifts, strict=True):
         share = group.rank / group.total
         middle, margin = share * number, DEVIATIONS * (number * share * (1 - share)) ** 0.5 + 2
         for end in (middle - margin, middle + margin):
             k = min(max(1, int(end)), number)
-            searches.append(_Search(partial(iter, sample), COARSE + group.signed, k, number, group.signed))
+            searches.append(_Search(partial(iter, sample), group.bits - shift, k, number, group.signed))
     ends = [one.number for one in _kth_smallest(searches, ranks)]
     return [
         (low << shift, ((high + 1) << shift) - 1)
@@ -361,31 +365,33 @@ def _seen(group: _Group, at: int, near: _Near | None) -> Iterator[tuple[Tensor, 
         yield near.keys[at], near.places[at].__getitem__
 
 
-def _all_of(group: _Group) -> list[Tensor]:
-    return [torch.ones_like(part.local, dtype=torch.bool) for part in group.parts]
+def _all_of(group: _Group) -> Kept:
+    return Kept([torch.ones_like(part.local, dtype=torch.bool) for part in group.parts], [0] * len(group.parts))
 
 
-def _masks(group: _Group, found: _Found, first: list[int], near: _Near | None) -> list[Tensor]:
-    return [_mask(group, at, found.number, start, near) for at, start in enumerate(first)]
+def _masks(group: _Group, found: _Found, first: list[int], near: _Near | None) -> Kept:
+    """This rank's blocks of the masks, and how many entries of each block stay."""
+    masks, counts = zip(*(_mask(group, at, found.number, start, near) for at, start in enumerate(first)), strict=True)
+    return Kept(list(masks), list(counts))
 
 
-def _mask(group: _Group, at: int, key: int, first: int, near: _Near | None) -> Tensor:
+def _mask(group: _Group, at: int, key: int, first: int, near: _Near | None) -> tuple[Tensor, int]:
     part = group.parts[at]
 
-    def stay(keys: Tensor, out: Tensor, where: Callable[[Tensor], Tensor]) -> None:
+    def stay(keys: Tensor, out: Tensor, where: Callable[[Tensor], Tensor]) -> int:
         (torch.gt if first >= part.numel else torch.ge)(keys, key, out=out)
         if 0 < first < part.numel:
             ties = (keys == key).nonzero().view(-1)
             out[ties] = part.positions(where(ties)) >= first
+        return count_kept(out)
 
     if near is not None and at in near.above:
-        mask = near.above[at]
+        mask, number = near.above[at]
         if at in near.keys:
             stays = torch.empty(near.keys[at].shape, dtype=torch.bool, device="cpu")
-            stay(near.keys[at], stays, near.places[at].__getitem__)
+            number += stay(near.keys[at], stays, near.places[at].__getitem__)
             mask.view(-1)[near.places[at]] = stays
-        return mask
+        return mask, number
     mask = torch.empty(part.local.shape, dtype=torch.bool, device=part.local.device)
-    for i, (keys, stays) in enumerate(zip(group.keys_of(at), mask.view(-1).split(PIECE), strict=False)):
-        stay(keys, stays, partial(torch.add, i * PIECE))
-    return mask
+    pieces = enumerate(zip(group.keys_of(at), mask.view(-1).split(PIECE), strict=False))
+    return mask, sum(stay(keys, stays, partial(torch.add, i * PIECE)) for i, (keys, stays) in pieces)
