@@ -409,6 +409,15 @@ def test_batches_may_be_dicts_or_tuples_and_answers_dicts(batch):
     assert masks.holds(model)
 
 
+@pytest.mark.parametrize(("model", "batches"), [(two_layers(), [X]), (residual(8), SIGNALS)], ids=["chain", "residual"])
+def test_batches_may_be_from_inference_mode(model, batches):
+    plain = copy.deepcopy(model)
+    with torch.inference_mode():
+        copies = [x.clone() for x in batches]
+    assert gp.reconstruct_(model, copies, sparsity=0.5) == gp.reconstruct_(plain, batches, sparsity=0.5)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
 def test_targets_are_not_used():
     one, other = two_layers(), two_layers()
     gp.reconstruct_(one, [(X, torch.zeros(200))], sparsity=0.5)

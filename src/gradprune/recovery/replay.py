@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradprune.core.evaluate import call
 from gradprune.core.layers import Weight
-from gradprune.recovery.inputs import Look, Passed, _Seen
+from gradprune.recovery.inputs import Look, Passed, _Seen, version
 
 Arguments = dict[int | str, Any]  # by position and by name
 
@@ -279,7 +279,7 @@ def _without(arguments: Arguments, left_out: list[int | str]) -> Arguments:
 def _mark(value: Any) -> Any:
     """What is another one once the value, or a tensor in it, was written to."""
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return id(value), version(value)
     if isinstance(value, dict):
         return {key: _mark(part) for key, part in value.items()}
     return [*map(_mark, value)] if isinstance(value, tuple | list) else None
