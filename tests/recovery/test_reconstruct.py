@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+import weakref
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from configurations; nothing is downloaded
 
@@ -408,6 +409,15 @@ def test_batches_may_be_dicts_or_tuples_and_answers_dicts(batch):
     assert masks.holds(model)
 
 
+@pytest.mark.parametrize(("model", "batches"), [(two_layers(), [X]), (residual(8), SIGNALS)], ids=["chain", "residual"])
+def test_batches_may_be_from_inference_mode(model, batches):
+    plain = copy.deepcopy(model)
+    with torch.inference_mode():
+        copies = [x.clone() for x in batches]
+    assert gp.reconstruct_(model, copies, sparsity=0.5) == gp.reconstruct_(plain, batches, sparsity=0.5)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
 def test_targets_are_not_used():
     one, other = two_layers(), two_layers()
     gp.reconstruct_(one, [(X, torch.zeros(200))], sparsity=0.5)
@@ -678,3 +688,63 @@ def test_weights_that_lie_in_one_memory_are_told_apart():
         layer.weight = nn.Parameter(flat[at : at + layer.weight.numel()].view(layer.weight.shape))
     assert gp.reconstruct_(model, [X], sparsity=0.5) == gp.reconstruct_(plain, [X], sparsity=0.5)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+class Sharing(nn.Module):
+    """A block that writes into what all blocks are given."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.layer, self.write = nn.Linear(12, 12), write
+
+    def forward(self, x, shared):
+        return x + self.layer(self.write(shared, torch.relu(x)))
+
+
+class Shared(nn.Module):
+    def __init__(self, make, write):
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.blocks = make, nn.ModuleList(Sharing(write) for _ in range(4))
+
+    def forward(self, x):
+        shared = self.make(x)
+        for block in self.blocks:
+            x = block(x, shared)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "write"),
+    [
+        (lambda x: [], lambda shared, x: shared.append(x) or sum(shared)),
+        (lambda x: {}, lambda shared, x: shared.update({len(shared): x}) or sum(shared.values())),
+        (torch.zeros_like, lambda shared, x: shared.add_(x).clone()),
+        (lambda x: (torch.zeros_like(x),), lambda shared, x: shared[0].add_(x).clone()),
+    ],
+    ids=["list", "dict", "tensor", "tensor in a tuple"],
+)
+def test_blocks_that_leave_something_to_the_next_beside_what_they_return_are_no_chain(make, write):
+    model = Shared(make, write)
+    dense, masks = copy.deepcopy(model), random_masks(model)
+    gp.reconstruct_(model, [X], masks=masks)
+    given = []
+    model.blocks[3].layer.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    answer(model, X)
+    name = "blocks.3.layer.weight"
+    assert close(model.state_dict()[name], solved(given[0], dense.state_dict()[name], masks[name]))
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["plain", "chains within"])
+def test_a_look_keeps_no_more_of_what_blocks_hand_on_however_many_they_are(inner):
+    def block():
+        return nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)) if inner else nn.Linear(12, 12)
+
+    model, alive, handed = nn.Sequential(*(block() for _ in range(20))), [], []
+    for module in model.modules():
+        if module is not model:
+            module.register_forward_pre_hook(lambda _, args: handed.append(weakref.ref(args[0])))
+    model[-1].register_forward_hook(lambda *_: alive.append(sum(ref() is not None for ref in handed)))
+    with torch.no_grad():
+        assert replay.look(model, [X], reconstruct.Request.of(model).layers)[1] is not None
+    assert alive[0] <= 8

@@ -142,7 +142,12 @@ class _Seen(Products):
 
 def _same(x: Tensor) -> tuple[Any, ...]:
     """What two tensors have in common that hold the same values in the same memory."""
-    return (*place(x), x.dtype, x._version)
+    return (*place(x), x.dtype, version(x))
+
+
+def version(x: Tensor) -> int | None:
+    """What is another one once a tensor was written to; nothing writes to those of inference mode here."""
+    return None if x.is_inference() else x._version
 
 
 def _folded(x: Tensor, weight: Place) -> tuple[Tensor, Place]:

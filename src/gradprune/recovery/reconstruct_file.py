@@ -59,11 +59,10 @@ def reconstruct_file(
 ) -> Reconstructed:
     """Write a pruned copy of a checkpoint that need not fit in memory: what ``reconstruct_`` makes of it, bit for bit.
 
-    The model is made without values. Where it is a chain of blocks, as transformers are, those of one
-    block at a time are read, pruned and written, and the others left to the files: in memory are one block, one layer's
-    X'X in float64 with its factors, for each batch what the block is given, and at the beginning, for the first batch,
-    what each block is given. Any other model is mapped from the
-    files whenever it runs.
+    The model is made without values. Where it is a chain of blocks, as transformers are, those of one block at a time
+    are read, pruned and written, and the others left to the files: in memory are one block, one layer's X'X in float64
+    with its factors, and for each batch what the block is given. Any other model is mapped from the files whenever it
+    runs.
 
     What is done stands in the folder ``<target>.unfinished`` until the end, with the place of the output. A call that
     was interrupted or killed goes on from there when it is repeated, and comes to the same bits.

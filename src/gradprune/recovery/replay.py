@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,20 +17,21 @@ from torch import Tensor, nn
 
 from gradprune.core.evaluate import call
 from gradprune.core.layers import Weight
-from gradprune.recovery.inputs import Look, Passed, _Seen
+from gradprune.recovery.inputs import Look, Passed, _Seen, version
 
 Arguments = dict[int | str, Any]  # by position and by name
 
 
 @dataclass
 class _Call:
-    """One call of a block."""
+    """What one call of a block has in common with the first and the last one: all but that is let go."""
 
     module: nn.Module
-    arguments: Arguments
-    versions: dict[int | str, int]
-    output: Any = None
-    writes: bool = False  # into what it is given
+    handed: list[int | str]  # which arguments are what the last call returned
+    alike: bool  # whether it is given the same as the first but for these
+    kinds: dict[int | str, tuple[torch.Size, torch.dtype]]  # of the tensors among its arguments
+    several: bool  # whether it returns several things
+    written: list[int | str]  # which arguments are not afterwards what they were
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Chain:
     blocks: list[nn.Module]
     slot: int | str  # which argument that is
     first: list[bool]  # whether it is the first of several things returned
-    writes: list[bool]
+    writes: list[bool]  # into what it is handed
     keeps_shape: bool  # of what is handed on
     inside: dict[str, int] = field(default_factory=dict)  # weight -> its block
 
@@ -101,7 +101,7 @@ class Passes:
         assert self._chain is not None
         given = dict(arguments)
         if self._chain.writes[block]:
-            given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
+            given[self._chain.slot] = given[self._chain.slot].clone()
         positional = [given.pop(i) for i in range(len(given)) if i in given]
         named = {str(name): value for name, value in given.items()}
         output = self._chain.blocks[block](*positional, **named)
@@ -206,18 +206,27 @@ def _recorded(model: nn.Module, calls: dict[nn.Module, list[_Call]]) -> Iterator
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments: Arguments = dict(enumerate(args)) | kwargs
-        versions = {key: value._version for key, value in arguments.items() if isinstance(value, Tensor)}
-        open_calls.append(_Call(block, arguments, versions))
+        running.append((arguments, {key: _mark(value) for key, value in arguments.items()}))
 
     def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        done = open_calls.pop()
-        done.output = output
-        done.writes = any(done.arguments[key]._version != version for key, version in done.versions.items())
+        arguments, marks = running.pop()
+        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+        written = [key for key, value in arguments.items() if _mark(value) != marks[key]]
+        several = isinstance(output, tuple | list) and len(output) > 0
+        passed = output[0] if several else output
+        kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
         for container in containers[block]:
-            calls.setdefault(container, []).append(done)
+            first, before = ends.get(container, (arguments, None))
+            handed = [key for key, tensor in tensors.items() if tensor is before]
+            alike = _plain_and_same(_without(first, handed), _without(arguments, handed))
+            calls.setdefault(container, []).append(_Call(block, handed, alike, kinds, several, written))
+            ends[container] = first, passed
+        for part in block.modules():
+            ends.pop(part, None)  # a chain within a block ends with it
 
     containers: dict[nn.Module, list[nn.Module]] = {}
-    open_calls: list[_Call] = []
+    running: list[tuple[Arguments, Arguments]] = []
+    ends: dict[nn.Module, tuple[Arguments, Any]] = {}  # what the first was given and the last has returned
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for block in module:
@@ -248,31 +257,32 @@ def _chained(done: list[_Call], layers: Mapping[str, Weight]) -> Chain | None:
     blocks = [each.module for each in done]
     if len(blocks) < 2 or len(set(blocks)) < len(blocks):
         return None
-    slot: int | str | None = None
-    first: list[bool] = []
-    for one, following in pairwise(done):
-        several = isinstance(one.output, tuple | list) and len(one.output) > 0
-        passed = one.output[0] if several else one.output
-        found = [key for key, value in following.arguments.items() if value is passed]
-        if not isinstance(passed, Tensor) or len(found) != 1 or (slot is not None and found[0] != slot):
-            return None
-        slot = found[0]
-        first.append(several)
-    assert slot is not None
-    given = done[0].arguments
-    for each in done:
-        if each.arguments.keys() != given.keys():
-            return None
-        others = [key for key in given if key != slot]
-        if not all(_plain_and_same(given[key], each.arguments[key]) for key in others):
-            return None
+    handed = done[1].handed
+    if len(handed) != 1 or not all(each.handed == handed and each.alike for each in done[1:]):
+        return None
+    slot = handed[0]
+    if slot not in done[0].kinds or any({*each.written} - {slot} for each in done):
+        return None
     parts = [set(block.modules()) for block in blocks]
     inside = {name: i for name, weight in layers.items() for i, part in enumerate(parts) if weight.module in part}
     if len(set(inside.values())) < 2:
         return None
-    handed = [each.arguments[slot] for each in done]
-    keeps_shape = all((x.shape, x.dtype) == (handed[0].shape, handed[0].dtype) for x in handed)
-    return Chain(blocks, slot, [*first, False], [each.writes for each in done], keeps_shape, inside)
+    keeps_shape = all(each.kinds.get(slot) == done[0].kinds.get(slot) for each in done)
+    first = [each.several for each in done[:-1]]
+    return Chain(blocks, slot, [*first, False], [slot in each.written for each in done], keeps_shape, inside)
+
+
+def _without(arguments: Arguments, left_out: list[int | str]) -> Arguments:
+    return {key: value for key, value in arguments.items() if key not in left_out}
+
+
+def _mark(value: Any) -> Any:
+    """What is another one once the value, or a tensor in it, was written to."""
+    if isinstance(value, Tensor):
+        return id(value), version(value)
+    if isinstance(value, dict):
+        return {key: _mark(part) for key, part in value.items()}
+    return [*map(_mark, value)] if isinstance(value, tuple | list) else None
 
 
 def _plain_and_same(one: Any, other: Any) -> bool:
