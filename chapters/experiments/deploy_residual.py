@@ -10,8 +10,9 @@ with the labels or with the dense network as a teacher; its linear layer in int8
 Runtime with CALIBRATED training examples. Masked networks are read recalibrated. "Scratch": the shrunk architecture
 with first weights drawn anew, trained as long as the correction, or as long as the dense training and the correction
 together. "File": bytes on disk with weights shared among some values (then recalibrated) or not, by code.
-"Latency", "runtimes" (ExecuTorch beside these sides), "step", "surgery" and "memory" are of seed 0: processor time of
-one thread, all sides in turn, in an order drawn anew each round, and the peak of a fresh process.
+"Exported" are bytes of files for each runtime. "Latency", "runtimes" (ExecuTorch beside these sides), "step",
+"surgery" and "memory" are of seed 0: processor time of one thread, all sides in turn, in an order drawn anew each
+round, and the peak of a fresh process.
 """
 
 from __future__ import annotations
@@ -218,6 +219,20 @@ def staged(seed: int, name: str) -> dict[str, Any]:
             with torch.no_grad():
                 counts["difference"] = float((masked(example()) - model(example())).abs().max())
         return found | counts
+
+
+def exported() -> dict[str, Any]:
+    """Return the bytes of the files for each runtime, of the stored network: dense, and shrunk and recalibrated."""
+    dense = lab.experiment.network("residual_network", lab.models.residual())
+    small = gp.shrink(by_groups(copy.deepcopy(dense)), example())
+    gp.recalibrate_(small, [base.data(0).train.x])
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for side, model in {"dense": dense, "shrunk": small}.items():
+            for name, runtime in {"ONNX": "onnx", "ExecuTorch": "executorch"}.items():
+                done = gp.export(model.eval(), example(), Path(temporary) / f"{side}.{runtime}", runtime=runtime)
+                found[f"{name} {side}"] = done.bytes
+    return {"bytes": found}
 
 
 def filed(seed: int, of: str, levels: int | None, code: str) -> dict[str, Any]:
@@ -458,6 +473,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         return accuracies(scratch(seed, cell["steps"]), seed)
     if what == "file":
         return filed(seed, cell["of"], cell["levels"], cell["code"])
+    if what == "exported":
+        return exported()
     if what in ("latency", "runtimes"):
         return latency(cell["width"], cell["batch"], executorch=what == "runtimes")
     if what == "step":
@@ -494,6 +511,7 @@ def once() -> list[dict[str, Any]]:
         *({"what": what, "width": width} for width in (32, 256) for what in ("step", "surgery")),
         *({"what": "memory", "of": of} for of in ("residual", "wide")),
         {"what": "energy"},
+        {"what": "exported"},
     ]
     return [{"seed": 0} | row for row in rows]
 

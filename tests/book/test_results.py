@@ -220,6 +220,12 @@ def test_the_stored_network_shrunk_counts_weighs_and_reads_what_its_row_says(mon
     assert found["difference"] < 1e-4
 
 
+def test_the_files_for_each_runtime_weigh_what_their_row_says():
+    experiment = lab.experiment.script("deploy_residual")
+    cell = {"seed": 0, "what": "exported"}
+    assert experiment.measure(cell)["bytes"] == pytest.approx(stored("deploy_residual", **cell)["bytes"], rel=0.01)
+
+
 def test_a_perceptron_pruned_and_rounded_reads_what_its_row_says():
     experiment = lab.experiment.script("combined")
     for cell in (

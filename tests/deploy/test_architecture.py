@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from configurations; nothing is downloaded
 
@@ -14,6 +16,8 @@ from gradprune.deploy.architecture import layers_of
 from gradprune.weights.eligible import eligible
 
 tr = pytest.importorskip("transformers")
+
+SOURCE = str(Path(__file__).parents[2] / "src")
 
 
 @pytest.fixture
@@ -58,6 +62,14 @@ def test_where_the_model_cannot_be_made_or_is_another_there_is_no_answer(saved, 
     (folder / "config.json").write_text(json.dumps(told | change))
     (folder / "mine.py").write_text("raise SystemExit('code of a checkpoint was run')")
     assert asked(folder) is None
+
+
+def test_nothing_is_said_of_other_libraries_on_the_way(saved):
+    script = f"from gradprune.deploy.command import main; main(['prune', {str(saved[1])!r}, '--sparsity', '0.5', "
+    run = [sys.executable, "-c", script + "'--dry-run', '--quiet'])"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": SOURCE})
+    assert "weights go (50.00%)" in done.stdout or "weights would go" in done.stdout
+    assert done.stderr == ""
 
 
 def test_without_config_json_or_without_transformers_there_is_no_answer(saved, monkeypatch):

@@ -280,6 +280,56 @@ def test_a_dry_run_says_what_would_be_done_and_reads_and_writes_nothing(tmp_path
     assert len(list(tmp_path.iterdir())) == 1
 
 
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+
+
+@pytest.mark.parametrize("way", ["half", "layer", "row", "erk", "lamp", "2:4", "channel"])
+def test_names_of_before_are_those_of_the_loaded_model(way, tmp_path):
+    torch.manual_seed(0)
+    tr.GPTNeoXForCausalLM(tr.GPTNeoXConfig(**TEXT)).save_pretrained(tmp_path / "in")
+    tensors = tensors_of(tmp_path / "in")
+    tensors["embed_out.weight"] = tensors.pop("lm_head.weight", tensors.get("embed_out.weight"))  # as Pythia's are
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    done = prune_quietly(tmp_path / "in", tmp_path / "out", **WAYS[way])
+    assert "was asked of GPTNeoXForCausalLM" in done.notes[0]
+    wanted = pruned(tr.GPTNeoXForCausalLM.from_pretrained(tmp_path / "in"), **WAYS[way])
+    found = tensors_of(tmp_path / "out")
+    assert found.keys() == tensors.keys()
+    assert float((found["embed_out.weight"] == 0).double().mean()) > 0.1  # a head is a weight
+    found["lm_head.weight"] = found.pop("embed_out.weight")
+    assert_same_bits(found, wanted)
+
+
+def test_the_head_of_pythia_is_a_weight_by_its_name_too(tmp_path):
+    save_file({"embed_out.weight": torch.randn(8, 4), "embed_in.weight": torch.randn(8, 4)}, tmp_path / "m.safetensors")
+    told = prune_quietly(tmp_path / "m.safetensors", sparsity=0.5, dry_run=True)
+    assert [row.name for row in told.rows if not row.reason] == ["embed_out.weight"]
+
+
+def test_where_loading_makes_other_tensors_a_note_says_so(tmp_path):
+    config = tr.MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4)
+    tr.MixtralForCausalLM(config).save_pretrained(tmp_path / "in")
+    tensors = tensors_of(tmp_path / "in")
+    if not any(".experts.0.w1." in name for name in tensors):
+        pytest.skip("this transformers stores experts as it holds them")
+    done = prune_quietly(tmp_path / "in", tmp_path / "out", sparsity=0.5, scope="layer")
+    assert any("makes other tensors of 'model.layers.0." in note for note in done.notes)
+    assert done.pruned == done.weights // 2
+
+
+@pytest.mark.parametrize("name", ["m.pt", "out.pth", "out.bin", "out.ckpt"])
+def test_a_name_by_which_it_would_be_read_as_a_pickle_is_refused(name, tmp_path):
+    torch.save({"a.weight": torch.randn(4, 4)}, tmp_path / "m.pt")
+    before = (tmp_path / "m.pt").read_bytes()
+    with pytest.raises(ValueError, match=f"the output is written as safetensors.*call it '{name[:-3].rstrip('.')[:3]}"):
+        prune_quietly(tmp_path / "m.pt", tmp_path / name, sparsity=0.5)
+    assert (tmp_path / "m.pt").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+    gp.pack(tmp_path / "m.pt", tmp_path / "packed")
+    with pytest.raises(ValueError, match="into is written as safetensors"):
+        gp.unpack(tmp_path / "packed", tmp_path / name)
+
+
 # ------------------------------------------------------------------------------------------------------------ refused
 
 

@@ -242,6 +242,21 @@ def others():
             {"input_ids": IDS},
             0.2,
         ),
+        "DistilBert": (
+            lambda: t.DistilBertModel(t.DistilBertConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, hidden_dim=48)),
+            {"input_ids": IDS},
+            0.4,  # more than the hidden units are: heads go too
+        ),
+        "GPT-NeoX": (  # queries, keys and values are one layer's, head by head, which is not followed
+            lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**text, num_hidden_layers=2)),
+            {"input_ids": IDS},
+            0.1,
+        ),
+        "Olmo2": (  # norms over all queries and all keys: no head can go
+            lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**text, num_hidden_layers=2, pad_token_id=0)),
+            {"input_ids": IDS},
+            0.2,
+        ),
         "Qwen2": (
             lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**text, num_hidden_layers=2, num_key_value_heads=2)),
             {"input_ids": IDS},

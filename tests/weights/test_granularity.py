@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradprune as gp
+from gradprune.weights.plan import keep_in_rows
 
 
 class Stacked(nn.Module):
@@ -146,7 +147,7 @@ def test_pruning_the_last_layer_s_outputs_is_warned_of_unless_asked_for():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 6), st.integers(1, 9)),
+    shape=st.tuples(st.integers(1, 6), st.one_of(st.integers(1, 9), st.integers(30, 80))),
     sparsity=st.floats(0, 1),
     ties=st.booleans(),
     by_magnitude=st.booleans(),
@@ -163,6 +164,26 @@ def test_each_row_keeps_its_largest_and_the_later_of_equals(shape, sparsity, tie
     for row, kept in zip(values.tolist(), mask.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda i: (row[i], i))
         assert [i for i, stays in enumerate(kept) if stays] == sorted(order[len(row) - keep :])
+
+
+@pytest.mark.parametrize("by", ["magnitude", "value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["drawn", "ties", "zeros of both signs", "infinities", "equal"])
+def test_long_rows_are_those_of_a_sort(dtype, by, kind):
+    rows = torch.randn(7, 90, generator=torch.Generator().manual_seed(0))
+    rows = {
+        "drawn": rows,
+        "ties": rows.round(),
+        "zeros of both signs": (rows.round() * 0).copysign(rows),
+        "infinities": torch.where(rows.abs() > 1, rows * torch.inf, rows),
+        "equal": torch.ones_like(rows),
+    }[kind].to(dtype)
+    size = rows.abs() if by == "magnitude" else rows
+    for view, sizes in ((rows, size), (rows.T.contiguous().T, size), (rows[:, ::2], size[:, ::2])):
+        for count in (0, 1, 17, 44, view.shape[1]):
+            goes = sizes.sort(dim=1, stable=True).indices[:, : view.shape[1] - count]
+            wanted = torch.ones(view.shape, dtype=torch.bool).scatter_(1, goes, False)
+            assert torch.equal(keep_in_rows("w", view, count, by, None), wanted)
 
 
 def test_rows_of_convolutions_are_whole_filters_and_groups_have_their_own():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
@@ -271,10 +272,11 @@ def _unpickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             zipped = file.read(2) == b"PK"
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f", {kind[1]}" if kind else ""
         raise ValueError(
-            f"{wrong}: it holds more than tensors, and reading it could run code ({reason:.200}). Load it where you "
-            "trust it, and save model.state_dict() with safetensors"
+            f"{wrong}: it holds more than tensors{held}, and reading it could run code. Load it where you trust it, "
+            "and save model.state_dict() with safetensors"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"{wrong}: it is damaged, or nothing that torch.save wrote ({error!s:.200})") from None
@@ -284,7 +286,7 @@ def _unpickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if others:
         inside = [name for name in others if isinstance(found[name], Mapping)]
         hint = f"; its {inside[0]!r} may be the state dict: save that alone" if inside else ""
-        raise ValueError(f"{wrong}: {others[0]!r} in it is a {type(found[others[0]]).__name__}, no tensor{hint}")
+        raise ValueError(f"{wrong}: {others[0]!r} in it is of type {type(found[others[0]]).__name__}, no tensor{hint}")
     return dict(found), {"format": "pt"}
 
 

@@ -95,9 +95,13 @@ def _follow(
             if not dependency.is_triggered_by(handler):
                 continue
             indices = [_HybridIndex(idx=place, root_idx=first) for place, first in pairs]
-            for mapping in dependency.index_mapping:
-                if mapping is not None:
-                    indices = mapping(indices)
+            try:
+                for mapping in dependency.index_mapping:
+                    if mapping is not None:
+                        indices = mapping(indices)
+            except IndexError:  # of pieces along another dimension than the channels'
+                stays = "is cut into pieces in a way that is not followed"
+                continue
             if any(index.root_idx is None for index in indices):
                 stays = "is repeated for several heads of an attention of a kind that is not known"
                 continue
@@ -107,7 +111,7 @@ def _follow(
     for (node, handler), found in reached.items():
         part, why = _part(graph, node, handler, names, places)
         stays = stays or why
-        if part is not None and max(found) >= width(part):
+        if part is not None and not 0 <= min(found) <= max(found) < width(part):
             stays = stays or f"the way to {part.name!r} takes channels apart as Torch-Pruning does not follow it"
         elif part is not None:
             for place, roots in found.items():

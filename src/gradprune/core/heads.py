@@ -13,12 +13,12 @@ from torch import nn
 from gradprune.core.units import Coupled, Part, Unit, is_transposed_linear, width
 
 _QUERY, _KEY, _VALUE = (
-    ("q_proj", "query", "q", "to_q"),
-    ("k_proj", "key", "k", "to_k"),
-    ("v_proj", "value", "v", "to_v"),
+    ("q_proj", "query", "q", "to_q", "q_lin"),
+    ("k_proj", "key", "k", "to_k", "k_lin"),
+    ("v_proj", "value", "v", "to_v", "v_lin"),
 )
 _FUSED = ("c_attn",)
-_OUT = ("o_proj", "out_proj", "dense", "c_proj", "o", "proj", "to_out")
+_OUT = ("o_proj", "out_proj", "dense", "c_proj", "o", "proj", "to_out", "out_lin")
 _HEAD_SIZE = ("head_dim", "attention_head_size", "d_kv")
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -39,6 +39,8 @@ def heads_of(model: nn.Module) -> Iterator[Coupled]:
         own = (*vars(module), *module._modules, *module._parameters, *module._buffers)
         stays = "its positions are relative, by head" if any("relative" in attribute for attribute in own) else ""
         heads, read = len(values) // size, width(out) // size
+        if heads > 1 and _normalises(module, {len(queries), len(keys)}):
+            stays = "a norm is over all of its heads, so that taking one out would change the others"
         if heads < 1 or read % heads or len(values) % size:
             continue
         repeat = read // heads
@@ -54,6 +56,12 @@ def heads_of(model: nn.Module) -> Iterator[Coupled]:
         sizes |= {a: repeat * size for a in _WIDTHS if getattr(module, a, None) == read * size}
         owned = {attribute: n for attribute, n in sizes.items() if type(getattr(module, attribute, None)) is int}
         yield Coupled(units, stays, owned, module)
+
+
+def _normalises(module: nn.Module, widths: set[int]) -> bool:
+    """Whether it has a norm with a scale for each channel of all heads."""
+    scales = (child._parameters.get("weight") for child in module._modules.values() if child is not None)
+    return any(scale is not None and scale.dim() == 1 and scale.numel() in widths for scale in scales)
 
 
 def _projections(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Any:

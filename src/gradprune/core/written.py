@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gradprune.core import files
-from gradprune.core.checkpoint import Checkpoint
+from gradprune.core.checkpoint import PICKLES, SUFFIX, Checkpoint
 from gradprune.core.encoded import readable
 from gradprune.core.header import Header
 
@@ -29,10 +29,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def target_of(source: Checkpoint, path: Any, name: str = "the output") -> Path:
     """Return where a checkpoint like the source can be written now; errors as of ``core.files.place``.
 
-    A folder becomes a folder, which must be new or empty, a file a file.
+    A folder becomes a folder, which must be new or empty, a file a file, of safetensors also where it was none.
     """
     if source.folder is None:
-        return files.place(name, path)
+        place = files.place(name, path)
+        if place.name.endswith(PICKLES):  # by which it would be read as a pickle
+            meant = place.with_suffix(SUFFIX).name
+            raise ValueError(f"{name} is written as safetensors, which {place.name!r} does not say: call it {meant!r}")
+        return place
     target = files.checked_path(name, path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} must be a folder, as the checkpoint is one: {str(target)!r} is a file")

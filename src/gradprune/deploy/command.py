@@ -27,10 +27,11 @@ _ABOUT = """\
 Prune a checkpoint, look into it, store it without its zeros. No code needed.
 
 A checkpoint is a .safetensors file; or a folder of shards with their index, as
-save_pretrained writes it; or a .pt file that holds a state dict. It may be larger
-than your memory: it is read piece by piece, and written under a temporary name
-that takes the place of the output at the end. Whatever happens in between, power
-cut or full disk, you have the old file or the new one, and never half of one."""
+save_pretrained writes it; or a .pt file that holds a state dict, of which a
+.safetensors file is made. It may be larger than your memory: it is read piece by
+piece, and written under a temporary name that takes the place of the output at the
+end. Whatever happens in between, power cut or full disk, you have the old file or
+the new one, and never half of one."""
 
 _EXIT = """\
 exit codes:
@@ -46,8 +47,9 @@ Every command has a --help of its own, and --json for scripts."""
 _PRUNE = """\
 Set the smallest weights of a checkpoint to zero, and write the result to OUTPUT.
 
-The same weights go as by gradprune.prune on the loaded model, and exactly as many:
-with --sparsity 0.5 of ten million weights, five million. Names, dtypes, metadata
+The same weights go as by gradprune.prune on the loaded model, where its layers can be
+asked (a note says whether), and exactly as many: with --sparsity 0.5 of ten million
+weights, five million. Names, dtypes, metadata
 and all other tensors stay as they are, and so does the size: a zero takes as many
 bytes as any number. `pack` is what makes it smaller."""
 
@@ -69,10 +71,12 @@ Layers that differ only in their number share a line; --json has them one by one
 
 _PACK = """\
 Store a checkpoint without its zeros: one bit a weight, and the weights that are left.
-`unpack` gives back the same files, byte for byte."""
+`unpack` gives back the same files, byte for byte; of a .pt file the same tensors, as
+safetensors."""
 
 _UNPACK = """\
-Write the checkpoint that `pack` was given, byte for byte."""
+Write the checkpoint that `pack` was given, byte for byte; of a .pt file the same tensors,
+as safetensors."""
 
 _DIFF = """\
 Tell in what two checkpoints differ, tensor by tensor and bit for bit. Like diff(1), it

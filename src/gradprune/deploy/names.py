@@ -157,6 +157,8 @@ def _reason(entry: Entry) -> tuple[str, bool]:
 def _is_looked_up(entry: Entry) -> bool:
     path, _, attribute = entry.name.rpartition(".")
     own = path.rpartition(".")[2] if attribute == "weight" else attribute
+    if own in _HEADS:
+        return False
     # A convolution may cut an image into what is then called embeddings; it has four dimensions or five.
     return (len(entry.shape) == 2 or attribute != "weight") and bool(_LOOKED_UP.search(own.lower()))
 

@@ -184,6 +184,8 @@ def _job(
         require(shared, f"scope={scope!r} shares out a sparsity; it does not go with a threshold")
     require(scope != "row" or block is None, f"scope='row' prunes single weights; got granularity={granularity!r}")
     asked = None if by_name else layers_of(checkpoint)
+    joined = asked if asked is not None and asked.joined else None
+    asked = None if joined is not None else asked
     entries = [t.entry for t in checkpoint.tensors.values()]
     config = checkpoint.config()
     every = names.known(entries, config) if asked is None else names.told_by_layers(entries, asked.weights)
@@ -197,6 +199,11 @@ def _job(
         notes = [f"which tensors are weights was asked of {asked.model}, which config.json names"]
     else:
         notes = ["which tensors are weights was told by their names: --dry-run lists them"]
+        if joined is not None:
+            notes.append(
+                f"{joined.model} makes other tensors of {joined.joined!r} and its like when it is loaded: here each of "
+                "the file's is a layer by itself, so that these need not be the masks of gp.prune on the loaded model"
+            )
         if not config and (n_of_m is not None or block is not None or scope == "row"):
             notes.append("no config.json lies beside it: matrices are taken as stored [out, in]")
         if len(layers) > 1 and scope in ("global", "lamp") and n_of_m is None and threshold is None:

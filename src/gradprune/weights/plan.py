@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradprune.core import checks
 from gradprune.core.checks import require
 from gradprune.core.layers import Weight
-from gradprune.core.order import By
+from gradprune.core.order import By, Order, compared_as
 from gradprune.core.select import keep_n_of_m
 from gradprune.weights import allocate
 from gradprune.weights.directions import rows_of
@@ -22,6 +23,7 @@ from gradprune.weights.lamp import Layer, lamp_counts
 
 Scope = Literal["global", "layer", "row", "erk", "lamp"] | Mapping[str, float]
 Choose = Callable[[Ranked], dict[str, Tensor]]
+LONG_ROW = 32  # from here on, finding one number of a row costs less than sorting it
 ROWS_AT_A_TIME = 2**22  # weights: sorting a row's takes several times their memory
 
 
@@ -308,14 +310,36 @@ def keep_in_rows(name: str, values: Tensor, count: int, by: By, allowed: Tensor 
     require(not bool(values.isnan().any()), f"the score of {name!r} contains NaN")
     mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     step = max(1, ROWS_AT_A_TIME // max(values.shape[1], 1))
+    by_keys = allowed is None and values.is_floating_point() and values.device.type == "cpu"
     for start in range(0, len(values), step):
         part = slice(start, start + step)
+        if by_keys and values.shape[1] >= LONG_ROW:
+            mask[part] = _largest_of_rows(values[part].detach(), count, by)
+            continue
         size = values[part].abs() if by == "magnitude" else values[part]
         order = size.sort(dim=1, stable=True).indices
         if allowed is not None:  # what may not stay goes first
             order = order.gather(1, allowed[part].gather(1, order).sort(dim=1, stable=True).indices)
         mask[part] = torch.ones_like(mask[part]).scatter_(1, order[:, : values.shape[1] - count], False)
     return mask
+
+
+def _largest_of_rows(values: Tensor, count: int, by: By) -> Tensor:
+    """The same of floats on the processor, unsorted: all above the last that goes, and the later of its equals."""
+    order = Order(compared_as(values.dtype), by)
+    keys = order.keys(order.compared(values).contiguous()).numpy()
+    gone = keys.shape[1] - count
+    if not gone or not count:
+        return torch.full(values.shape, not gone)
+    edge = np.partition(keys, gone - 1, axis=1)[:, gone - 1 : gone]
+    mask = keys > edge
+    missing = count - np.count_nonzero(mask, axis=1)
+    short = np.flatnonzero(missing)
+    row, column = np.nonzero(keys[short] == edge[short])  # row by row, so that the place of one tells how many follow
+    last = np.searchsorted(row, row, side="right")
+    stay = last - np.arange(len(row)) <= missing[short][row]
+    mask[short[row[stay]], column[stay]] = True
+    return torch.from_numpy(mask)
 
 
 def rows_in(weight: Weight, tensor: Tensor) -> Tensor:
