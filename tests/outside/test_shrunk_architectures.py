@@ -242,6 +242,11 @@ def others():
             {"input_ids": IDS},
             0.2,
         ),
+        "ALBERT": (  # the norm in its attention is of what comes out
+            lambda: t.AlbertModel(t.AlbertConfig(**text, num_hidden_layers=2, embedding_size=16)),
+            {"input_ids": IDS},
+            0.35,  # more than the hidden units are: heads go too
+        ),
         "DistilBert": (
             lambda: t.DistilBertModel(t.DistilBertConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, hidden_dim=48)),
             {"input_ids": IDS},

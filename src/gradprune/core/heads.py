@@ -59,8 +59,11 @@ def heads_of(model: nn.Module) -> Iterator[Coupled]:
 
 
 def _normalises(module: nn.Module, widths: set[int]) -> bool:
-    """Whether it has a norm with a scale for each channel of all heads."""
-    scales = (child._parameters.get("weight") for child in module._modules.values() if child is not None)
+    """Whether it has a norm of queries or keys, by its name, with a scale for each channel of all heads."""
+    norms = (
+        child for name, child in module._modules.items() if child is not None and name[:1] in "qk" and "norm" in name
+    )
+    scales = (norm._parameters.get("weight") for norm in norms)
     return any(scale is not None and scale.dim() == 1 and scale.numel() in widths for scale in scales)
 
 
