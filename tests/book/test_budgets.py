@@ -73,7 +73,7 @@ def test_the_build_takes_the_same_time_for_a_page_as_the_browser(window: Page) -
         (small(words=0, code=13, output=0), {"code share"}),
         (small(code=160, gap=2000), {"code share", "code lines", "longest cell", "first figure"}),
         (small(code=21, gap=3000), {"longest cell", "first figure"}),
-        (small(code=1, output=13, gap=300), {"longest table"}),
+        (small(code=1, output=13, gap=100), {"longest table"}),
         (small(code=1, gap=300, figure=""), {"first figure"}),
         (small(gap=1000, code=1), {"first figure"}),
     ],
