@@ -330,7 +330,7 @@ def _largest_of_rows(values: Tensor, count: int, by: By) -> Tensor:
     keys = order.keys(order.compared(values).contiguous()).numpy()
     gone = keys.shape[1] - count
     if not gone or not count:
-        return torch.full(values.shape, not gone)
+        return torch.full(values.shape, not gone, dtype=torch.bool, device="cpu")
     edge = np.partition(keys, gone - 1, axis=1)[:, gone - 1 : gone]
     mask = keys > edge
     missing = count - np.count_nonzero(mask, axis=1)
