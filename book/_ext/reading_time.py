@@ -9,9 +9,9 @@ from sphinx.application import Sphinx
 
 # What a reader gets through in a minute, as readers of seven pages estimated it.
 WORDS, CODE_LINES, OUTPUT_LINES, EQUATIONS = 130, 15, 30, 2
-# To follow each step takes this many times as long: 1.7 to 4.0 times in sixteen pages' readers; the last six, of pages
-# as they are, were all within 1.3 of this. Exercises come on top.
-FOLLOWING = 2.2
+# To follow each step takes this many times as long: the median of the last sixteen readings of pages as they are, which
+# were 1.4 to 2.6. Exercises come on top.
+FOLLOWING = 2.0
 NO_PROSE = "details, .cell, script, style, noscript, .math, table"
 
 

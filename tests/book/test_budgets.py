@@ -116,7 +116,7 @@ ON_TOP = "exercises on top"
         (
             37.6,
             91.0,
-            f"About 38 minutes to read, 83 following each step, {ON_TOP}; code runs in 2 min.",
+            f"About 38 minutes to read, 75 following each step, {ON_TOP}; code runs in 2 min.",
         ),
         (
             0.2,
@@ -126,9 +126,9 @@ ON_TOP = "exercises on top"
         (
             20.0,
             62.0,
-            f"About 20 minutes to read, 44 following each step, {ON_TOP}; code runs in 1 min.",
+            f"About 20 minutes to read, 40 following each step, {ON_TOP}; code runs in 1 min.",
         ),
-        (20.0, None, f"About 20 minutes to read, 44 following each step, {ON_TOP}."),
+        (20.0, None, f"About 20 minutes to read, 40 following each step, {ON_TOP}."),
     ],
 )
 def test_the_line_under_a_title_says_both_times_where_both_are_known(
