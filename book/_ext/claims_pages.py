@@ -83,8 +83,8 @@ class VerdictsTable(ClaimTables):
             lines.append(nodes.row("", *cells))
         header = ["the document says", "verdict", "by what was measured"]
         fold = f'<details class="gp-fold"><summary>{counted([outcome(claim, found) for claim in rows])}</summary>'
-        tags = (nodes.raw("", tag, format="html") for tag in (fold, "</details>"))
-        return [next(tags), table(header, (34, 22, 44), lines, "gp-verdicts"), next(tags)]
+        opening, end = (nodes.raw("", tag, format="html") for tag in (fold, "</details>"))
+        return [opening, table(header, (34, 22, 44), lines, "gp-verdicts"), end]
 
 
 class ClaimsPicture(ClaimTables):

@@ -45,7 +45,8 @@ def sentence(reading: float, running: float | None, *, exercises: bool = True) -
 
     `exercises` says whether the page has some.
     """
-    said = f"About {_counted(max(1, round(reading)), 'minute')} to read"
+    whole = max(1, round(reading))
+    said = f"About {whole} minute{'s' if whole > 1 else ''} to read"
     said += f", {max(1, round(FOLLOWING * reading))} following each step"
     said += ", exercises on top" if exercises else ""
     if running is None:
@@ -53,10 +54,6 @@ def sentence(reading: float, running: float | None, *, exercises: bool = True) -
     if running < 50:
         return f"{said}; code runs in {max(10, round(running, -1)):.0f} s."
     return f"{said}; code runs in {max(1, round(running / 60))} min."
-
-
-def _counted(number: float, unit: str) -> str:
-    return f"{number:.0f} {unit}{'' if number == 1 else 's'}"
 
 
 def print_times(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:

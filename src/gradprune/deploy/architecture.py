@@ -46,7 +46,10 @@ def layers_of(checkpoint: Checkpoint) -> Asked | None:
     matrices = [t.entry.name for t in checkpoint.tensors.values() if is_matrix(t.entry)]
     if all(name in weights for name in matrices):
         return Asked(kinds[0], weights)
-    called = _called(model, matrices)
+    try:
+        called = _called(model, matrices)
+    except Exception:  # before transformers 5 it is not there; it is no promise of theirs either
+        return None
     joined = next((name for name, (_, other) in called.items() if other), "")
     if joined:
         return Asked(kinds[0], {}, joined)
@@ -58,11 +61,9 @@ def layers_of(checkpoint: Checkpoint) -> Asked | None:
 
 def _called(model: Any, names: Iterable[str]) -> Mapping[str, tuple[str, bool]]:
     """What transformers calls a file's tensors as it loads them, and whether it makes others of them."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:  # before 5.0, where names did not change
-        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]
