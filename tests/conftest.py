@@ -3,10 +3,13 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Timer
 
+import psutil
 import pytest
 import torch
 from bs4 import BeautifulSoup
@@ -21,6 +24,7 @@ NOT_BUILT = "no built page in book/_build/html: run `make book` first (`make tes
 # What takes minutes, the longest first: whoever runs files side by side is not left waiting for one of them at the end.
 LONG = ("book/test_pages", "scale/", "lab/live/", "book/test_results", "book/test_notebooks", "deploy/", "outside/")
 
+PATIENCE = 300  # seconds that a browser has for one test
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -68,6 +72,35 @@ def soup(path: Path) -> BeautifulSoup:
     if not path.exists():
         pytest.fail(NOT_BUILT)
     return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that asks a browser is an error where it has no answer in time, and not a run without an end."""
+    if "browser" not in getattr(item, "fixturenames", ()):
+        return (yield)
+    with answered_within(PATIENCE):
+        return (yield)
+
+
+@contextmanager
+def answered_within(seconds: float) -> Iterator[None]:
+    """End the browsers of this process after so many seconds: playwright waits for ever for a page that has hung."""
+    timer = Timer(seconds, end_browsers)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def end_browsers() -> None:
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "chrom" in process.name():
+                process.kill()
+        except psutil.NoSuchProcess:
+            pass
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,24 @@ Each page is opened once and looked at by all tests; the switch to dark happens 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from budgets import WINDOW, measures, over_budget
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from budgets import measures, over_budget
+from playwright.sync_api import Browser, Locator, Page, expect
+from window import LOCAL, WINDOW, Found, Window
 
 from conftest import CHAPTERS, HTML, NOT_BUILT, built_pages, is_deeper, page_name, soup
 from gradprune.lab import claims
 
 STANDARDS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 COLOUR_RULES = ["color-contrast", "link-in-text-block"]  # in the dark theme only these can differ
-LOCAL = ("file:", "data:", "blob:", "about:")
 NARROW = {"width": 400, "height": 800}
-SLOW = 20_000  # milliseconds
+SECONDS = 90  # for what is asked of one page
 VERDICTS = r"<table[^>]*\bgp-verdicts\b"
 TYPED_FORMULA = r"\\[(\[].{0,40}|\$\$.{0,40}|\$[^$\s\d][^$\n]{0,60}\$|\$\d[^$\n]{0,60}[\\^_{][^$\n]{0,60}\$"
 
@@ -172,37 +172,44 @@ PICTURES_WITHOUT_WORDS = """() => {
 class Visit:
     """An open page, what went wrong while it was, and what it measured before its folds were opened."""
 
+    window: Window
     path: Path
     page: Page
     wrong: list[str] = field(default_factory=list)
     measured: dict[str, float | None] = field(default_factory=dict)
 
+    def ask(self, work: Callable[[Page], Found]) -> Found:
+        """What the work finds on the page, in a new browser where this one hangs."""
+        found = self.window.within(SECONDS, lambda: work(self.page))
+        if found is not None:
+            return found
+        self.page = _visit(self.window, self.path, "").page
+        return work(self.page)
+
 
 @pytest.fixture(scope="module")
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A browser without a network. Reduced motion, so that no colour is measured half-way through a fade."""
+def window(browser: Browser) -> Window:
     if not (HTML / "index.html").exists():
         pytest.fail(NOT_BUILT)
-    with browser.new_context(offline=True, viewport=WINDOW, reduced_motion="reduce", color_scheme="light") as context:
-        context.set_default_timeout(SLOW)
-        context.route(lambda url: not url.startswith(LOCAL), lambda route: route.abort())
-        yield context
+    return Window(browser)
 
 
-def visit(context: BrowserContext, path: Path, query: str = "") -> Visit:
+def visit(window: Window, path: Path, query: str = "") -> Visit:
     """Open a page, note what goes wrong from the first byte on, wait until it is ready, unfold what is folded.
 
-    Once more where Chromium, on a busy machine, fails to read a file that is there: a missing one is another error.
+    Once more where Chromium, on a busy machine, hangs or fails to read a file that is there: a missing one is another
+    error.
     """
-    first = _visit(context, path, query)
-    if not any("net::ERR_FAILED" in line for line in first.wrong):
+    first = window.within(SECONDS, lambda: _visit(window, path, query))
+    if first and not any("net::ERR_FAILED" in line for line in first.wrong):
         return first
-    first.page.close()
-    return _visit(context, path, query)
+    if first:
+        first.page.close()
+    return _visit(window, path, query)
 
 
-def _visit(context: BrowserContext, path: Path, query: str) -> Visit:
-    visit = Visit(path, context.new_page())
+def _visit(window: Window, path: Path, query: str) -> Visit:
+    visit = Visit(window, path, window.new_page())
     note = visit.wrong.append
     page = visit.page
     page.on("request", lambda r: None if r.url.startswith(LOCAL) else note(f"asked another host for {r.url}"))
@@ -234,8 +241,8 @@ def pages_of_each_kind() -> list[Path]:
 
 
 @pytest.fixture(scope="module", params=pages_of_each_kind(), ids=page_name)
-def opened(context: BrowserContext, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    opened = visit(context, request.param)
+def opened(window: Window, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    opened = visit(window, request.param)
     yield opened
     opened.page.close()
 
@@ -268,16 +275,21 @@ def test_every_formula_is_typeset(opened: Visit) -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_reports_nothing(opened: Visit, theme: str) -> None:
-    opened.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
-    opened.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
+    assert opened.ask(lambda page: faults(page, theme)) == []
+
+
+def faults(page: Page, theme: str) -> list[str]:
+    """What axe finds in a theme: by every rule in the light one, by those of colours in the dark one."""
+    page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+    page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
     # A change of theme fades: what is measured is its end.
-    opened.page.evaluate("for (const a of document.getAnimations()) try { a.finish(); } catch {}")
-    faults = [] if theme == "dark" else violations(opened.page, {"type": "tag", "values": STANDARDS}, but=COLOUR_RULES)
-    opened.page.evaluate(MARK_LOOKS)
-    style = opened.page.add_style_tag(content=ONE_OF_EACH_LOOK)
-    faults += violations(opened.page, {"type": "rule", "values": COLOUR_RULES})
+    page.evaluate("for (const a of document.getAnimations()) try { a.finish(); } catch {}")
+    found = [] if theme == "dark" else violations(page, {"type": "tag", "values": STANDARDS}, but=COLOUR_RULES)
+    page.evaluate(MARK_LOOKS)
+    style = page.add_style_tag(content=ONE_OF_EACH_LOOK)
+    found += violations(page, {"type": "rule", "values": COLOUR_RULES})
     style.evaluate("(style) => style.remove()")
-    assert faults == []
+    return found
 
 
 def violations(page: Page, only: dict[str, object], but: Sequence[str] = ()) -> list[str]:
@@ -302,8 +314,8 @@ def violations(page: Page, only: dict[str, object], but: Sequence[str] = ()) -> 
         ("<p>black</p><p>black</p><p style='color: #444'>dark enough</p>", False),
     ],
 )
-def test_one_word_of_each_look_is_enough_to_find_a_faint_one(context: BrowserContext, faint: str, found: bool) -> None:
-    page = context.new_page()
+def test_one_word_of_each_look_is_enough_to_find_a_faint_one(window: Window, faint: str, found: bool) -> None:
+    page = window.new_page()
     page.set_content(f'<html lang="en"><title>t</title><main><p>black</p>{"<p>black</p>" * 3}{faint}</main></html>')
     page.evaluate(MARK_LOOKS)
     assert page.evaluate("document.querySelectorAll('[data-look=repeated]').length") >= 3
@@ -323,10 +335,8 @@ def test_nothing_scrolls_sideways_at_400_pixels(opened: Visit) -> None:
 
 
 @pytest.mark.parametrize("chapter", [path.stem for path in CHAPTERS if not is_deeper(path)])
-def test_the_first_figure_of_a_chapter_begins_on_the_first_screen_of_a_phone(
-    context: BrowserContext, chapter: str
-) -> None:
-    path, page = HTML / "chapters" / f"{chapter}.html", context.new_page()
+def test_the_first_figure_of_a_chapter_begins_on_the_first_screen_of_a_phone(window: Window, chapter: str) -> None:
+    path, page = HTML / "chapters" / f"{chapter}.html", window.new_page()
     page.set_viewport_size(NARROW)
     page.goto(path.as_uri())
     page.wait_for_function(READY, arg=widgets_in(path))
@@ -378,8 +388,9 @@ def with_sliders() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", with_sliders(), ids=page_name)
-def test_where_no_script_runs_a_picture_and_its_words_stand_for_each_slider(browser: Browser, path: Path) -> None:
-    with browser.new_context(offline=True, viewport=WINDOW, java_script_enabled=False, color_scheme="dark") as context:
+def test_where_no_script_runs_a_picture_and_its_words_stand_for_each_slider(window: Window, path: Path) -> None:
+    without = {"offline": True, "viewport": WINDOW, "java_script_enabled": False, "color_scheme": "dark"}
+    with window.running().new_context(**without) as context:
         page = context.new_page()
         page.goto(path.as_uri())
         page.evaluate("document.querySelectorAll('main details').forEach((fold) => { fold.open = true; })")
@@ -394,8 +405,8 @@ def test_where_no_script_runs_a_picture_and_its_words_stand_for_each_slider(brow
         assert light in page.evaluate(COLOURS)[0]
 
 
-def test_the_statements_are_narrowed_down_by_document_kind_and_verdict(context: BrowserContext) -> None:
-    seen = visit(context, HTML / "book" / "claims.html")
+def test_the_statements_are_narrowed_down_by_document_kind_and_verdict(window: Window) -> None:
+    seen = visit(window, HTML / "book" / "claims.html")
     form, rows = seen.page.locator("form.gp-filter"), seen.page.locator("table.gp-claims tbody tr:visible")
     everything = list(claims.all_claims().values())
     assert rows.count() == len(everything) == 86
@@ -412,7 +423,7 @@ def test_the_statements_are_narrowed_down_by_document_kind_and_verdict(context: 
     seen.page.close()
 
 
-def test_the_claims_page_opens_with_a_square_for_each_statement_that_leads_to_it(context: BrowserContext) -> None:
+def test_the_claims_page_opens_with_a_square_for_each_statement_that_leads_to_it(window: Window) -> None:
     page = soup(HTML / "book" / "claims.html")
     squares = page.select(".gp-squares a.gp-square")
     everything = claims.all_claims()
@@ -432,8 +443,8 @@ def test_the_claims_page_opens_with_a_square_for_each_statement_that_leads_to_it
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_sign_is_read_on_the_colour_behind_it(context: BrowserContext, theme: str) -> None:
-    seen = visit(context, HTML / "book" / "claims.html")
+def test_every_sign_is_read_on_the_colour_behind_it(window: Window, theme: str) -> None:
+    seen = visit(window, HTML / "book" / "claims.html")
     seen.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
     seen.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
     found = seen.page.evaluate(SIGNS)
@@ -474,9 +485,9 @@ def test_a_closing_table_has_every_statement_of_its_chapter_with_the_verdict_of_
         assert re.search(r"\d", line.get_text())
 
 
-def test_a_link_to_a_verdict_opens_what_its_cell_is_folded_in(context: BrowserContext) -> None:
+def test_a_link_to_a_verdict_opens_what_its_cell_is_folded_in(window: Window) -> None:
     path = closing_tables()[0]
-    page = context.new_page()
+    page = window.new_page()
     page.goto(path.as_uri())
     link = page.locator("table.gp-verdicts strong a").first
     cell = page.locator(f"[id={(link.get_attribute('href') or '').partition('#')[2]}]")
@@ -487,8 +498,8 @@ def test_a_link_to_a_verdict_opens_what_its_cell_is_folded_in(context: BrowserCo
     page.close()
 
 
-def test_rows_are_cards_on_a_phone_and_a_table_elsewhere(context: BrowserContext) -> None:
-    seen = visit(context, HTML / "book" / "claims.html")
+def test_rows_are_cards_on_a_phone_and_a_table_elsewhere(window: Window) -> None:
+    seen = visit(window, HTML / "book" / "claims.html")
     display = "(row) => getComputedStyle(row).display"
     row = seen.page.locator("table.gp-cards tbody tr").first
     assert row.evaluate(display) == "table-row"
@@ -498,8 +509,8 @@ def test_rows_are_cards_on_a_phone_and_a_table_elsewhere(context: BrowserContext
     seen.page.close()
 
 
-def test_a_verdict_links_to_the_cell_that_computed_it(context: BrowserContext) -> None:
-    seen = visit(context, HTML / "book" / "claims.html")
+def test_a_verdict_links_to_the_cell_that_computed_it(window: Window) -> None:
+    seen = visit(window, HTML / "book" / "claims.html")
     links = seen.page.locator("table.gp-claims strong a").all()
     assert links
     for link in links:
@@ -513,8 +524,8 @@ def test_a_verdict_links_to_the_cell_that_computed_it(context: BrowserContext) -
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_slider_is_seen_without_and_with_focus(context: BrowserContext, theme: str) -> None:
-    seen = visit(context, HTML / "chapters" / "01b_how_fast.html")
+def test_a_slider_is_seen_without_and_with_focus(window: Window, theme: str) -> None:
+    seen = visit(window, HTML / "chapters" / "01b_how_fast.html")
     seen.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
     seen.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
     explorer = seen.page.locator(".gp-explore").first
@@ -593,11 +604,11 @@ def seen_frame(explorer: Locator, name: str) -> tuple[str, str]:
     return words, re.sub(r"gp\d+-", "", picture)  # without the prefix that keeps ids apart
 
 
-def test_search_finds_each_chapter_by_its_title(context: BrowserContext) -> None:
+def test_search_finds_each_chapter_by_its_title(window: Window) -> None:
     """The first as an address asks for it, the others on the same page, by what the address calls."""
     titles = {path.stem: re.sub(r"[\d.#]", "", soup(path).h1.get_text()).strip() for path in chapters()}
     first, *others = titles
-    seen = visit(context, HTML / "search.html", "?q=" + titles[first].replace(" ", "+"))
+    seen = visit(window, HTML / "search.html", "?q=" + titles[first].replace(" ", "+"))
     missing = [] if found_by_search(seen.page, first) else [first]
     for name in others:
         seen.page.evaluate(SEARCH, titles[name])
@@ -618,8 +629,8 @@ def found_by_search(page: Page, name: str) -> bool:
     return any(f"{name}.html" in str(link.get_attribute("href")) for link in links)
 
 
-def test_search_opens_by_keyboard_and_finds_a_term_of_the_package(context: BrowserContext) -> None:
-    seen = visit(context, HTML / "book" / "start.html")
+def test_search_opens_by_keyboard_and_finds_a_term_of_the_package(window: Window) -> None:
+    seen = visit(window, HTML / "book" / "start.html")
     seen.page.keyboard.press("Control+k")
     seen.page.keyboard.type("jacobian")
     seen.page.keyboard.press("Enter")
@@ -631,8 +642,8 @@ def test_search_opens_by_keyboard_and_finds_a_term_of_the_package(context: Brows
     seen.page.close()
 
 
-def test_a_term_shows_its_definition_on_focus_and_hover_until_escape(context: BrowserContext) -> None:
-    seen = visit(context, HTML / "chapters" / "04_magnitude_pruning.html")
+def test_a_term_shows_its_definition_on_focus_and_hover_until_escape(window: Window) -> None:
+    seen = visit(window, HTML / "chapters" / "04_magnitude_pruning.html")
     link, tip = seen.page.locator("a[data-definition]").first, seen.page.locator("#gp-tip")
     defined = soup(HTML / "book" / "glossary.html").find(id=link.get_attribute("href").split("#")[1]).find_next("dd")
     expect(tip).to_be_hidden()
