@@ -141,7 +141,7 @@ class _Search(NamedTuple):
 
     numbers: Numbers
     bits: int
-    k: int
+    k: int | Callable[[int], int]  # or which it is of so many
     most: int  # how many there are at most
     signed: bool = False
 
@@ -256,20 +256,23 @@ def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
     upper = FINE if len(groups) <= FEW else COARSE
     shifts = [max(0, group.bits - group.signed - upper) for group in groups]
     samples = [_sample(group, size, shift) for group, shift in zip(groups, shifts, strict=True)]
-    sizes = [sum(some.numel() for some in sample) for sample in samples]
-    searches = []
-    numbers = ranks.sum(torch.tensor(sizes, dtype=torch.int64, device="cpu")).tolist()
-    for group, sample, number, shift in zip(groups, samples, numbers, shifts, strict=True):
-        share = group.rank / group.total
-        middle, margin = share * number, DEVIATIONS * (number * share * (1 - share)) ** 0.5 + 2
-        for end in (middle - margin, middle + margin):
-            k = min(max(1, int(end)), number)
-            searches.append(_Search(partial(iter, sample), group.bits - shift, k, number, group.signed))
+    searches = [
+        _Search(partial(iter, sample), group.bits - shift, partial(_end, group, side), group.total, group.signed)
+        for group, sample, shift in zip(groups, samples, shifts, strict=True)
+        for side in (-DEVIATIONS, DEVIATIONS)
+    ]
     ends = [one.number for one in _kth_smallest(searches, ranks)]
     return [
         (low << shift, ((high + 1) << shift) - 1)
         for low, high, shift in zip(ends[::2], ends[1::2], shifts, strict=True)
     ]
+
+
+def _end(group: _Group, deviations: int, number: int) -> int:
+    """Which of so many keys in a sample is so many deviations from the last to stay."""
+    share = group.rank / group.total
+    off = (number * share * (1 - share)) ** 0.5 * abs(deviations) + 2
+    return min(max(1, int(share * number + (off if deviations > 0 else -off))), number)
 
 
 def _sample(group: _Group, size: int, shift: int) -> list[Tensor]:
@@ -282,7 +285,7 @@ def _sample(group: _Group, size: int, shift: int) -> list[Tensor]:
 def _kth_smallest(searches: Sequence[_Search], ranks: Ranks) -> list[_Found]:
     """What each search looks for: one reduction a digit, for all of them."""
     found = [_Found(0, 0) for _ in searches]
-    left = [search.bits for search in searches]
+    left, wanted = [search.bits for search in searches], [search.k for search in searches]
     active = list(range(len(searches)))
     while active:
         step = max(min((COUNTS // len(active)).bit_length() - 1, DIGIT[0]), DIGIT[1])
@@ -293,7 +296,9 @@ def _kth_smallest(searches: Sequence[_Search], ranks: Ranks) -> list[_Found]:
         for i, bits, some in zip(active, steps, counts.split([2**bits for bits in steps]), strict=True):
             digits, below = found[i]
             up_to = some.cumsum(0)  # in 64 bits
-            digit = int(torch.searchsorted(up_to, searches[i].k - below))
+            k = wanted[i]
+            wanted[i] = k = k if isinstance(k, int) else k(int(up_to[-1]))
+            digit = int(torch.searchsorted(up_to, k - below))
             upper = digits << bits | digit
             if searches[i].signed and left[i] == searches[i].bits:
                 upper -= 2 ** (bits - 1)

@@ -20,12 +20,13 @@ from gradprune.weights.granularity import Pick, Units, shape_of
 
 def pick_over(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
     """Return how one process chooses, for all ranks together: of values, one a shard, that lie as the shards do."""
+    counted: dict[int, tuple[Tensor, int]] = {}  # masks that were counted as they were made, by their identity
 
     def held(values: Mapping[str, Tensor]) -> dict[str, Shard]:
         return {name: shards[name]._replace(local=some) for name, some in values.items()}
 
     def keep(values: Mapping[str, Tensor], k: int, *, by: By, among: Sequence[Tensor] | None) -> Kept:
-        return select_sharded.keep_each([Ranking(held(values), k, among)], ranks, by)[0]
+        return chosen([Ranking(held(values), k, among)], by)[0]
 
     def each(
         values: Mapping[str, Tensor], counts: Mapping[str, int], *, by: By, among: Mapping[str, Tensor | None]
@@ -34,14 +35,21 @@ def pick_over(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
         for name, k in counts.items():
             allowed = among[name]
             rankings.append(Ranking(held({name: values[name]}), k, None if allowed is None else [allowed]))
+        return {name: kept.masks[0] for name, kept in zip(counts, chosen(rankings, by), strict=True)}
+
+    def chosen(rankings: Sequence[Ranking], by: By) -> list[Kept]:
         found = select_sharded.keep_each(rankings, ranks, by)
-        return {name: kept.masks[0] for name, kept in zip(counts, found, strict=True)}
+        for kept in found:
+            counted.update((id(mask), (mask, number)) for mask, number in zip(kept.masks, kept.at_least, strict=True))
+        return found
 
     def stay(masks: Mapping[str, Tensor]) -> dict[str, int]:
-        if not masks:
-            return {}
-        counts = copies.count([shards[name] for name in masks], masks.values(), ranks)
-        return dict(zip(masks, counts, strict=True))
+        known = {name: counted[id(mask)][1] for name, mask in masks.items() if id(mask) in counted}
+        others = [name for name in masks if name not in known]
+        if others:
+            counts = copies.count([shards[name] for name in others], [masks[name] for name in others], ranks)
+            known |= dict(zip(others, counts, strict=True))
+        return {name: known[name] for name in masks}
 
     def check(values: Mapping[str, Tensor]) -> None:
         has_nan = ranks.on_any(bool(some.isnan().any()) for some in values.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ from gradprune.weights.request import (
 )
 from gradprune.weights.score import magnitude
 from gradprune.weights.zeros import ZEROS_NOTICED, warn_of_zeros, zeros_by_a_sample, zeros_that_stay
+
+Stay = Callable[[Mapping[str, Tensor]], dict[str, int]]
 
 
 class Held(NamedTuple):
@@ -141,7 +143,7 @@ def masks_over_ranks(
     if rows or request.n_of_m is not None:  # chosen by each rank for itself
         pick.check(ranked.values)
     keep = replace(request, pick=pick).plan(**amounts, within=within)(ranked)
-    masks = sharded_masks(request.parameters, keep, held)
+    masks = sharded_masks(request.parameters, keep, held, pick.stay)
     if request.outputs:
         warn_of_unnamed_outputs(request.outputs, masks._counts()[request.outputs], masks[request.outputs].numel())
     if within is None:
@@ -149,13 +151,14 @@ def masks_over_ranks(
     return masks
 
 
-def sharded_masks(parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor], held: Held) -> ShardedMasks:
-    """Return masks of the blocks held here; of copies the lowest rank's decide."""
-    here = [keep[name].to(shard.local.device) for name, shard in held.shards.items()]
-    copies.let_owners_decide_(list(held.shards.values()), here, held.ranks)
-    counts = copies.count(held.shards.values(), here, held.ranks)
-    blocks = {name: like(parameters[name], mask) for name, mask in zip(held.shards, here, strict=True)}
-    return ShardedMasks(blocks, dict(zip(held.shards, counts, strict=True)))
+def sharded_masks(
+    parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor], held: Held, stay: Stay | None = None
+) -> ShardedMasks:
+    """Return masks of the blocks held here; of copies the lowest rank's decide. `stay` says how many of each stay."""
+    here = {name: keep[name].to(shard.local.device) for name, shard in held.shards.items()}
+    copies.let_owners_decide_(list(held.shards.values()), list(here.values()), held.ranks)
+    counts = (stay or pick_over(*held).stay)(here)
+    return ShardedMasks({name: like(parameters[name], mask) for name, mask in here.items()}, counts)
 
 
 def _refuse(asked: bool, what: str) -> None:
