@@ -95,8 +95,9 @@ def test_statistics_of_half_precision_are_summed_in_double(batches):
         (lambda x: [x, torch.full((4, 3), torch.inf)], "not finite"),
         (lambda x: [x, x[:1]], "1 values a channel"),
         (lambda x: [], "reach no batch norm"),
+        (lambda x: [x, x[:, :2]], "does not run on batch 1"),
     ],
-    ids=["not finite", "one sample", "no batch"],
+    ids=["not finite", "one sample", "no batch", "another width"],
 )
 def test_a_failed_call_leaves_the_model_as_it_was(model, batches, wrong, words):
     before = copy.deepcopy(model.state_dict())

@@ -380,6 +380,17 @@ def test_inputs_that_are_not_finite_are_refused_and_nothing_changes(bad, at):
     assert same(before, everything(model))
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(4, 11), (X, X)], ids=["another width", "two arguments"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_batch_that_the_model_does_not_take_is_named_and_nothing_changes(wrong, at):
+    model = two_layers()
+    before, batches = everything(model), [X] * 3
+    batches[at] = (wrong, None) if isinstance(wrong, tuple) else wrong
+    with pytest.raises(ValueError, match=rf"^Sequential does not run on batch {at}, a t\w+ of .*It raises \w+Error: "):
+        gp.reconstruct_(model, batches, sparsity=0.5)
+    assert same(before, everything(model))
+
+
 def test_weights_that_are_not_finite_are_refused():
     model = two_layers()
     model[2].weight.data[0, 0] = float("nan")

@@ -154,6 +154,8 @@ def test_inputs_without_an_order_are_refused():
             gp.activation(layer.to(x.dtype), [x])
     with pytest.raises(ValueError, match="the batches reach no weight"):
         gp.activation(nn.ReLU(), [X])
+    with pytest.raises(ValueError, match=r"does not run on batch 1, a tensor of shape \(2, 9\)"):
+        gp.activation(layer.float(), [X, torch.zeros(2, 9)])
 
 
 def test_inputs_of_zero_score_zero():

@@ -61,6 +61,19 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def call_on_batch(model: nn.Module, batch: Any, number: int) -> Any:
+    """Run the model on one of a caller's batches; what the model's operators do not take is an error that names it."""
+    try:
+        return call(model, batch)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on batch {number}, {described(batch)}. It raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 class NoExample(ValueError):
     """The model raises on the example that its caller gave."""
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradprune.core.batches import inputs_of
 from gradprune.core.checks import module, require, require_writable
-from gradprune.core.evaluate import as_written, call, evaluated
+from gradprune.core.evaluate import as_written, call_on_batch, evaluated
 
 
 def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> int:
@@ -51,8 +51,8 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> int:
     require(bool(norms), "the model has no batch norm that keeps running statistics")
     seen = {name: _Moments() for name in norms}
     with evaluated(model), as_written(), torch.no_grad(), _watched(norms, seen):
-        for batch in inputs:
-            call(model, batch)
+        for number, batch in enumerate(inputs):
+            call_on_batch(model, batch, number)
     found = {name: moments for name, moments in seen.items() if moments.calls}
     require(
         bool(found),

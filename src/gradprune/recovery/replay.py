@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradprune.core.evaluate import call
+from gradprune.core.evaluate import call_on_batch
 from gradprune.core.layers import Weight
 from gradprune.recovery.inputs import Look, Passed, _Seen, version
 
@@ -66,11 +66,11 @@ class Passes:
     def run(self, seen: _Seen) -> None:
         """Let all batches pass by the weight that was advanced to."""
         with seen.watching():
-            for each in self._batches if self._at is None else self._kept:
+            for number, each in enumerate(self._batches if self._at is None else self._kept):
                 seen.begin()
                 with suppress(Passed):
                     if self._at is None:
-                        call(self._model, each)
+                        call_on_batch(self._model, each, number)
                     else:
                         self._run(self._at, each)
 
@@ -87,7 +87,8 @@ class Passes:
             return
         if self._at is None or self._at > block:
             self._entered(None)
-            self._kept = [_given_to(self._chain.blocks[0], self._model, batch) for batch in self._batches]
+            first = self._chain.blocks[0]
+            self._kept = [_given_to(first, self._model, batch, number) for number, batch in enumerate(self._batches)]
             self._at = 0
         while self._at < block:
             self._entered(self._chain.blocks[self._at])
@@ -108,7 +109,7 @@ class Passes:
         return output[0] if self._chain.first[block] else output
 
 
-def _given_to(block: nn.Module, model: nn.Module, batch: Any) -> Arguments:
+def _given_to(block: nn.Module, model: nn.Module, batch: Any, number: int) -> Arguments:
     """What a block is given when the model runs on a batch."""
     found: list[Arguments] = []
 
@@ -119,7 +120,7 @@ def _given_to(block: nn.Module, model: nn.Module, batch: Any) -> Arguments:
     handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         with suppress(Passed):
-            call(model, batch)
+            call_on_batch(model, batch, number)
     finally:
         handle.remove()
     return found[0]
@@ -148,7 +149,7 @@ def look(
         with seen.watching() if watched else nullcontext(), _recorded(model, calls):
             seen.begin()
             with _handed_on(chain) if passing and chain is not None else nullcontext():
-                call(model, batch)
+                call_on_batch(model, batch, number)
         found = _longest(calls, layers)
         chain = found if number == 0 else _both(chain, found)
     missing = [name for name in layers if name not in seen.order]

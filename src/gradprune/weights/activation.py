@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradprune.core.batches import inputs_of, items
 from gradprune.core.checks import require
-from gradprune.core.evaluate import as_written, call, evaluated
+from gradprune.core.evaluate import as_written, call_on_batch, evaluated
 from gradprune.core.sharded import is_sharded
 from gradprune.weights.activation_sharded import activation_over_ranks
 from gradprune.weights.differentiate import floating
@@ -54,8 +54,8 @@ def activation(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     inputs = items(inputs_of(batches), "an iterable of batches")
     norms = InputNorms(model)
     with evaluated(model), as_written(), torch.no_grad(), seen_kernels(model), norms.watching():
-        for batch in inputs:
-            call(model, batch)
+        for number, batch in enumerate(inputs):
+            call_on_batch(model, batch, number)
     scores = {}
     for name, p in parameters.items():
         if p.dim() >= 2 and p.layout == torch.strided and (total := norms.of(p)) is not None:

@@ -16,7 +16,7 @@ from gradprune.core.agree import agree
 from gradprune.core.batches import inputs_of, items
 from gradprune.core.blockwise import Blockwise, Cut, Names
 from gradprune.core.checks import is_distributed, require
-from gradprune.core.evaluate import as_written, call, evaluated
+from gradprune.core.evaluate import as_written, call_on_batch, evaluated
 from gradprune.core.ranks import ranks_of
 from gradprune.core.sharded import local, reshard_
 from gradprune.weights.differentiate import floating
@@ -39,13 +39,13 @@ def activation_over_ranks(model: nn.Module, batches: Iterable[Any]) -> dict[str,
 
     kept = agreed_batches(each, some)
 
-    def run(batch: Any) -> tuple[None, dict[str, object], None]:
-        call(model, on_device(batch, some))
+    def run(batch: Any, number: int) -> tuple[None, dict[str, object], None]:
+        call_on_batch(model, on_device(batch, some), number)
         return None, {}, None
 
     with evaluated(model), as_written(), torch.no_grad(), seen_kernels(model), blockwise.running(), norms.watching():
-        for batch in kept:
-            agree(CALLED, lambda: run(batch))  # noqa: B023 (used at once)
+        for number, batch in enumerate(kept):
+            agree(CALLED, lambda: run(batch, number))  # noqa: B023 (used at once)
 
     def seen() -> tuple[None, dict[str, object], None]:
         require(not norms.found, next(iter(norms.found), ""))
