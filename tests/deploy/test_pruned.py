@@ -37,6 +37,7 @@ WAYS = {
     "blocks": {"sparsity": 0.5, "granularity": "4x4"},
     "lamp": {"sparsity": 0.7, "scope": "lamp"},
     "lamp, nearly all": {"sparsity": 0.999, "scope": "lamp"},
+    "lamp, a floor": {"sparsity": 0.995, "scope": "lamp", "min_keep": 9},
     "threshold": {"threshold": 0.013},
     "threshold of nothing": {"threshold": 0.0},
     "threshold, at least": {"threshold": 10.0, "min_keep": 7},
@@ -402,8 +403,8 @@ def test_eight_bit_floats_are_refused_by_name(tmp_path):
 def test_what_is_ranked_in_memory_is_refused_where_it_is_too_much(tmp_path, monkeypatch):
     save_file({"a.weight": torch.ones(40, 80)}, tmp_path / "m.safetensors")
     monkeypatch.setattr(stays, "MOST_HELD", 1000)
-    for way in ({"sparsity": 0.5, "scope": "lamp"}, {"sparsity": 0.5, "min_keep": 3}):
+    for way in ({"sparsity": 0.5}, {"threshold": 0.5}):
         with pytest.raises(ValueError, match=r"these are 3,200: .* load the model and call gp\.prune"):
-            prune_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors", **way)
+            prune_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors", min_keep=3, **way)
     assert not (tmp_path / "p.safetensors").exists()
     prune_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors", sparsity=0.5, scope="layer", min_keep=3)

@@ -124,7 +124,7 @@ def prune_file(
         source: a safetensors file, a folder with one or with shards and their index, or a state dict of torch.save's.
         target: a file, which may be the source; of a folder a new folder.
         sparsity: as of ``prune``, as are `threshold`, `scope` (one of `SCOPES`), `granularity`, `include`, `exclude`
-            and `min_keep`; LAMP, and `min_keep` over all layers, rank the weights in memory.
+            and `min_keep`, which over all layers ranks the weights in memory; LAMP reads them up to five times.
         threshold: see there.
         scope: see there.
         granularity: see there.

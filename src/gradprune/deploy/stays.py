@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks
-from gradprune.core.checkpoint import Tensors
+from gradprune.core.checkpoint import Tensors, spans
 from gradprune.core.checks import require
 from gradprune.core.collect import raise_nan
 from gradprune.core.header import DTYPES
@@ -33,6 +33,7 @@ from gradprune.weights.plan import (
     affordable_floors,
     at_least,
     keep_in_rows,
+    kept_by_lamp,
     kept_of,
     kept_of_layers,
     plan,
@@ -47,6 +48,8 @@ TURNED = 2**28  # bytes of one that has to be, as its rows are no units
 SLAB = 2**24  # bytes of whole rows
 MOST_UNITS = 2**25  # channels or blocks whose scores are held
 MOST_HELD = 2**26  # weights that are ranked in memory, for what takes that
+LAMP_CELLS = 2**21  # the more of them, the fewer weights have to be held
+LAMP_READINGS = 3  # for the largest, for the cells, and for what lies in those that are open
 
 
 class Way(NamedTuple):
@@ -72,6 +75,10 @@ def ways(
         return {name: _n_of_m(name, t, units.layers[name], *n_of_m) for name, t in tensors.items()}
     if units.block is None and is_ranked_in_memory(scope, threshold, min_keep):
         return _in_memory(tensors, units, plan(units, sparsity, threshold, scope, None, min_keep), seen)
+    if units.block is None and scope == "lamp":
+        assert sparsity is not None
+        counts = kept_by_lamp(units, sparsity, min_keep, {n: _Pieces(t, seen) for n, t in tensors.items()}, LAMP_CELLS)
+        return {name: _layer(name, t, counts[name], seen) for name, t in tensors.items()}
     if threshold is not None and units.block is None:
         return {name: _above(name, t, threshold) for name, t in tensors.items()}
     if units.block is not None:
@@ -103,7 +110,7 @@ def ways(
 
 def is_ranked_in_memory(scope: Scope, threshold: float | None, min_keep: int | None) -> bool:
     """Whether single weights cannot be decided on as they pass."""
-    return scope == "lamp" or (min_keep is not None and (scope == "global" or threshold is not None))
+    return min_keep is not None and (scope == "global" or threshold is not None)
 
 
 def read_before(
@@ -122,7 +129,8 @@ def read_before(
         return sum(sizes)
     if not block and threshold is not None:
         return 0
-    return sum(size for size in sizes if block or scope == "global" or size > IN_MEMORY)
+    lamp = LAMP_READINGS * sum(sizes) if scope == "lamp" and not block else 0
+    return lamp + sum(size for size in sizes if block or scope == "global" or size > IN_MEMORY)
 
 
 # ---------------------------------------------------------------------------------------------------- single weights
@@ -172,6 +180,23 @@ def _layer(name: str, t: Tensors, count: int, seen: Seen) -> Way:
     return Way(max(t.entry.nbytes, 1), decide)
 
 
+class _Pieces(NamedTuple):
+    """The values of a tensor, read piece by piece."""
+
+    t: Tensors
+    seen: Seen
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.t.entry.dtype]
+
+    def pieces(self) -> Iterator[Tensor]:
+        """As often as they are asked for."""
+        for start, stop in spans(self.t.entry, VALUES * self.dtype.itemsize):
+            self.seen(stop - start)
+            yield torch.from_numpy(self.t.part.read(self.t.entry, start, stop)).view(self.dtype)
+
+
 def _above(name: str, t: Tensors, threshold: float) -> Way:
     """Those of at least a magnitude."""
     dtype = DTYPES[t.entry.dtype]
@@ -191,8 +216,8 @@ def _in_memory(tensors: Mapping[str, Tensors], units: Units, choose: Choose, see
     number = sum(t.entry.numel for t in tensors.values())
     require(
         number <= MOST_HELD,
-        f"LAMP, and min_keep over all layers, rank the weights in memory, at most {MOST_HELD:,}, and these are "
-        f"{number:,}: take scope layer or erk, or load the model and call gp.prune",
+        f"min_keep over all layers ranks the weights in memory, at most {MOST_HELD:,}, and these are {number:,}: take "
+        "scope layer, erk or lamp, or load the model and call gp.prune",
     )
     values = {}
     for name, t in tensors.items():

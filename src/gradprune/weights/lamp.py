@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,10 +34,21 @@ ALL = 64  # bits of a key, before the first cells
 SLACK = 2.0**-40  # of the bounds of a cell's scores, for their rounding
 
 
+class Read(Protocol):
+    """Scores that are not all in memory, in their order piece by piece, as often as they are asked for."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the scores."""
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Each of one axis."""
+
+
 class Layer(NamedTuple):
     """What this process holds of a layer's scores, which of them may stay, and whether it is this one that counts."""
 
-    values: Tensor
+    values: Tensor | Read
     size: int  # of the whole layer
     cost: int = 1  # of one that stays
     among: Tensor | None = None
@@ -57,18 +68,19 @@ def lamp_counts(
     by: By = "value",
     total: Callable[[Tensor], Tensor] = of_one,
     most: Callable[[Tensor], Tensor] = of_one,
+    cells: int = CELLS[0],
 ) -> dict[str, int]:
     """Return how many of each layer's entries stay, so that their costs add up as nearly to `wanted` as can be.
 
     Those of the highest LAMP scores stay; of equal ones those of the later layer, and there the later. Where two sums
     are as near the smaller is taken. `total` and `most` give the sum and the largest of numbers over all processes, on
-    the CPU.
+    the CPU; so many `cells` are counted at a time, and the keys of those that are left are held.
 
     Raises ValueError where a score is negative or NaN, naming the layer.
     """
     searches, left = _begun(layers, by, most), max(wanted, 0)
     while searches:
-        _count([search for search in searches if search.open], total)
+        _count([search for search in searches if search.open], total, cells)
         left = _settle(searches, left)
         if _is_tied(searches):
             _cut_ties(searches, left)
@@ -230,7 +242,8 @@ def _at(place: int) -> tuple[slice, slice]:
 
 
 def _keys(layer: Layer, order: Order) -> Iterator[Tensor]:
-    for piece in _pieces(layer.values.detach().resolve_neg()):
+    values = layer.values
+    for piece in _pieces(values.detach().resolve_neg()) if isinstance(values, Tensor) else values.pieces():
         yield order.keys(order.compared(piece.contiguous()))
 
 
@@ -270,11 +283,11 @@ def _top(layer: Layer, order: Order) -> tuple[int, bool]:
     return top, wrong
 
 
-def _count(searches: Sequence[_Search], total: Callable[[Tensor], Tensor]) -> None:
+def _count(searches: Sequence[_Search], total: Callable[[Tensor], Tensor], cells: int) -> None:
     """Count all that is left of these layers in finer cells: one sum over all processes."""
     if not searches:
         return
-    each = max(CELLS[0] // len(searches), CELLS[1])
+    each = max(cells // len(searches), CELLS[1])
     counted, starts = [], []
     for search in searches:
         keys, (low, high) = search.keys(), search.ends

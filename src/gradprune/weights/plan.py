@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from gradprune.core.select import keep_n_of_m
 from gradprune.weights import allocate
 from gradprune.weights.directions import rows_of
 from gradprune.weights.granularity import Ranked, Units, as_stored, canonical, shape_of
-from gradprune.weights.lamp import Layer, lamp_counts
+from gradprune.weights.lamp import Layer, Read, lamp_counts
 
 Scope = Literal["global", "layer", "row", "erk", "lamp"] | Mapping[str, float]
 Choose = Callable[[Ranked], dict[str, Tensor]]
@@ -46,13 +46,34 @@ def plan(
     assert sparsity is not None
     if scope == "row":
         return _plan_rows(units, sparsity, min_keep)
-    total = sum(weight.parameter.numel() for weight in units.layers.values())
-    budget = kept_of(total, sparsity)
-    floors, warning = affordable_floors(units, budget, min_keep)
-    most = sum(units.available(name) * units.cost(name) for name in units.layers)
-    require(budget <= most, f"sparsity {sparsity} lets {budget} weights stay, but `within` allows only {most}")
-    noticed = 0.0 if warning or min_keep is not None else budget / max(total, 1)  # who sets the floor knows of it
-    return partial(_keep_by_lamp if scope == "lamp" else _keep_over_all, units, budget, floors, warning, noticed)
+    return partial(_keep_by_lamp if scope == "lamp" else _keep_over_all, units, _Shared.of(units, sparsity, min_keep))
+
+
+class _Shared(NamedTuple):
+    """What layers that are ranked together share: how many weights may stay, and how many units of each at least."""
+
+    budget: int
+    floors: dict[str, int]
+    warning: str
+    noticed: float  # a layer at its floor is warned of where that is less than half of this share
+
+    @classmethod
+    def of(cls, units: Units, sparsity: float, min_keep: int | None) -> _Shared:
+        total = sum(weight.parameter.numel() for weight in units.layers.values())
+        budget = kept_of(total, sparsity)
+        floors, warning = affordable_floors(units, budget, min_keep)
+        most = sum(units.available(name) * units.cost(name) for name in units.layers)
+        require(budget <= most, f"sparsity {sparsity} lets {budget} weights stay, but `within` allows only {most}")
+        noticed = 0.0 if warning or min_keep is not None else budget / max(total, 1)  # who sets the floor knows of it
+        return cls(budget, floors, warning, noticed)
+
+    def left(self, units: Units, at_floor: Mapping[str, int]) -> int:
+        """How many weights the others share, where so many units of some layers stay."""
+        return self.budget - sum(count * units.cost(name) for name, count in at_floor.items())
+
+    def short(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The layers that keep fewer units than they must, and how many they must."""
+        return {name: self.floors[name] for name, count in counts.items() if count < self.floors[name]}
 
 
 def kept_of_layers(
@@ -180,24 +201,17 @@ def _keep_per_layer(units: Units, counts: Mapping[str, int], warning: str, ranke
     return units.expand(_largest(units, units.rank(ranked), counts))
 
 
-def _keep_over_all(
-    units: Units,
-    budget: int,
-    floors: Mapping[str, int],
-    warning: str,
-    noticed: float,
-    ranked: Ranked,
-) -> dict[str, Tensor]:
+def _keep_over_all(units: Units, shared: _Shared, ranked: Ranked) -> dict[str, Tensor]:
     """All layers ranked together; one that would fall below its floor gets it, and the others share what is left.
 
-    Warns of layers that come down to their floors and keep less than half of the share `noticed` there.
+    Warns of layers that come down to their floors and keep less than half of what is noticed.
     """
-    if warning:
-        checks.warn(warning)
+    if shared.warning:
+        checks.warn(shared.warning)
     ranked = units.rank(ranked)
     at_floor: dict[str, int] = {}
     while True:
-        left = budget - sum(count * units.cost(name) for name, count in at_floor.items())
+        left = shared.left(units, at_floor)
         free = [name for name in units.layers if name not in at_floor]
         values = {name: ranked.values[name] for name in free}
         among = None if units.within is None else [_known(units.allowed(name)) for name in free]
@@ -206,22 +220,19 @@ def _keep_over_all(
             count = units.pick.nearest(values, {n: units.cost(n) for n in free}, left, by=ranked.by, among=among)
         kept = units.pick.keep(values, count, by=ranked.by, among=among)
         masks = dict(zip(free, kept.masks, strict=True))
-        doubtful = [n for n, least in zip(free, kept.at_least, strict=True) if least < floors[n] + (noticed > 0)]
+        least = {n: shared.floors[n] + (shared.noticed > 0) for n in free}
+        doubtful = [n for n, number in zip(free, kept.at_least, strict=True) if number < least[n]]
         counts = units.pick.stay({name: masks[name] for name in doubtful})
-        short = {name: floors[name] for name, kept_here in counts.items() if kept_here < floors[name]}
+        short = shared.short(counts)
         if not short:
-            _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == floors[n]}, noticed)
+            _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == shared.floors[n]}, shared)
             masks |= _largest(units, ranked, at_floor)
             return units.expand({name: masks[name] for name in units.layers})
         at_floor |= short
 
 
-def _keep_by_lamp(
-    units: Units, budget: int, floors: Mapping[str, int], warning: str, noticed: float, ranked: Ranked
-) -> dict[str, Tensor]:
+def _keep_by_lamp(units: Units, shared: _Shared, ranked: Ranked) -> dict[str, Tensor]:
     """As above, by the scores of LAMP: they rank a layer as its own do, and say how many each keeps."""
-    if warning:
-        checks.warn(warning)
     ranked, pick = units.rank(ranked), units.pick
     is_integer = {name: not (v.is_floating_point() or v.is_complex()) for name, v in ranked.values.items()}
     ranked = ranked._replace(values={n: v.double() if is_integer[n] else v for n, v in ranked.values.items()})
@@ -229,24 +240,41 @@ def _keep_by_lamp(
         name: Layer(values, units.number(name), units.cost(name), units.allowed(name), pick.counts(name))
         for name, values in ranked.values.items()
     }
+    counts = _lamp_counts(units, shared, layers, partial(lamp_counts, by=ranked.by, total=pick.total, most=pick.most))
+    return units.expand(_largest(units, ranked, counts))
+
+
+def kept_by_lamp(
+    units: Units, sparsity: float, min_keep: int | None, values: Mapping[str, Read], cells: int
+) -> dict[str, int]:
+    """Return how many weights of each layer stay by LAMP, of magnitudes that are read piece by piece."""
+    layers = {name: Layer(some, units.number(name)) for name, some in values.items()}
+    count = partial(lamp_counts, by="magnitude", cells=cells)
+    return _lamp_counts(units, _Shared.of(units, sparsity, min_keep), layers, count)
+
+
+def _lamp_counts(
+    units: Units, shared: _Shared, layers: Mapping[str, Layer], count: Callable[..., dict[str, int]]
+) -> dict[str, int]:
+    if shared.warning:
+        checks.warn(shared.warning)
     at_floor: dict[str, int] = {}
     while True:
-        left = budget - sum(count * units.cost(name) for name, count in at_floor.items())
         free = {name: layer for name, layer in layers.items() if name not in at_floor}
-        counts = lamp_counts(free, left, by=ranked.by, total=pick.total, most=pick.most)
-        short = {name: floors[name] for name, count in counts.items() if count < floors[name]}
+        counts = count(free, shared.left(units, at_floor))
+        short = shared.short(counts)
         if not short:
-            _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == floors[n]}, noticed)
+            _warn_of_floors(units, at_floor | {n: c for n, c in counts.items() if c == shared.floors[n]}, shared)
             counts |= at_floor
-            return units.expand(_largest(units, ranked, {name: counts[name] for name in layers}))
+            return {name: counts[name] for name in layers}
         at_floor |= short
 
 
-def _warn_of_floors(units: Units, at_floor: Mapping[str, int], noticed: float) -> None:
-    """Warn of layers that came down to so many units now, where that is less than half of the share `noticed`."""
+def _warn_of_floors(units: Units, at_floor: Mapping[str, int], shared: _Shared) -> None:
+    """Warn of layers that came down to so many units now, where that is less than half of the share noticed."""
     sizes = {name: weight.parameter.numel() for name, weight in units.layers.items()}
     kept = {n: count * units.cost(n) for n, count in at_floor.items() if count < units.available(n)}
-    few = {name: count for name, count in kept.items() if count < noticed * sizes[name] / 2}
+    few = {name: count for name, count in kept.items() if count < shared.noticed * sizes[name] / 2}
     fallen = [f"{name!r} keeps {count:,} of {sizes[name]:,} weights" for name, count in few.items()]
     if fallen:
         more = f" and {len(fallen) - 5} more layers" if len(fallen) > 5 else ""
