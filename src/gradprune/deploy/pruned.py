@@ -240,9 +240,14 @@ def _write(
             name = t.entry.name
             if name in found:
                 mask = found[name].decide(raw, start)
-                kept[name] += int(np.count_nonzero(mask))
                 bits = raw.view(f"i{DTYPES[t.entry.dtype].itemsize}")
-                np.multiply(bits, mask.view(np.int8), out=bits)
+                if bits.size == mask.size:
+                    kept[name] += int(np.count_nonzero(mask))
+                    np.multiply(bits, mask.view(np.int8), out=bits)
+                else:
+                    runs = bits.reshape(mask.size, -1)
+                    kept[name] += int(np.count_nonzero(mask)) * runs.shape[1]
+                    runs[~mask] = 0
             later(outputs[t.part.name].write, name, start, raw)
             seen(raw.size)
         for part in checkpoint.parts:

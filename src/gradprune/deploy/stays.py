@@ -53,7 +53,10 @@ LAMP_READINGS = 3  # for the largest, for the cells, and for what lies in those 
 
 
 class Way(NamedTuple):
-    """How a tensor is decided on: bytes of a slab, and what stays of one that begins so many bytes from the first."""
+    """How a tensor is decided on: bytes of a slab, and what stays of one that begins so many bytes from the first.
+
+    That is said of each value, or of each run of as many: of rows, say.
+    """
 
     slab: int
     decide: Callable[[Array, int], Array]
@@ -271,10 +274,10 @@ class _Slabs(NamedTuple):
     @classmethod
     def of(cls, t: Tensors, weight: Weight, tile: int = 1) -> _Slabs:
         """Slabs of whole tiles along the output, or of whole matrices of a stack; else all is one slab."""
-        axes, height = weight.axes, max(t.entry.shape[0], 1)
+        height = max(t.entry.shape[0], 1)
         row = t.entry.nbytes // height
-        stacked = axes is not None and axes.stack[:1] == (0,)
-        if axes == Axes() or stacked:
+        stacked = weight.axes is not None and weight.axes.stack[:1] == (0,)
+        if weight.axes == Axes() or stacked:
             tile = 1 if stacked else tile
             rows = tile * max(1, SLAB // max(row * tile, 1))
         else:  # its rows are no units
@@ -286,6 +289,14 @@ class _Slabs(NamedTuple):
             "held at once: exclude it, or prune single weights",
         )
         return cls(t, weight, rows)
+
+    @property
+    def rows_are_units(self) -> bool:
+        """Whether the values of a channel lie side by side."""
+        axes = self.weight.axes
+        return axes is not None and axes == Axes(
+            stack=tuple(range(axes.depth)), output=axes.depth, input=axes.depth + 1
+        )
 
     @property
     def step(self) -> int:
@@ -373,6 +384,8 @@ def _by_units(
             tile = 1 if part.axes is not None and part.axes.stack else block[0]
             first = start // cut.step * cut.rows // tile
             mask = mask[first : first + part.parameter.shape[0] // tile]
+        if block == (1,) and cut.rows_are_units:
+            return mask.reshape(-1).numpy()
         return Units({name: part}, block, None).expand({name: mask})[name].reshape(-1).numpy()
 
     return {name: Way(cut.step, partial(decide, name)) for name, cut in slabs.items()}

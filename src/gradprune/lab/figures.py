@@ -132,10 +132,32 @@ def to_svg(figure: Figure, alt: str, *, prefix: str | None = None) -> str:
     svg = svg.replace('aria-hidden="true">', 'aria-hidden="true" style="stroke-linejoin:round">', 1)
     svg = svg.replace(INK, "currentColor")
     svg = re.sub(r"<[^>]+>", lambda tag: _LONG_NUMBER.sub(_shorten, tag[0]), svg)  # not in the text between the tags
+    svg = _leaner(svg)
     prefix = f"gp{next(_serial)}-" if prefix is None else prefix
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
-    svg = re.sub(r"\n\s*", "\n", svg)
     return f'<figure role="img" class="gp-figure" aria-label="{html.escape(alt, quote=True)}">{svg}</figure>'
+
+
+def _leaner(svg: str) -> str:
+    """The same drawing without what only the program that drew it needs: a page has many."""
+    for family in re.findall(r" (font-family: [^;\"]*);", svg)[:1]:
+        svg = svg.replace(f" {family};", "").replace("round", f"round; {family}", 1)  # once for all texts
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to a group
+    svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)
+    svg = re.sub(r"(?<=>)\s*\n\s*|\s*\n\s*(?=<)", "", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: " " + re.sub(r"\s+(?=[A-Za-z\"])", "", path[0][1:]), svg)
+    kept: list[bool] = []
+
+    def group(tag: re.Match[str]) -> str:
+        if tag[0].endswith("/>"):
+            return ""
+        if tag[0] == "</g>":
+            return tag[0] if kept.pop() else ""
+        kept.append(tag[0] != "<g>")
+        return tag[0] if kept[-1] else ""
+
+    return re.sub(r"<g\b[^>]*>|</g>", group, svg)
 
 
 def _shorten(number: re.Match[str]) -> str:
