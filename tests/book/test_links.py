@@ -53,10 +53,12 @@ def test_stylesheets_take_nothing_from_another_host(path: Path) -> None:
 
 @pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_weighs_at_most_3_megabytes(notebook: Path) -> None:
-    """Its HTML and its images, uncompressed; not the scripts and styles, which all pages share."""
+    """Its HTML, its images and the manager of its widgets, uncompressed; not what pages without them load too."""
     page = HTML / "chapters" / f"{notebook.stem}.html"
     images = {img["src"] for img in soup(page).find_all("img", src=True) if not img["src"].startswith("data:")}
     weight = page.stat().st_size + sum((page.parent / unquote(image)).stat().st_size for image in images)
+    if soup(page).find("script", type="application/vnd.jupyter.widget-view+json"):
+        weight += sum(file.stat().st_size for file in (HTML / "_static" / "widgets").iterdir())
     assert weight <= MAX_CHAPTER_BYTES, f"{weight / 1e6:.1f} MB"
 
 

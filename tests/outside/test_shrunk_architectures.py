@@ -33,6 +33,11 @@ def llama():
     return transformers.LlamaForCausalLM(config)
 
 
+def neox():
+    config = transformers.GPTNeoXConfig(**SMALL, vocab_size=50, max_position_embeddings=32)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
 def bert():
     return transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=50))
 
@@ -70,6 +75,16 @@ CASES = {
             "layers.0.self_attn.q_proj": (16, 32),
             "layers.0.self_attn.k_proj": (8, 32),
             "layers.1.mlp.down_proj": (32, 40),
+        },
+    ),
+    "gpt-neox": (
+        neox,
+        {"input_ids": IDS},
+        {"layers.0.attention.query_key_value": range(40, 48), "layers.1.mlp.dense_h_to_4h": range(8)},
+        {
+            "layers.0.attention.query_key_value": (72, 32),
+            "layers.0.attention.dense": (32, 24),
+            "layers.1.mlp.dense_4h_to_h": (32, 40),
         },
     ),
     "bert": (

@@ -17,9 +17,10 @@ _QUERY, _KEY, _VALUE = (
     ("k_proj", "key", "k", "to_k", "k_lin"),
     ("v_proj", "value", "v", "to_v", "v_lin"),
 )
-_FUSED = ("c_attn",)
+_FUSED = ("c_attn",)  # all queries, all keys, all values
+_BY_HEAD = ("query_key_value",)  # those of one head after those of another
 _OUT = ("o_proj", "out_proj", "dense", "c_proj", "o", "proj", "to_out", "out_lin")
-_HEAD_SIZE = ("head_dim", "attention_head_size", "d_kv")
+_HEAD_SIZE = ("head_dim", "attention_head_size", "d_kv", "head_size")
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = ("embed_dim", "all_head_size", "split_size", "inner_dim")
@@ -76,20 +77,22 @@ def _projections(name: str, module: nn.Module, modules: Mapping[str, nn.Module])
     if out is None:
         return None
     read = Part(*out, "in")
+    size = _whole(module, _HEAD_SIZE)
     fused = _layer_of(name, module, _FUSED)
-    if fused is not None:
-        part = Part(*fused, "out")
+    joined = fused or (_layer_of(name, module, _BY_HEAD) if _whole(module, ("head_size",)) else None)
+    if joined is not None:
+        part = Part(*joined, "out")
         third = width(part) // 3
         if third != width(read):
             return None
-        places = [[(part, c) for c in range(n * third, (n + 1) * third)] for n in range(3)]
+        run = third if fused is not None else size  # channels that are queries, then as many keys, then values
+        places = [[(part, c) for c in range(3 * third) if c // run % 3 == n] for n in range(3)]
     else:
         layers = [_layer_of(name, module, called) for called in (_QUERY, _KEY, _VALUE)]
         if any(layer is None for layer in layers):
             return None
         parts = [Part(*layer, "out") for layer in layers if layer is not None]
         places = [[(part, c) for c in range(width(part))] for part in parts]
-    size = _whole(module, _HEAD_SIZE)
     heads = _whole(module, _HEADS)
     size = size or (len(places[0]) // heads if heads else 0)
     agree = size and len(places[0]) == width(read) and len(places[1]) == len(places[2])
