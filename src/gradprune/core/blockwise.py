@@ -37,14 +37,14 @@ class Cut:
         if mesh.ndim > dims and mesh.mesh_dim_names is None:
             raise TypeError(f"the parameter {name!r} lies on a mesh whose dimensions have no names: name them")
         self.groups = [mesh.get_group(dim) for dim in range(dims)]
-        self.ranks = math.prod(mesh.mesh.shape[:dims])
+        self.ranks = math.prod(mesh.shape[:dims])
         self.at: tuple[int, ...] = tuple(mesh.get_coordinate()[:dims])  # of those with different data, which this is
         self.device = torch.device(mesh.device_type)
         self.shape: tuple[int, ...] = tuple(parameter.shape)
         self._beyond: Any = None
         if mesh.ndim > dims:  # what is put together is still a part: that of tensor parallelism
             beyond = mesh[mesh.mesh_dim_names[dims:]]
-            found = ranges(self.shape, beyond.mesh.shape, placements[dims:], beyond.get_coordinate())
+            found = ranges(self.shape, beyond.shape, placements[dims:], beyond.get_coordinate())
             assert found is not None
             self._beyond = parameter.detach(), beyond, placements[dims:]
             self.shape = tuple(size for _, size in found)

@@ -109,8 +109,13 @@ def layout(tensor: Tensor) -> str:
     """Return in words how a tensor is spread, the same for those that lie alike."""
     if not is_distributed(tensor):
         return "whole"
-    mesh = tensor.device_mesh  # type: ignore[attr-defined]
-    return f"{', '.join(map(str, tensor.placements))} over ranks {mesh.mesh.tolist()}"  # type: ignore[attr-defined]
+    return _layout(tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(mesh: Any, placements: tuple[Any, ...]) -> str:
+    """As that is asked of every tensor, and torch makes the ranks of a mesh anew whenever they are asked for."""
+    return f"{', '.join(map(str, placements))} over ranks {mesh.mesh.tolist()}"
 
 
 def like(whole: Tensor, block: Tensor) -> Tensor:
@@ -195,15 +200,15 @@ def _block(name: str, tensor: Tensor, subject: Subject) -> Block:
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     coordinate = mesh.get_coordinate()
     layout = f"{subject.called} {name!r} is a DTensor {', '.join(map(str, placements))}"
-    found = None if coordinate is None else ranges(shape, mesh.mesh.shape, placements, coordinate)
+    found = None if coordinate is None else ranges(shape, mesh.shape, placements, coordinate)
     if found is None:
-        sizes = " x ".join(map(str, mesh.mesh.shape))
+        sizes = " x ".join(map(str, mesh.shape))
         raise TypeError(f"{layout} on a mesh of {sizes}, which is not supported: {subject.way_out}")
     held, block = local(tensor), tuple(size for _, size in found)
     if tuple(held.shape) != block:
         raise TypeError(f"{layout}, but its block has shape {tuple(held.shape)}, wanted {block}: {subject.way_out}")
     sums = (0.0, 0.0) if _spans_all(tensor) else _sums(held)  # nothing says that another mesh has equal copies
-    called = f"{', '.join(map(str, placements))} on {' x '.join(map(str, mesh.mesh.shape))}"
+    called = f"{', '.join(map(str, placements))} on {' x '.join(map(str, mesh.shape))}"
     return Block(shape, dtype, called, block, tuple(start for start, _ in found), sums)
 
 
@@ -273,8 +278,8 @@ def _require_copies(name: str, tensor: Tensor, blocks: Sequence[Block], subject:
 def _holders_by_mesh(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> dict[Place, tuple[int, ...]]:
     """Which ranks hold each block that is not empty, by the mesh that has them all."""
     places: list[Place] = [((), ())] * mesh.size()
-    for coordinate in itertools.product(*map(range, mesh.mesh.shape)):
-        found = ranges(shape, mesh.mesh.shape, placements, coordinate) or []
+    for coordinate in itertools.product(*map(range, mesh.shape)):
+        found = ranges(shape, mesh.shape, placements, coordinate) or []
         places[int(mesh.mesh[coordinate])] = tuple(start for start, _ in found), tuple(size for _, size in found)
     return _holders(places)
 
