@@ -82,7 +82,7 @@ def an_accelerators_way_to_choose_gives_the_same_masks(rank, ranks):
 
 def layers_by_themselves_are_chosen_by_as_few_messages_as_one(rank, ranks):
     few, some, many = (sent_for(mesh_of(ranks), [16] * number) for number in (3, 42, 121))
-    assert len(few) == len(some) == len(many)
+    assert len(few) < len(some) <= len(many) <= len(few) + 3  # the more, the shorter their digits
     assert sum(many) < 4e6
     large = [150, 200, 120, 250, 90]
     assert sum(sent_for(mesh_of(ranks), large)) < 4e6

@@ -29,12 +29,11 @@ from gradprune.core.sharded import Shard
 from gradprune.core.uncompiled import uncompiled
 
 DIGIT = 11, 6  # bits of a digit: at most, and at least
-COUNTS = 2**18  # that are sent at a time: 128 groups have digits of 11 bits, more have shorter ones
-COARSE, FINE = 15, 21  # upper bits of a key by which a sample is looked at, for many groups and for
-FEW = 8  # groups: more of them would send too much
+COUNTS = 2**17  # that are sent at a time: 64 groups have digits of 11 bits, more have shorter ones
+UPPER = 16  # bits of a key by which a sample is looked at, at once for few groups: COUNTS // 2**UPPER
 PIECE = 2**17  # entries at a time, which a cache holds
 SAMPLE = 2**17, 2**14  # entries of all ranks: of all groups together, but at least so many of each
-DEVIATIONS = 5  # of the place in a sample, to either side: one bracket in 1,700,000 misses, and costs three passes
+DEVIATIONS = 4  # of the place in a sample, to either side: one bracket in 16,000 misses, and costs three passes
 MOST_BETWEEN = 0.25  # of a rank's entries of a group that are copied
 Numbers = Callable[[], Iterator[Tensor]]
 
@@ -155,24 +154,33 @@ def _locate(groups: Sequence[_Group], ranks: Ranks) -> tuple[list[_Found], list[
     """The key of the last to stay of each group, and what of it was seen beside that key."""
     brackets = _brackets(groups, ranks)
     taken = [_between(group, *ends) for group, ends in zip(groups, brackets, strict=True)]
-    numbers = [number for one in taken for number in one.told]
-    told = iter(ranks.sum(torch.tensor(numbers, dtype=torch.int64, device="cpu")).tolist())
+    widths = [(high - low).bit_length() for low, high in brackets]
+    inside = [_Search(one.numbers, w, g.rank, g.total) for one, w, g in zip(taken, widths, groups, strict=True)]
+    bits = [min(width, DIGIT[0], _digit(2 * len(groups))) for width in widths]
+    first = [_histogram(search, 0, search.bits, b) for search, b in zip(inside, bits, strict=True)]
+    numbers = torch.tensor([number for one in taken for number in one.told], dtype=torch.int64, device="cpu")
+    summed = ranks.sum(torch.cat([numbers, *(counts.to("cpu") for counts in first)]).to(_sums_of(inside)))
+    told = iter(summed[: len(numbers)].tolist())
+    counts = summed[len(numbers) :].split([len(some) for some in first])
     near: list[_Near | None] = []
     searches, offsets = [], []
-    for group, (low, high), one in zip(groups, brackets, taken, strict=True):
+    seen: list[Tensor | None] = []
+    for group, (low, _), one, search, some in zip(groups, brackets, taken, inside, counts, strict=True):
         for name in group.names:
             if next(told):
                 raise_nan(repr(name))
-        below, inside, left = next(told), next(told), next(told)
-        if left or not below < group.rank <= below + inside:  # many are equal, or the sample missed
+        below, number, left = next(told), next(told), next(told)
+        if left or not below < group.rank <= below + number:  # many are equal, or the sample missed
             searches.append(_Search(group.keys, group.bits, group.rank, group.total, group.signed))
             offsets.append((0, 0))
             near.append(None)
+            seen.append(None)
         else:
-            searches.append(_Search(one.numbers, (high - low).bit_length(), group.rank - below, group.total))
+            searches.append(search._replace(k=group.rank - below))
             offsets.append((low, below))
             near.append(one.near)
-    found = _kth_smallest(searches, ranks)
+            seen.append(some)
+    found = _kth_smallest(searches, ranks, seen=seen)
     return [_Found(one.number + low, one.below + below) for one, (low, below) in zip(found, offsets, strict=True)], near
 
 
@@ -253,15 +261,14 @@ def _less(keys: Tensor, low: int, width: int) -> Tensor:
 def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
     """Two keys between which the last to stay of each group very likely lies, by the upper bits of a sample."""
     size = max(SAMPLE[0] // len(groups), SAMPLE[1])
-    upper = FINE if len(groups) <= FEW else COARSE
-    shifts = [max(0, group.bits - group.signed - upper) for group in groups]
-    samples = [_sample(group, size, shift) for group, shift in zip(groups, shifts, strict=True)]
+    shifts = [max(0, group.bits - UPPER) for group in groups]
+    samples = [partial(iter, _sample(group, size, shift)) for group, shift in zip(groups, shifts, strict=True)]
     searches = [
-        _Search(partial(iter, sample), group.bits - shift, partial(_end, group, side), group.total, group.signed)
+        _Search(sample, group.bits - shift, partial(_end, group, side), group.total, group.signed)
         for group, sample, shift in zip(groups, samples, shifts, strict=True)
         for side in (-DEVIATIONS, DEVIATIONS)
     ]
-    ends = [one.number for one in _kth_smallest(searches, ranks)]
+    ends = [one.number for one in _kth_smallest(searches, ranks, UPPER)]
     return [
         (low << shift, ((high + 1) << shift) - 1)
         for low, high, shift in zip(ends[::2], ends[1::2], shifts, strict=True)
@@ -282,29 +289,54 @@ def _sample(group: _Group, size: int, shift: int) -> list[Tensor]:
     return [keys >> shift for at in owned for _, keys in group.pieces_of(at, step)]
 
 
-def _kth_smallest(searches: Sequence[_Search], ranks: Ranks) -> list[_Found]:
-    """What each search looks for: one reduction a digit, for all of them."""
+def _sums_of(searches: Iterable[_Search]) -> torch.dtype:
+    """In which their counts are sent."""
+    return torch.int32 if max(search.most for search in searches) < 2**31 else torch.int64
+
+
+def _digit(searches: int) -> int:
+    """How many bits of a key so many searches look at together."""
+    return max((COUNTS // searches).bit_length() - 1, 1)
+
+
+def _kth_smallest(
+    searches: Sequence[_Search], ranks: Ranks, most: int = DIGIT[0], seen: Sequence[Tensor | None] = ()
+) -> list[_Found]:
+    """What each search looks for: one reduction a digit of `most` bits, for all of them.
+
+    Of some the first digits were counted already, on all ranks, and are `seen`.
+    """
     found = [_Found(0, 0) for _ in searches]
     left, wanted = [search.bits for search in searches], [search.k for search in searches]
-    active = list(range(len(searches)))
-    while active:
-        step = max(min((COUNTS // len(active)).bit_length() - 1, DIGIT[0]), DIGIT[1])
-        steps = [min(left[i], step) for i in active]
-        here = [_histogram(searches[i], found[i].number, left[i], s) for i, s in zip(active, steps, strict=True)]
-        small = max(searches[i].most for i in active) < 2**31
-        counts = ranks.sum(torch.cat([c.to(ranks.device) for c in here]).to(torch.int32 if small else torch.int64))
-        for i, bits, some in zip(active, steps, counts.split([2**bits for bits in steps]), strict=True):
-            digits, below = found[i]
-            up_to = some.cumsum(0)  # in 64 bits
-            k = wanted[i]
-            wanted[i] = k = k if isinstance(k, int) else k(int(up_to[-1]))
-            digit = int(torch.searchsorted(up_to, k - below))
-            upper = digits << bits | digit
-            if searches[i].signed and left[i] == searches[i].bits:
-                upper -= 2 ** (bits - 1)
-            found[i] = _Found(upper, below + int(up_to[digit] - some[digit]))
-            left[i] -= bits
-        active = [i for i in active if left[i]]
+
+    def narrow(i: int, some: Tensor) -> None:
+        """Find a digit by how often each of its values occurs."""
+        digits, below = found[i]
+        bits = len(some).bit_length() - 1
+        up_to = some.cumsum(0)  # in 64 bits
+        k = wanted[i]
+        wanted[i] = k = k if isinstance(k, int) else k(int(up_to[-1]))
+        digit = int(torch.searchsorted(up_to, k - below))
+        upper = digits << bits | digit
+        if searches[i].signed and left[i] == searches[i].bits:
+            upper -= 2 ** (bits - 1)
+        found[i] = _Found(upper, below + int(up_to[digit] - some[digit]))
+        left[i] -= bits
+
+    for i, counts in enumerate(seen):
+        if counts is not None:
+            narrow(i, counts)
+    while active := [i for i in range(len(searches)) if left[i]]:
+        alike: dict[tuple[int, int, int], list[int]] = {}  # who counts the same counts it once
+        for i in active:
+            alike.setdefault((id(searches[i].numbers), found[i].number, left[i]), []).append(i)
+        step = max(min(_digit(len(alike)), most), DIGIT[1])
+        first = [i for i, *_ in alike.values()]
+        here = [_histogram(searches[i], found[i].number, left[i], min(left[i], step)) for i in first]
+        summed = ranks.sum(torch.cat([c.to(ranks.device) for c in here]).to(_sums_of(searches[i] for i in active)))
+        for several, some in zip(alike.values(), summed.split([len(counts) for counts in here]), strict=True):
+            for i in several:
+                narrow(i, some)
     return found
 
 
@@ -314,6 +346,7 @@ def _histogram(search: _Search, digits: int, left: int, bits: int) -> Tensor:
     for some in search.numbers():
         first = left == search.bits
         some = (some if first else some[some >> left == digits]) >> shift
+        some = some.to(torch.int32) if bits >= 8 * some.element_size() else some  # half precision has no more
         upper = some + 2 ** (bits - 1) if first and search.signed else some & (2**bits - 1)
         here = torch.bincount(upper, minlength=2**bits)
         counts = here if counts is None else counts.add_(here.to(counts.device))
