@@ -23,6 +23,7 @@ WAYS = {
     "prune, global": {"sparsity": 0.5},
     "prune, layer": {"sparsity": 0.5, "scope": "layer"},
     "prune, 2:4": {"granularity": "2:4"},
+    "prune, channel": {"sparsity": 0.5, "granularity": "channel"},
 }
 SIDES = ["plain", *WAYS, "pack", "unpack"]
 MEMORY = "/dev/shm"
@@ -91,7 +92,11 @@ def rows(arguments, dtype, place):
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
         make(folder / "in", dtype, arguments.gigabytes)
-        sides = SIDES if place == MEMORY else [s for s in SIDES if s not in ("prune, layer", "prune, 2:4")]
+        sides = (
+            SIDES
+            if place == MEMORY
+            else [s for s in SIDES if s not in ("prune, layer", "prune, 2:4", "prune, channel")]
+        )
         runs = {side: [] for side in sides}
         for side in ("prune, global", "pack"):  # what the others read, and not counted
             in_a_fresh_process(arguments, side, folder)

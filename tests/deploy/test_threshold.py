@@ -100,7 +100,8 @@ source, folder = sys.argv[1], Path(sys.argv[2])
 prune_file(source + ".small", folder / "s", sparsity=0.5)  # what libraries take once
 gp.pack(folder / "s", folder / "t")
 before, found = peak(), {}
-for name, way in {"global": {}, "layer": {"scope": "layer"}, "2:4": {"granularity": "2:4"}}.items():
+ways = {"global": {}, "layer": {"scope": "layer"}, "2:4": {"granularity": "2:4"}, "lamp": {"scope": "lamp"}}
+for name, way in ways.items():
     prune_file(source, folder / "p", **({} if name == "2:4" else {"sparsity": 0.5}), **way)
     found[name] = peak() - before
 gp.pack(folder / "p", folder / "k")
