@@ -92,11 +92,7 @@ def rows(arguments, dtype, place):
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
         make(folder / "in", dtype, arguments.gigabytes)
-        sides = (
-            SIDES
-            if place == MEMORY
-            else [s for s in SIDES if s not in ("prune, layer", "prune, 2:4", "prune, channel")]
-        )
+        sides = SIDES if place == MEMORY else ["plain", "prune, global", "pack", "unpack"]
         runs = {side: [] for side in sides}
         for side in ("prune, global", "pack"):  # what the others read, and not counted
             in_a_fresh_process(arguments, side, folder)
