@@ -16,10 +16,11 @@ seeds.
 
 "start": the same with PyTorch's own first weights, which are smaller.
 
-"bounds": bounds at quantiles of the log, at two rates.
+"bounds": bounds at quantiles of the log, at three rates.
 
 "dealt": a control for the bound of 1. As many steps are shortened, by the same factors, but chance chooses which of
-those up to the last that the bound shortened.
+those up to the last that the bound shortened. "last" is that step, "same" how many of the steps that chance chose the
+bound shortened too.
 
 "paths": loss and norm at each step of one network (the first seed), without a bound and with a bound of 1.
 """
@@ -49,7 +50,7 @@ RATES = [0.5, 0.7, 1.0, 1.4, 2.0]
 START_RATES = [1.4, 2.0]
 LOG_RATE = 0.5
 QUANTILES = [0.1, 0.5, 0.9, 0.99]
-BOUND_RATES = [0.7, 1.0]
+BOUND_RATES = [0.7, 1.0, 1.4]
 DEALT_RATES = [1.0, 1.4]
 PATHS_RATE = 1.4
 
@@ -182,12 +183,17 @@ def dealt(rate: float, bound: float) -> dict[str, Any]:
     """
     _, norms, _ = train(rate, SEEDS, bounded(bound))
     factors = np.where(norms > bound, bound / (norms + 1e-6), 1.0)
-    for seed, row in zip(SEEDS, factors, strict=True):
-        last = int(np.nonzero(row < 1)[0].max(initial=0)) + 1
+    lasts = [int(np.nonzero(row < 1)[0].max(initial=-1)) + 1 for row in factors]
+    for seed, row, last in zip(SEEDS, factors, lasts, strict=True):
         row[:last] = np.random.default_rng(seed).permutation(row[:last])
     table = torch.from_numpy(factors.T.copy()).float()
     networks, _, _ = train(rate, SEEDS, lambda norms, step: table[step])
-    return {"test": evaluate(networks, "test"), "shortened": [int(count) for count in (factors < 1).sum(1)]}
+    return {
+        "test": evaluate(networks, "test"),
+        "shortened": (factors < 1).sum(1).tolist(),
+        "last": lasts,
+        "same": ((factors < 1) & (norms > bound)).sum(1).tolist(),
+    }
 
 
 def path(rate: float, bound: float) -> dict[str, Any]:

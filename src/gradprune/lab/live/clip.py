@@ -114,13 +114,16 @@ class Clip(Live):
             near = walk.points.abs().amax(1) < 1e6  # further off nothing can be drawn
             style = {"color": figures.COLOURS[colour], "label": "with the bound" if clipped else "no bound"}
             axes.plot(*walk.points[near].T.numpy(), marker, markersize=3, **style)
-        axes.set(xlim=(0.2, 1.4), ylim=(-1, 1), xlabel="weight w", ylabel="bias b", title="The loss from above")
+        axes.plot(START["w"], START["b"], "o", markersize=8, color="black", label="start")
+        axes.set(xlim=(0.2, 1.4), ylim=(-1, 1), ylabel="bias b", title="The loss from above")
+        axes.set_xlabel("weight w (the greyer, the higher the loss)")
         figures.legend(axes)
         free, bounded = (walks[START["w"], START["rate"], clipped] for clipped in (False, True))
+        shortened = int((bounded.lengths > 0.999 * START["rate"] * START["bound"]).sum())
         words = (
             f"From w = {START['w']} gradient descent at a rate of {START['rate']} has a loss too large for a number "
-            f"after {len(free.lengths)} steps. With a bound of {START['bound']:.0f} on the norm, {STEPS} steps of "
-            f"at most {bounded.lengths.max():.2f} end at a loss of {bounded.losses[-1]:.2f}."
+            f"after {len(free.lengths)} steps. A bound of {START['bound']:.0f} on the norm shortens {shortened} of "
+            f"{STEPS} steps, to {bounded.lengths.max():.2f}; they end at a loss of {bounded.losses[-1]:.2f}."
         )
         rows = [
             [w, figures.power_of_ten(rate), "yes" if clipped else "no", *_summary(walk)]
