@@ -51,7 +51,7 @@ class Threshold(Digits):
         rows = []
         for level, (lost, waits) in runs.items():
             mean, low, high = train.interval([b - a for a, b in zip(lost, waits, strict=True)])
-            accuracies = [f"{accuracy:.2f}" for accuracy in means[level]]
+            accuracies = [f"{accuracy:.3f}" for accuracy in means[level]]
             rows.append([f"{level:.1%}", *accuracies, f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}"])
         drawing, axes = figures.new()
         lines = zip(("the rest is lost", "the rest waits"), ("pruned", "corrected"), strict=True)
