@@ -236,6 +236,7 @@ def test_what_the_figure_would_cut_off_is_refused_by_name():
 def test_a_figure_holds_nothing_that_only_its_program_needed():
     figure, axes = figures.new()
     axes.plot([1, 2, 3], [1, 4, 2], marker="o")
+    axes.plot([2], [3], marker="s")
     axes.set(xlabel="0.2 of  all", ylabel="$\\beta$")
     picture = figures.to_svg(figure, "one")
     assert len(re.findall("sans-serif", picture)) == 1
@@ -244,3 +245,5 @@ def test_a_figure_holds_nothing_that_only_its_program_needed():
     assert picture.count("<g ") == picture.count("</g>") > 0
     assert ">0.2 of  all</text>" in picture
     assert re.search(r'<path d="M [\d. ]+L [\d. ]+"', picture)
+    assert not re.search(r'<path d="M [\d. ]+"', picture)
+    assert not re.search(r'style="[^"]*[:;] ', picture)

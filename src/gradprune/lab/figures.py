@@ -146,7 +146,9 @@ def _leaner(svg: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to a group
     svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)
     svg = re.sub(r"(?<=>)\s*\n\s*|\s*\n\s*(?=<)", "", svg)
+    svg = re.sub(r' style="[^"]*"', lambda style: re.sub("([:;]) ", r"\1", style[0]), svg)
     svg = re.sub(r' d="[^"]*"', lambda path: " " + re.sub(r"\s+(?=[A-Za-z\"])", "", path[0][1:]), svg)
+    svg = re.sub(r'<path d="M [\d. -]+"[^>]*/>', "", svg)  # of a line of one point, which is its marker alone
     kept: list[bool] = []
 
     def group(tag: re.Match[str]) -> str:
