@@ -266,7 +266,7 @@ def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
     searches = [
         _Search(sample, group.bits - shift, partial(_end, group, side), group.total, group.signed)
         for group, sample, shift in zip(groups, samples, shifts, strict=True)
-        for side in (-DEVIATIONS, DEVIATIONS)
+        for side in (-1, 1)
     ]
     ends = [one.number for one in _kth_smallest(searches, ranks, UPPER)]
     return [
@@ -275,11 +275,11 @@ def _brackets(groups: Sequence[_Group], ranks: Ranks) -> list[tuple[int, int]]:
     ]
 
 
-def _end(group: _Group, deviations: int, number: int) -> int:
-    """Which of so many keys in a sample is so many deviations from the last to stay."""
+def _end(group: _Group, side: int, number: int) -> int:
+    """Which of so many keys in a sample ends the bracket, on the side of the smaller ones (-1) or the larger (1)."""
     share = group.rank / group.total
-    off = (number * share * (1 - share)) ** 0.5 * abs(deviations) + 2
-    return min(max(1, int(share * number + (off if deviations > 0 else -off))), number)
+    margin = DEVIATIONS * (number * share * (1 - share)) ** 0.5 + 2
+    return min(max(1, int(share * number + side * margin)), number)
 
 
 def _sample(group: _Group, size: int, shift: int) -> list[Tensor]:
@@ -315,7 +315,8 @@ def _kth_smallest(
         bits = len(some).bit_length() - 1
         up_to = some.cumsum(0)  # in 64 bits
         k = wanted[i]
-        wanted[i] = k = k if isinstance(k, int) else k(int(up_to[-1]))
+        if callable(k):
+            k = wanted[i] = k(int(up_to[-1]))
         digit = int(torch.searchsorted(up_to, k - below))
         upper = digits << bits | digit
         if searches[i].signed and left[i] == searches[i].bits:

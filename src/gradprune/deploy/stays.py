@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.core import checks
-from gradprune.core.checkpoint import Tensors, spans
+from gradprune.core.checkpoint import Tensors, pieces
 from gradprune.core.checks import require
 from gradprune.core.collect import raise_nan
 from gradprune.core.header import DTYPES
@@ -195,9 +195,9 @@ class _Pieces(NamedTuple):
 
     def pieces(self) -> Iterator[Tensor]:
         """As often as they are asked for."""
-        for start, stop in spans(self.t.entry, VALUES * self.dtype.itemsize):
-            self.seen(stop - start)
-            yield torch.from_numpy(self.t.part.read(self.t.entry, start, stop)).view(self.dtype)
+        for _, raw in pieces(self.t, VALUES * self.dtype.itemsize):
+            self.seen(raw.size)
+            yield torch.from_numpy(raw).view(self.dtype)
 
 
 def _above(name: str, t: Tensors, threshold: float) -> Way:
@@ -274,10 +274,10 @@ class _Slabs(NamedTuple):
     @classmethod
     def of(cls, t: Tensors, weight: Weight, tile: int = 1) -> _Slabs:
         """Slabs of whole tiles along the output, or of whole matrices of a stack; else all is one slab."""
-        height = max(t.entry.shape[0], 1)
+        axes, height = weight.axes, max(t.entry.shape[0], 1)
         row = t.entry.nbytes // height
-        stacked = weight.axes is not None and weight.axes.stack[:1] == (0,)
-        if weight.axes == Axes() or stacked:
+        stacked = axes is not None and axes.stack[:1] == (0,)
+        if axes == Axes() or stacked:
             tile = 1 if stacked else tile
             rows = tile * max(1, SLAB // max(row * tile, 1))
         else:  # its rows are no units

@@ -141,7 +141,8 @@ def to_svg(figure: Figure, alt: str, *, prefix: str | None = None) -> str:
 def _leaner(svg: str) -> str:
     """The same drawing without what only the program that drew it needs: a page has many."""
     for family in re.findall(r" (font-family: [^;\"]*);", svg)[:1]:
-        svg = svg.replace(f" {family};", "").replace("round", f"round; {family}", 1)  # once for all texts
+        svg = svg.replace(f" {family};", "")
+        svg = svg.replace('linejoin:round"', f'linejoin:round; {family}"', 1)  # of the root: once for all texts
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to a group
     svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)

@@ -20,12 +20,13 @@ from gradprune.weights.granularity import Pick, Units, shape_of
 
 def pick_over(shards: Mapping[str, Shard], ranks: Ranks) -> Pick:
     """Return how one process chooses, for all ranks together: of values, one a shard, that lie as the shards do."""
-    counted: dict[int, tuple[Tensor, int]] = {}  # masks that were counted as they were made, by their identity
+    counted: dict[int, tuple[Tensor, int]] = {}  # the masks last chosen, and what stays of each, by their identity
 
     def held(values: Mapping[str, Tensor]) -> dict[str, Shard]:
         return {name: shards[name]._replace(local=some) for name, some in values.items()}
 
     def keep(values: Mapping[str, Tensor], k: int, *, by: By, among: Sequence[Tensor] | None) -> Kept:
+        counted.clear()  # of a choice that is made again the masks before need not be held
         return chosen([Ranking(held(values), k, among)], by)[0]
 
     def each(

@@ -89,8 +89,8 @@ class Budget(Live):
         return total.bytes_bitmask / total.bytes_dense
 
     def still(self) -> Still:
-        """Return the looks of a bisection for the first setting; of eight, where none is made at first."""
-        model, tolerance = self.network, 0.5 ** (self.looks or 8)
+        """Return the looks of a bisection for the first setting, as many as by default where it makes none."""
+        model, tolerance = self.network, 0.5 ** (self.looks or self.trait_defaults("looks"))
         found = gp.largest_sparsity(model, _reads, margin=self.limit, tolerance=tolerance, min_keep=1)
         path = sorted((look for look in found.curve if not look.probe), key=lambda look: look.sparsity)
         drawing, axes = figures.new()
